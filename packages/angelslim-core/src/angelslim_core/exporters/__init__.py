@@ -1,0 +1,70 @@
+"""Layouts of quantized weights in a checkpoint: names, dtypes, shapes and config, both ways. No algorithm lives here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..schemes import Quantized, Scheme
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: dtype as safetensors names it, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Exporter(ABC):
+    """One layout.
+
+    Attributes:
+        name: what a recipe calls it (`export.format`), and what `Scheme.exporters` lists.
+        quant_method: `quantization_config.quant_method` in config.json.
+    """
+
+    name: ClassVar[str]
+    quant_method: ClassVar[str]
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+        """Suffix (after the module's name and a dot) -> tensor, without reading a weight."""
+
+    @abstractmethod
+    def pack(self, quantized: Quantized) -> dict[str, Tensor]:
+        """Suffix -> tensor, just as `layout` announced."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
+        """Inverse of `pack`."""
+
+    @abstractmethod
+    def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+        """`quantization_config` for modules -> scheme, with the linears that stay as they are."""
+
+    @abstractmethod
+    def schemes(self, config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]]) -> dict[str, Scheme]:
+        """Inverse of `config`.
+
+        Args:
+            config: `quantization_config` of a checkpoint (hostile input).
+            modules: module name -> suffixes of its tensors, from the headers.
+        Returns:
+            module -> scheme for each module that is stored quantized.
+        Raises:
+            ModelError: config and headers disagree, or the scheme is unknown.
+        """
+
+
+def builtin_exporters() -> tuple[type[Exporter], ...]:
+    """The layouts the core can write and read."""
+    from .compressed_tensors import CompressedTensors
+    from .hf_fp8 import HFFP8
+
+    return (CompressedTensors, HFFP8)

@@ -1,0 +1,67 @@
+"""The block-FP8 layout DeepSeek published, which transformers calls `fp8`: E4M3 codes and `weight_scale_inv`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, PlanError
+from ..schemes import Grid, Quantized, Scheme
+from . import Exporter, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WHERE = "config.json: quantization_config"
+
+
+class HFFP8(Exporter):
+    """Block FP8: `weight` in E4M3 and `weight_scale_inv`, which multiplies in spite of its name."""
+
+    name = "fp8"
+    quant_method = "fp8"
+
+    def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+        grid = scheme.weights
+        return {"weight": TensorSpec("F8_E4M3", shape), "weight_scale_inv": TensorSpec(grid.scale_dtype, grid.scale_shape(shape))}
+
+    def pack(self, quantized: Quantized) -> dict[str, Tensor]:
+        return {"weight": quantized.codes, "weight_scale_inv": quantized.scale}
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
+        weight, scale = tensors["weight"], tensors["weight_scale_inv"]
+        wanted = scheme.weights.scale_shape((weight.shape[0], weight.shape[1]))
+        if tuple(scale.shape) != wanted:
+            raise ModelError(53, "weight_scale_inv", f"has shape {list(scale.shape)} where blocks need {list(wanted)}")
+        return Quantized(scheme, weight, scale)
+
+    def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+        blocks = {scheme.weights.block_structure for scheme in schemes.values()}
+        if len(blocks) != 1:
+            raise PlanError(2, "fp8", f"one layout holds one block size, not {sorted(map(str, blocks))}")
+        (block,) = blocks
+        assert block
+        return {
+            "quant_method": self.quant_method,
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(block),
+            "modules_to_not_convert": list(ignore),
+        }
+
+    def schemes(self, config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]]) -> dict[str, Scheme]:
+        block = config.get("weight_block_size")
+        if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
+            raise ModelError(54, _WHERE, f"weight_block_size is {block!r:.100}, not two positive numbers")
+        scheme = block_scheme((block[0], block[1]))
+        return dict.fromkeys((m for m, suffixes in modules.items() if "weight_scale_inv" in suffixes), scheme)
+
+
+def block_scheme(block: tuple[int, int]) -> Scheme:
+    """W8A8 FP8: weights in blocks of rows x columns, activations in dynamic groups as wide as a block."""
+    return Scheme(
+        f"fp8 block {block[0]}x{block[1]}",
+        Grid(8, "float", "block", block_structure=block),
+        Grid(8, "float", "group", group_size=block[1], dynamic=True),
+        exporters=("fp8", "compressed-tensors"),
+    )

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints, with every file treated as hostile."""

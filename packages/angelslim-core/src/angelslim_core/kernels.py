@@ -1,0 +1,71 @@
+"""An operation: a slow readable reference, faster implementations, and the choice between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import EngineError, UsageError
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an operation.
+
+    Args:
+        name: "triton", "torch"...
+        function: same signature as the reference.
+        supports: called with the operation's arguments; (ok, why not).
+        available: whether this machine can run it at all; (ok, why not).
+    """
+
+    name: str
+    function: Callable[..., Any]
+    supports: Callable[..., tuple[bool, str]] = lambda *args, **options: (True, "")
+    available: Callable[[], tuple[bool, str]] = lambda: (True, "")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An operation. `implementations` are tried in order; the reference is used only when asked for by name.
+
+    Args:
+        op: "plugin.operation".
+        reference: the definition of the operation.
+        implementations: fastest first.
+    """
+
+    op: str
+    reference: Callable[..., Any]
+    implementations: tuple[Implementation, ...] = field(default=())
+
+    def __call__(self, *args: Any, executor: str = "auto", **options: Any) -> Any:
+        """Run the first implementation that supports the call, or the one named by `executor`.
+
+        Raises:
+            UsageError: no implementation has that name.
+            EngineError: the named implementation, or with "auto" every one, refuses the call.
+        """
+        if executor == "reference":
+            return self.reference(*args, **options)
+        candidates = [i for i in self.implementations if executor in ("auto", i.name)]
+        if not candidates and executor != "auto":
+            names = ", ".join(["reference", *(i.name for i in self.implementations)])
+            raise UsageError(1, self.op, f"no implementation {executor!r}", f"choose one of: {names}")
+        refusals = []
+        for candidate in candidates:
+            ok, why = candidate.available()
+            if ok:
+                ok, why = candidate.supports(*args, **options)
+            if ok:
+                return candidate.function(*args, **options)
+            refusals.append(f"{candidate.name}: {why}")
+        raise EngineError(
+            1, self.op, "no implementation supports this call (" + "; ".join(refusals) + ")", 'executor="reference" is slow but always works'
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of `angelslim kernels list`."""
+        rows = [{"name": i.name, "ok": i.available()[0], "why": i.available()[1]} for i in self.implementations]
+        return {"op": self.op, "implementations": [*rows, {"name": "reference", "ok": True, "why": ""}]}

@@ -1,0 +1,150 @@
+"""The four kinds of pass. The kind says what a pass may see, so that the pipeline can bound memory.
+
+A pass is a class with an `id`, a docstring (its first line is the summary) and a nested `Config`; it is returned from
+the hook `angelslim_register_passes`. It holds no state but its config.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from .adapters.base import Site
+    from .context import Context
+    from .schemes import Quantized, Scheme
+    from .sweep import Layer
+
+
+class Kind(str, Enum):
+    """What a pass sees: one tensor, one layer, the whole model, or nothing but its own policy."""
+
+    TENSOR = "tensor"
+    LAYER = "layer"
+    MODEL = "model"
+    RUNTIME = "runtime"
+
+
+class PassConfig(BaseModel):
+    """Options of a pass: typed, documented, unknown names refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Pass(ABC):
+    """One step of a recipe.
+
+    Attributes:
+        id: "plugin.name".
+        kind: set by the base class below.
+        claims: what the pass gives its final form per targeted linear ("linear.weight", "linear.input"); two steps
+            that claim the same of one linear are refused.
+        requires: ids of which each must stand earlier in the recipe.
+        conflicts: ids that may not stand in the same recipe.
+        default_targets: selectors used when the step names none (see `adapters.base.select`).
+    """
+
+    id: ClassVar[str]
+    kind: ClassVar[Kind]
+    claims: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+    default_targets: ClassVar[tuple[str, ...]] = ("attention", "mlp")
+
+    class Config(PassConfig):
+        pass
+
+    def __init__(self, config: PassConfig | None = None) -> None:
+        self.config: Any = self.Config() if config is None else config
+
+    @classmethod
+    def summary(cls) -> str:
+        """First line of the docstring."""
+        return (cls.__doc__ or cls.__name__).strip().splitlines()[0]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the pass reads calibration samples with these options."""
+        return False
+
+
+class WeightPass(Pass):
+    """What tensor and layer passes share: they decide from headers alone how each linear will be stored."""
+
+    def scheme(self, site: Site) -> Scheme | None:
+        """How `site` will be stored, or None if its weight keeps shape and dtype.
+
+        Raises:
+            PlanError: the shape does not fit the options; say which values would fit.
+        """
+        return None
+
+
+class TensorPass(WeightPass):
+    """Data-free: sees checkpoint tensors, no model is built. Memory is the largest fused set."""
+
+    kind = Kind.TENSOR
+
+    @property
+    def joins_fused(self) -> bool:
+        """Whether the linears an engine fuses (q, k, v; gate, up) must be seen together, to share a scale."""
+        return False
+
+    def prepare(self, context: Context) -> None:
+        """Called once before the first tensor, for instance to open a second checkpoint."""
+
+    @abstractmethod
+    def apply(self, weights: Mapping[Site, Tensor], context: Context) -> Mapping[Site, Quantized | Tensor]:
+        """Compress one unit.
+
+        Args:
+            weights: one linear, or one fused set if `joins_fused`; each [out, in] in the source's dtype.
+        Returns:
+            for each site what `scheme` announced: a `Quantized`, or a tensor of the same shape and dtype.
+        """
+
+
+class LayerPass(WeightPass):
+    """Sees one decoder layer with the inputs captured for it. Memory is one layer and the activations."""
+
+    kind = Kind.LAYER
+
+    @property
+    def needs_calibration(self) -> bool:
+        return True
+
+    @abstractmethod
+    def run(self, layer: Layer) -> Mapping[str, Any]:
+        """Compress the layer: observe inputs, then `layer.store` results. Returns numbers for the report."""
+
+
+class ModelPass(Pass):
+    """Sees the whole model with gradients. What it leaves in the model is the source of the steps after it."""
+
+    kind = Kind.MODEL
+
+    @abstractmethod
+    def run(self, model: Module, context: Context) -> Mapping[str, Any]:
+        """Train or rewrite `model` in place. Returns numbers for the report."""
+
+
+class RuntimePass(Pass):
+    """Changes no weight: leaves a declarative policy that `load` installs."""
+
+    kind = Kind.RUNTIME
+
+    @abstractmethod
+    def policy(self, context: Context) -> Mapping[str, Any]:
+        """The policy, JSON only."""
+
+    @classmethod
+    @abstractmethod
+    def install(cls, model: Module, policy: Mapping[str, Any]) -> None:
+        """Make a loaded model follow a policy read from an artifact (hostile input: validate it)."""

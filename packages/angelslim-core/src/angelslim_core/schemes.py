@@ -1,0 +1,125 @@
+"""Vocabulary of quantization: what a tensor is stored as. Data only; no pass and no layout lives here.
+
+Shapes: O out features, I in features, G groups along `in`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Strategy = Literal["tensor", "channel", "group", "block", "token", "tensor_group"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid a tensor is rounded to.
+
+    Args:
+        bits: bits a value.
+        type: "int" or "float" (8 bits: E4M3; 4 bits: E2M1).
+        strategy: what shares one scale.
+        group_size: values along `in` that share a scale, for strategies "group" and "tensor_group".
+        block_structure: (rows, columns) that share a scale, for strategy "block".
+        symmetric: no zero point.
+        dynamic: scales are computed at run time ("local": the inner of two levels is).
+        scale_dtype: dtype of the stored scale as safetensors names it ("F32", "BF16", "F16", "F8_E4M3", "U8").
+    """
+
+    bits: int
+    type: Literal["int", "float"]
+    strategy: Strategy
+    group_size: int | None = None
+    block_structure: tuple[int, int] | None = None
+    symmetric: bool = True
+    dynamic: bool | Literal["local"] = False
+    scale_dtype: str = "F32"
+
+    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the scale of a weight [O, I]."""
+        rows, columns = shape
+        match self.strategy:
+            case "tensor":
+                return (1,)
+            case "channel":
+                return (rows, 1)
+            case "group" | "tensor_group":
+                assert self.group_size
+                return (rows, columns // self.group_size)
+            case "block":
+                assert self.block_structure
+                return (math.ceil(rows / self.block_structure[0]), math.ceil(columns / self.block_structure[1]))
+        raise ValueError(f"a weight has no scale of strategy {self.strategy}")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a linear layer is stored and run as.
+
+    Args:
+        name: short name for tables ("int4 g64 sym").
+        weights: grid of the weight.
+        input_activations: grid of the input, None for weight-only.
+        exporters: names of the layouts that can hold it, preferred first.
+    """
+
+    name: str
+    weights: Grid
+    input_activations: Grid | None = None
+    exporters: tuple[str, ...] = ("compressed-tensors",)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Quantized:
+    """A quantized weight, in no particular layout.
+
+    Args:
+        scheme: what it is.
+        codes: [O, I]; int8 for integer grids (also below 8 bits), float8_e4m3fn for FP8.
+        scale: shape of `Grid.scale_shape`, dtype as stored; value = (code - zero_point) * scale.
+        zero_point: int8, shape of `scale`, or None when symmetric.
+        input_scale: [1] fp32, static activation scale, or None.
+    """
+
+    scheme: Scheme
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    input_scale: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The represented weight [O, I] in fp32."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.scheme.weights)
+
+
+def dequantize(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """(code - zero_point) * scale in fp32, scales spread as `grid` says; ragged blocks are cut at the edge."""
+    rows, columns = codes_OI.shape
+    values = codes_OI.float()
+    if zero_point is not None:
+        values = values - spread(zero_point.float(), grid, rows, columns)
+    return values * spread(scale.float(), grid, rows, columns)
+
+
+def spread(scale: Tensor, grid: Grid, rows: int, columns: int) -> Tensor:
+    """Scale repeated so that it broadcasts against a weight [rows, columns]."""
+    match grid.strategy:
+        case "tensor":
+            return scale.reshape(1, 1)
+        case "channel":
+            return scale.reshape(rows, 1)
+        case "group" | "tensor_group":
+            assert grid.group_size
+            return scale.repeat_interleave(grid.group_size, 1)
+        case "block":
+            assert grid.block_structure
+            high, wide = grid.block_structure
+            return scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+    raise ValueError(f"no weight scale has strategy {grid.strategy}")

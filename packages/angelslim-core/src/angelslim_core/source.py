@@ -1,0 +1,159 @@
+"""A checkpoint as every pass sees it: plain floating-point tensors, whatever the folder stores.
+
+A quantized folder is dequantized tensor by tensor as it is read, through the exporter that knows its layout. For a run
+only block FP8 is accepted (models are published in it); `open_any` also serves `eval`, `load` and `validate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapters.base import Part
+from .errors import ModelError
+from .exporters import Exporter, TensorSpec, builtin_exporters
+from .io.checkpoint import Checkpoint, TensorInfo, torch_dtype
+from .io.writer import spec_bytes
+from .schemes import Quantized, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# exporters whose checkpoints are also published as sources
+SOURCES = ("fp8",)
+
+
+@dataclass
+class Source:
+    """Logical tensors over a checkpoint.
+
+    Args:
+        checkpoint: the folder.
+        dtypes: logical tensor name -> dtype as safetensors names it.
+        shapes: logical tensor name -> shape.
+        quantized: module -> scheme, for modules stored quantized.
+        consumed: stored tensor -> logical tensor it was folded into.
+    """
+
+    checkpoint: Checkpoint
+    dtypes: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    quantized: dict[str, Scheme]
+    consumed: dict[str, str]
+    exporter: Exporter | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.checkpoint.config
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a logical tensor."""
+        return spec_bytes(TensorSpec(self.dtypes[name], self.shapes[name]))
+
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """A logical tensor on the CPU; `part` cuts one linear [out, in] out of a stacked tensor."""
+        module = name.removesuffix(".weight")
+        if module in self.quantized:
+            return self.read_quantized(module).dequantize().to(torch_dtype(self.dtypes[name]))
+        if part is None:
+            return self.checkpoint.read(name)
+        stacked = self.checkpoint.read(name, (part.expert, part.expert + 1))[0]
+        return (stacked.T if part.transposed else stacked)[part.start : part.stop].contiguous()
+
+    def read_quantized(self, module: str) -> Quantized:
+        """Codes and scales of a module that is stored quantized."""
+        assert self.exporter
+        tensors = {n.removeprefix(f"{module}."): self.checkpoint.read(n) for n in self._parts[module]}
+        return self.exporter.unpack(tensors, self.quantized[module])
+
+    def __post_init__(self) -> None:
+        self._parts: dict[str, list[str]] = {}
+        for stored, logical in self.consumed.items():
+            self._parts.setdefault(logical.removesuffix(".weight"), []).append(stored)
+
+
+def open_source(folder: Path | str, exporters: Iterable[type[Exporter]] | None = None) -> Source:
+    """A folder as the source of a run.
+
+    Raises:
+        ModelError: the folder is invalid, or already quantized in a layout that is no source.
+    """
+    source = open_any(folder, exporters)
+    if source.exporter and source.exporter.name not in SOURCES:
+        method = source.exporter.quant_method
+        raise ModelError(55, str(folder), f"is already quantized ({method})", "start from the original model; only block-FP8 checkpoints are also sources")
+    return source
+
+
+def open_any(folder: Path | str, exporters: Iterable[type[Exporter]] | None = None) -> Source:
+    """Any folder a known exporter can read; see `open_source`."""
+    checkpoint = Checkpoint.open(folder)
+    config = quantization_config(checkpoint.config)
+    infos = checkpoint.tensors
+    if config is None:
+        stray = next((n for n in infos if n.endswith((".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight"))), None)
+        if stray:
+            raise ModelError(56, stray, "looks quantized, but config.json has no quantization_config")
+        return Source(checkpoint, {n: i.dtype for n, i in infos.items()}, {n: i.shape for n, i in infos.items()}, {}, {})
+    method = config.get("quant_method")
+    known = {e.quant_method: e for e in (builtin_exporters() if exporters is None else exporters)}
+    if method not in known:
+        raise ModelError(57, str(folder), f"is quantized with {method!r:.100}, which no loaded exporter reads", f"known here: {', '.join(sorted(known))}")
+    exporter = known[method]()
+    modules: dict[str, tuple[str, ...]] = {}
+    for name in infos:
+        module, _, suffix = name.rpartition(".")
+        modules[module] = (*modules.get(module, ()), suffix)
+    schemes = exporter.schemes(config, modules)
+    return _logical(checkpoint, exporter, schemes, modules)
+
+
+def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`quantization_config` of a model, also where a multimodal config nests it."""
+    for holder in (config, config.get("text_config") or {}):
+        if isinstance(holder, Mapping) and holder.get("quantization_config") is not None:
+            found = holder["quantization_config"]
+            if not isinstance(found, dict):
+                raise ModelError(58, "config.json", "quantization_config is no object")
+            return found
+    return None
+
+
+def _logical(checkpoint: Checkpoint, exporter: Exporter, schemes: dict[str, Scheme], modules: Mapping[str, tuple[str, ...]]) -> Source:
+    infos = checkpoint.tensors
+    dtype = _compute_dtype(checkpoint.config)
+    dtypes: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    consumed: dict[str, str] = {}
+    for name, info in infos.items():
+        module, _, suffix = name.rpartition(".")
+        if module not in schemes or suffix == "bias":
+            dtypes[name], shapes[name] = info.dtype, info.shape
+            continue
+        consumed[name] = f"{module}.weight"
+        if suffix in ("weight", "weight_packed"):
+            dtypes[f"{module}.weight"] = dtype
+            shapes[f"{module}.weight"] = info.shape if suffix == "weight" else _packed_shape(checkpoint, info, module)
+    for module in schemes:
+        if f"{module}.weight" not in shapes:
+            raise ModelError(59, module, f"has scales but no weight (only {', '.join(modules[module])})")
+    return Source(checkpoint, dtypes, shapes, schemes, consumed, exporter)
+
+
+def _packed_shape(checkpoint: Checkpoint, info: TensorInfo, module: str) -> tuple[int, ...]:
+    shape = f"{module}.weight_shape"
+    if shape not in checkpoint.tensors or checkpoint.tensors[shape].shape != (2,):
+        raise ModelError(80, module, "is packed, but has no weight_shape")
+    rows, columns = (int(n) for n in checkpoint.read(shape))
+    if rows != info.shape[0] or not 0 < columns <= info.shape[1] * 32:
+        raise ModelError(81, shape, f"says {[rows, columns]}, which {list(info.shape)} words cannot hold")
+    return (rows, columns)
+
+
+def _compute_dtype(config: Mapping[str, Any]) -> str:
+    text = config.get("text_config") or {}
+    name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "bfloat16"
+    return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(str(name), "BF16")
+
