@@ -1,1 +1,57 @@
-"""Architectures as tables; one file per family."""
+"""Architectures as tables; one file per family. A new architecture is a `Layout` in a file here, or in a plugin."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..errors import ModelError, PluginError
+from .base import Layout
+
+
+def builtin_layouts() -> tuple[Layout, ...]:
+    """The architectures the core knows."""
+    from . import deepseek_v3, gemma3, glm4_moe, hunyuan_moe, llama, qwen3_moe, qwen3_next
+
+    files = (llama, gemma3, qwen3_moe, qwen3_next, deepseek_v3, glm4_moe, hunyuan_moe)
+    return tuple(layout for file in files for layout in file.LAYOUTS)
+
+
+def model_type(config: Mapping[str, Any]) -> str:
+    """`model_type` of a config."""
+    found = config.get("model_type")
+    if not isinstance(found, str) or not found:
+        raise ModelError(28, "config.json", "has no model_type")
+    return found
+
+
+def find_layout(config: Mapping[str, Any], layouts: Iterable[Layout]) -> Layout:
+    """The table of a model's architecture.
+
+    Raises:
+        ModelError: no table serves it; names the file to add.
+        PluginError: two tables claim it.
+    """
+    name = model_type(config)
+    layouts = list(layouts)
+    found = [layout for layout in layouts if name in layout.model_types]
+    if len(found) > 1:
+        raise PluginError(50, name, "two adapters claim this architecture", "unload one of the plugins")
+    if not found:
+        known = sorted({t for layout in layouts for t in layout.model_types})
+        close = difflib.get_close_matches(name, known, 1)
+        like = f"; like {close[0]}?" if close else ""
+        raise ModelError(29, "config.json", f"unknown architecture {name[:100]!r}", f"add a Layout in angelslim_core/adapters/{name[:60]}.py or in a plugin{like}")
+    return found[0]
+
+
+def transformers_type(layout: Layout, config: Mapping[str, Any]) -> str:
+    """Name under which transformers knows a model's language model."""
+    name = model_type(config)
+    return layout.loads_as.get(name, name)
+
+
+def transformers_identity(layout: Layout, config: Mapping[str, Any]) -> dict[str, str]:
+    """The entry of config.json by which transformers chooses its classes."""
+    return {"model_type": transformers_type(layout, config)}

@@ -20,7 +20,7 @@ from ..errors import ModelError, PlanError
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **dict.fromkeys(("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b"), ("attention",)),
-        **dict.fromkeys(("linear_in", "linear_out"), ("attention", "linear_attention")),
+        **dict.fromkeys(("linear_in", "linear_in_z", "linear_out"), ("attention", "linear_attention")),
         **dict.fromkeys(("gate", "up", "down"), ("mlp",)),
         **dict.fromkeys(("shared_gate", "shared_up", "shared_down"), ("mlp", "shared_experts")),
         **dict.fromkeys(("expert_gate", "expert_up", "expert_down"), ("mlp", "experts")),
@@ -74,6 +74,7 @@ class Layout:
         model_types: `model_type` values of config.json this table serves.
         roles: weight name inside a decoder layer (no `.weight`; `{e}` an expert index) -> role.
         fused: role sets that engines run as one matmul (routed experts are joined per expert).
+        optional_fused: those of `fused` whose members need not all be there.
         other: 2-D weights inside a layer that stay as they are by default (routers, gates), same syntax.
         stacked: 3-D tensors inside a layer -> the roles of their rows, in equal parts.
         stacked_transposed: the stacked tensors are [experts, in, out].
@@ -81,12 +82,13 @@ class Layout:
         layer_count: key of config.json (or of its text_config) that gives the number of decoder layers.
         mtp: prefixes of multi-token-prediction tensors outside the layers; layers beyond the count are MTP as well.
         experts: module path of the routed experts inside a layer, "" if the architecture has none.
-        loads_as: `model_type` under which transformers knows the architecture, if it differs.
+        loads_as: `model_type` -> the name under which transformers knows its language model, where that differs.
     """
 
     model_types: tuple[str, ...]
     roles: Mapping[str, str]
     fused: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("gate", "up"), ("shared_gate", "shared_up"), ("expert_gate", "expert_up"))
+    optional_fused: tuple[tuple[str, ...], ...] = ()
     other: tuple[str, ...] = ()
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stacked_transposed: bool = False
@@ -94,7 +96,7 @@ class Layout:
     layer_count: str = "num_hidden_layers"
     mtp: tuple[str, ...] = ("mtp.",)
     experts: str = ""
-    loads_as: str = ""
+    loads_as: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,6 @@ class Description:
         num_layers: number of decoder layers, MTP excluded.
         sites: every linear in checkpoint order, the ones left alone by default among them.
         mtp_tensors: tensors of multi-token-prediction layers, copied unchanged.
-        unused: layers that the checkpoint holds and the model does not run, MTP excluded (always empty today).
     """
 
     layout: Layout
@@ -158,7 +159,7 @@ def describe(layout: Layout, config: Mapping[str, Any], shapes: Mapping[str, tup
         if match is None:
             if name.startswith(layout.mtp):
                 mtp.add(name)
-            elif len(shape) == 2 and name.endswith(".weight") and "embed" not in name.rsplit(".", 2)[-2]:
+            elif len(shape) == 2 and name.endswith(".weight") and "embed" not in name.split(".")[-2]:
                 role = "head" if name.endswith("lm_head.weight") else "other"
                 sites.append(Site(name.removesuffix(".weight"), name, role, None, (shape[0], shape[1]), dtypes[name]))
             continue
@@ -231,6 +232,8 @@ def _with_fused(layout: Layout, sites: Sequence[Site]) -> list[Site]:
     for (_, roles, _), members in found.items():
         have = [m.role for m in members]
         if sorted(have) != sorted(roles):
+            if roles in layout.optional_fused:
+                continue
             raise ModelError(27, members[0].name, f"has {', '.join(sorted(have))} where the layer needs {', '.join(roles)}")
         parent = members[0].name.rsplit(".", 1)[0]
         ids.update({m.name: f"{parent}.{'+'.join(roles)}" for m in members})

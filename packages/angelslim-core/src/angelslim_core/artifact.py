@@ -1,0 +1,209 @@
+"""What an output folder holds beside its weights: config, tokenizer, card, and the records under `angelslim/`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .io.writer import write_index, write_json, write_text
+from .recipe import to_yaml
+from .workdir import sha256
+
+if TYPE_CHECKING:
+    from .context import Context
+    from .plan import Plan
+    from .plugins import PluginHost
+
+RECORDS = "angelslim"
+_LIBRARIES = ("angelslim-core", "torch", "transformers", "safetensors", "compressed-tensors")
+
+
+@dataclass
+class Artifact:
+    """A finished output, as the hook `angelslim_run_finished` sees it.
+
+    Args:
+        path: the folder (the stage, until it is published).
+        plan: what was planned.
+        passes: per step `{id, seconds, metrics}`.
+        metrics: per linear numbers.
+        policies: `{pass, policy}` of runtime passes.
+        context: warnings and fallbacks of the run.
+    """
+
+    path: Path
+    plan: Plan
+    passes: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    policies: list[dict[str, Any]]
+    context: Context
+
+
+def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any]:
+    """What must be equal for an unfinished run to be resumed.
+
+    Shards count by name, size, time of change and header: hashing a terabyte before the first tensor would double the
+    reading, and a changed file changes its time.
+    """
+    files = sorted({info.file for info in plan.source.checkpoint.tensors.values()})
+    shards = {f.name: [f.stat().st_size, f.stat().st_mtime_ns, _header_digest(f)] for f in files}
+    recipe = plan.recipe.model_dump(mode="json", by_alias=True, exclude={"export": {"to"}, "model": True, "eval": True, "gates": True})
+    return {
+        "source": shards,
+        "config": hashlib.sha256(json.dumps(plan.source.config, sort_keys=True).encode()).hexdigest(),
+        "recipe": recipe,
+        "calibration tokens": context.samples.fingerprint if context.samples else None,
+        "seed": context.seed,
+        "versions": versions(),
+        "plugins": plugin_records(host),
+        "device": context.device,
+    }
+
+
+def _header_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        return hashlib.sha256(stream.read(length)).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the libraries a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def plugin_records(host: PluginHost) -> list[dict[str, str]]:
+    """Loaded plugins with distribution, version and hash of their RECORD."""
+    return [{"id": p.id, "dist": p.dist, "version": p.version, "record_sha256": p.record_sha256} for p in host.loaded.values()]
+
+
+def ledger(plan: Plan) -> dict[str, Any]:
+    """What became of every stored source tensor: quantized, transformed, copied, or dropped with the reason."""
+    fate: dict[str, Any] = {}
+    transformed = {i for i, s in enumerate(plan.steps) if s.sites}
+    for unit in plan.units:
+        for name in unit.tensors:
+            schemes = sorted({plan.schemes[s.name].name for s in unit.sites if s.tensor == name and s.name in plan.schemes})
+            if schemes:
+                fate[name] = {"fate": "quantized", "scheme": ", ".join(schemes)}
+            elif transformed & set(unit.steps):
+                fate.setdefault(name, {"fate": "transformed"})
+            else:
+                fate.setdefault(name, {"fate": "copied"})
+    for stored, logical in plan.source.consumed.items():
+        if stored != logical:
+            fate[stored] = {"fate": "dropped", "reason": f"folded into {logical}"}
+    missing = plan.source.checkpoint.tensors.keys() - fate.keys()
+    assert not missing, f"no fate for {sorted(missing)[0]}"
+    return fate
+
+
+def write_records(artifact: Artifact, host: PluginHost, before: int, after: int, start: float) -> dict[str, Any]:
+    """Write everything but the weights into the stage; returns the evaluation's numbers, if the recipe asks for one."""
+    stage, plan = artifact.path, artifact.plan
+    checkpoint = plan.source.checkpoint
+    write_index(stage, [{n: s for i in shard for n, s in plan.units[i].outputs.items()} for shard in plan.shards])
+    write_json(stage / "config.json", output_config(plan))
+    for companion in checkpoint.companions:
+        shutil.copyfile(companion, stage / companion.name)
+    records = stage / RECORDS
+    records.mkdir(exist_ok=True)
+    write_text(records / "recipe.yaml", to_yaml(plan.recipe))
+    write_json(records / "plan.json", plan.as_dict())
+    write_json(records / "ledger.json", ledger(plan))
+    write_json(records / "runtime.json", {"policies": artifact.policies})
+    write_json(records / "provenance.json", {"versions": versions(), "plugins": plugin_records(host), "device": artifact.context.device, "seed": artifact.context.seed})
+    evaluation: dict[str, Any] = {}
+    if plan.recipe.eval is not None:
+        from .evaluation import evaluate
+
+        e = plan.recipe.eval
+        evaluation = evaluate(stage, checkpoint.folder, text=e.text, windows=e.windows, length=e.length, device=artifact.context.device, host=host)
+    write_json(
+        records / "metrics.json",
+        {
+            "passes": artifact.passes,
+            "bytes_before": before,
+            "bytes_after": after,
+            "seconds": round(time.perf_counter() - start, 3),
+            "linears": artifact.metrics,
+            "evaluation": evaluation or None,
+            "warnings": artifact.context.warnings,
+            "fallbacks": artifact.context.fallbacks,
+        },
+    )
+    write_text(stage / "README.md", card(artifact, before, after, evaluation))
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
+    write_text(records / "SHA256SUMS", "".join(f"{sha256(stage / name)}  {name}\n" for name in names))
+    return evaluation
+
+
+def output_config(plan: Plan) -> dict[str, Any]:
+    """The source's config with this output's quantization; `auto_map` is dropped, as no code is copied."""
+    config = {k: v for k, v in plan.source.config.items() if k not in ("quantization_config", "auto_map")}
+    if isinstance(config.get("text_config"), Mapping):
+        config["text_config"] = {k: v for k, v in config["text_config"].items() if k not in ("quantization_config", "auto_map")}
+    if plan.exporter is not None:
+        config["quantization_config"] = plan.exporter.config(plan.schemes, plan.ignore)
+    return config
+
+
+def card(artifact: Artifact, before: int, after: int, evaluation: Mapping[str, Any]) -> str:
+    """README.md of the output: only what was measured, with how."""
+    plan = artifact.plan
+    name = plan.source.checkpoint.folder.resolve().name
+    head = {"library_name": "transformers", "tags": ["angelslim", *sorted({s.pass_.id for s in plan.steps})], "base_model_relation": "quantized"}
+    if plan.recipe.model.path and "/" in plan.recipe.model.path and not Path(plan.recipe.model.path).exists():
+        head["base_model"] = plan.recipe.model.path
+        name = plan.recipe.model.path
+    rows = [f"| weights | {after / 1e6:.1f} MB, {after / before:.3f} of {before / 1e6:.1f} MB |"]
+    for step in artifact.passes:
+        if "sqnr_db_mean" in step["metrics"]:
+            m = step["metrics"]
+            rows.append(f"| {step['id']} | {m['linears']} linears, weight SQNR {m['sqnr_db_mean']:.2f} dB on average, {m['sqnr_db_min']:.2f} dB at worst |")
+    if evaluation:
+        e = evaluation
+        rows.append(f"| KL(base, output) | {e['kl']:.4f} nats per token, {e['tokens']} tokens, standard error {e['kl_stderr']:.4f}, {e['backend']} |")
+        rows.append(f"| perplexity | {e['perplexity']:.3f}, base {e['base_perplexity']:.3f} |")
+        rows.append(f"| same first choice | {100 * e['top1_agreement']:.2f} % of tokens |")
+    else:
+        rows.append("| perplexity, KL | not measured |")
+    engines = [f"| {engine} | {'yes' if v['ok'] else 'no'} | {v['why']} |" for engine, v in plan.engines.items()]
+    notes = [f"- {line}" for line in (*artifact.context.fallbacks, *artifact.context.warnings)]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {_plain(name)}, compressed",
+        "Made with AngelSlim. Everything below was measured on the files in this folder; `angelslim/` holds the full records.",
+        "| what | measured |\n|---|---|\n" + "\n".join(rows),
+        "## Engines\n\nFrom the headers, before any engine ran:\n\n| engine | loads it | why |\n|---|---|---|\n" + "\n".join(engines),
+        f"## Recipe\n\n```yaml\n{to_yaml(plan.recipe)}```",
+    ]
+    if notes:
+        parts.append("## Fallbacks and warnings\n\n" + "\n".join(notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    return "".join(c for c in text if c.isprintable() and c not in "<>`|")
+
+
+def read_records(folder: Path) -> dict[str, Any]:
+    """The records of an artifact that are there, by file stem."""
+    from .io.strict_json import read_json
+
+    return {p.stem: read_json(p, 1 << 30) for p in sorted((folder / RECORDS).glob("*.json"))}

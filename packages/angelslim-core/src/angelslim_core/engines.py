@@ -1,0 +1,91 @@
+"""Which engine loads which stored scheme: a table, with what each line rests on.
+
+`verdicts` is a prediction from headers, made before any work; a scheme the table does not know is not ok.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .plan import Plan
+    from .schemes import Scheme
+
+ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
+
+
+class Row(NamedTuple):
+    """One line of the table.
+
+    Args:
+        ok: the engine loads the scheme.
+        why: condition or reason, for people.
+        aligned: dimensions must be multiples of the block.
+    """
+
+    ok: bool
+    why: str = ""
+    aligned: bool = False
+
+
+# (engine, exporter, kind of scheme); versions: vLLM 0.32, transformers 5.23 with compressed-tensors 0.20 run by us,
+# SGLang from its documentation
+TABLE: dict[tuple[str, str, str], Row] = {
+    ("vllm", "compressed-tensors", "w8a8-int"): Row(True, "verified on vLLM 0.32 CPU"),
+    ("vllm", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "needs a GPU with FP8, or falls back to weight-only"),
+    ("vllm", "compressed-tensors", "w8a8-float-static"): Row(True, "needs a GPU with FP8"),
+    ("vllm", "compressed-tensors", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
+    ("vllm", "compressed-tensors", "w8a16"): Row(True),
+    ("vllm", "compressed-tensors", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
+    ("vllm", "fp8", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
+    ("sglang", "compressed-tensors", "w8a8-int"): Row(True, "unverified here"),
+    ("sglang", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "unverified here"),
+    ("sglang", "compressed-tensors", "w8a8-float-static"): Row(True, "unverified here"),
+    ("sglang", "compressed-tensors", "w4a16"): Row(True, "unverified here"),
+    ("sglang", "fp8", "w8a8-float-block"): Row(True, "unverified here", aligned=True),
+    ("transformers", "compressed-tensors", "w8a8-int"): Row(True, "verified on 5.23"),
+    ("transformers", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "verified on 5.23"),
+    ("transformers", "compressed-tensors", "w8a8-float-static"): Row(True, "verified on 5.23"),
+    ("transformers", "compressed-tensors", "w4a16"): Row(True, "verified on 5.23"),
+    ("transformers", "compressed-tensors", "w8a16"): Row(True, "verified on 5.23"),
+    ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.23"),
+    ("transformers", "fp8", "w8a8-float-block"): Row(True, "dequantized where there is no GPU", aligned=True),
+}
+
+
+def kind(scheme: Scheme) -> str:
+    """Key of the table for a scheme."""
+    grid, inputs = scheme.weights, scheme.input_activations
+    if inputs is None:
+        return f"w{grid.bits}a16" if grid.type == "int" and grid.bits in (4, 8) else "wNa16"
+    if grid.type == "int":
+        return f"w{grid.bits}a{inputs.bits}-int"
+    if grid.strategy == "block":
+        return "w8a8-float-block"
+    return f"w{grid.bits}a{inputs.bits}-float-{'dynamic' if inputs.dynamic else 'static'}"
+
+
+def verdicts(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Engine -> {ok, why} for what the plan will write."""
+    return {engine: _verdict(engine, plan) for engine in ENGINES}
+
+
+def _verdict(engine: str, plan: Plan) -> dict[str, Any]:
+    if engine == "llama.cpp":
+        return {"ok": False, "why": "reads GGUF only"}
+    if plan.exporter is None:
+        return {"ok": True, "why": "weights stay in a plain floating-point layout"}
+    notes = []
+    sites = {s.name: s for s in plan.description.sites}
+    for scheme in dict.fromkeys(plan.schemes.values()):
+        row = TABLE.get((engine, plan.exporter.name, kind(scheme)))
+        if row is None or not row.ok:
+            return {"ok": False, "why": f"{scheme.name} ({plan.exporter.name}): {row.why if row else 'not known to load'}"}
+        block = scheme.weights.block_structure
+        if row.aligned and block:
+            for name in (n for n, s in plan.schemes.items() if s == scheme):
+                rows, columns = sites[name].shape
+                if rows % block[0] or columns % block[1]:
+                    return {"ok": False, "why": f"{name} is {rows} x {columns}, no multiple of the {block[0]} x {block[1]} block"}
+        notes.append(f"{scheme.name}: {row.why}" if row.why else scheme.name)
+    return {"ok": True, "why": "; ".join(notes)}

@@ -1,0 +1,175 @@
+"""Loading what was made: a transformers model with the artifact's runtime policies installed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapters import find_layout, transformers_identity
+from .adapters.base import Description, describe
+from .artifact import RECORDS
+from .errors import ModelError
+from .io.strict_json import read_json
+from .model import compute_dtype, sanitized
+from .passes import RuntimePass
+from .plugins import OFFICIAL, PluginHost
+from .source import Source, open_any, quantization_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OWN_READER = "transformers, weights dequantized by AngelSlim"
+
+
+@dataclass
+class Loaded:
+    """A model ready to run.
+
+    Args:
+        backend: who read the weights.
+        tokenizer: None where the folder has none.
+        policies: ids of the runtime passes installed.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    backend: str
+    policies: list[str] = field(default_factory=list)
+
+
+def load(path: str | Path, device: str = "auto", plugins: tuple[str, ...] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Model and tokenizer of a folder, runtime policies installed, so that `generate` just works.
+
+    Args:
+        plugins: third parties' plugins whose runtime policies may be installed; official ones are loaded as needed.
+    """
+    host = PluginHost()
+    host.load(plugins)
+    loaded = load_model(Path(path), device, host=host)
+    return loaded.model, loaded.tokenizer
+
+
+def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | None = None) -> Loaded:
+    """Load any folder this toolkit can read, in its stored dtype.
+
+    transformers reads what it can read exactly; otherwise weights are dequantized by our own reader, and `backend`
+    says so.
+
+    Raises:
+        ModelError: invalid, unknown, or a tensor is missing, unexpected or of a wrong shape.
+    """
+    from .pipeline import pick_device
+
+    folder = Path(path)
+    host = host or PluginHost()
+    source = open_any(folder, host.registry.exporters.values())
+    layout = find_layout(source.config, host.registry.layouts)
+    description = describe(layout, source.config, source.shapes, source.dtypes)
+    where = pick_device(device)
+    backend = "transformers" if reads_natively(source, description, where) else OWN_READER
+    model = _from_transformers(source, description, native=backend == "transformers")
+    model.to(where).eval()
+    policies = _install(folder, model, host)
+    tokenizer = load_tokenizer(folder) if source.checkpoint.has_tokenizer else None
+    return Loaded(model, tokenizer, backend, policies)
+
+
+def reads_natively(source: Source, description: Description, device: str) -> bool:
+    """Whether transformers itself reads a folder and computes what was stored.
+
+    It replaces `nn.Linear` modules only, so quantized experts, which it holds as 3-D parameters, are ours to read, and
+    so is block FP8 where there is no GPU.
+    """
+    if source.exporter is None:
+        return True
+    if any(s.expert is not None and s.name in source.quantized for s in description.sites):
+        return False
+    return source.exporter.name == "compressed-tensors"
+
+
+def _from_transformers(source: Source, description: Description, native: bool) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from .io.checkpoint import torch_dtype
+
+    config = sanitized(source.config)
+    config.update(transformers_identity(description.layout, source.config))
+    if native and source.exporter is not None:
+        config["quantization_config"] = quantization_config(source.config)
+    dtype = torch_dtype(compute_dtype(source, description))
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            # transformers sees a sanitized config and, as links, only the weight files that were checked
+            folder = Path(name)
+            (folder / "config.json").write_text(json.dumps(config))
+            if native:
+                for file in {info.file for info in source.checkpoint.tensors.values()}:
+                    (folder / file.name).symlink_to(file.resolve())
+                index = source.checkpoint.folder / "model.safetensors.index.json"
+                if index.is_file():
+                    (folder / index.name).symlink_to(index.resolve())
+                model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+            else:
+                state = {n: _read_cast(source, n, dtype) for n in source.dtypes}
+                config = AutoConfig.from_pretrained(folder, local_files_only=True)
+                model, info = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    _check_loading(info, description, source)
+    return model
+
+
+def _read_cast(source: Source, name: str, dtype: Any) -> Any:
+    tensor = source.read(name)
+    return tensor.to(dtype) if name.removesuffix(".weight") in source.quantized else tensor
+
+
+def _check_loading(info: dict[str, Any], description: Description, source: Source) -> None:
+    """Nothing may be initialised at random or left out, but MTP layers, which transformers does not run."""
+    unexpected = [k for k in info.get("unexpected_keys") or () if k not in description.mtp_tensors and k.split(".")[-2:] != ["rotary_emb", "inv_freq"]]
+    tied = bool(source.config.get("tie_word_embeddings", (source.config.get("text_config") or {}).get("tie_word_embeddings", False)))
+    missing = [k for k in info.get("missing_keys") or () if not (tied and k.endswith("lm_head.weight"))]
+    mismatched = info.get("mismatched_keys") or ()
+    for what, names in (("missing from", missing), ("not used by the model, but in", unexpected), ("of another shape in", mismatched)):
+        if names:
+            raise ModelError(91, str(sorted(map(str, names))[0]), f"is {what} the checkpoint ({len(names)} such tensors)")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; no code from the folder runs.
+
+    Raises:
+        ModelError: transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a hostile file provokes in the tokenizer library is the model's fault
+        raise ModelError(92, str(folder), f"has an unreadable tokenizer: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+def _install(folder: Path, model: PreTrainedModel, host: PluginHost) -> list[str]:
+    """Install the runtime policies of an artifact; official plugins are loaded, others must be loaded already."""
+    record = folder / RECORDS / "runtime.json"
+    if not record.is_file():
+        return []
+    installed = []
+    for entry in read_json(record).get("policies", []):
+        pass_id = str(entry.get("pass"))
+        plugin = pass_id.partition(".")[0]
+        if plugin not in host.loaded and plugin in OFFICIAL:
+            host.load([plugin])
+        pass_class = host.registry.find_pass(pass_id, f"{record.name}: {pass_id}")
+        if not issubclass(pass_class, RuntimePass):
+            raise ModelError(93, record.name, f"{pass_id} is no runtime pass")
+        pass_class.install(model, entry.get("policy") or {})
+        installed.append(pass_id)
+    return installed

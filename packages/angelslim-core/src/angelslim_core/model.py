@@ -1,0 +1,149 @@
+"""Building a transformers model around tensors we read ourselves; config.json never reaches transformers unsanitized."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .adapters import transformers_type
+from .adapters.base import Description
+from .errors import ModelError
+from .io.checkpoint import torch_dtype
+from .source import Source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# keys through which a config reaches code or the network: custom classes, kernels from a hub, other weights
+_REACHING = re.compile(r"auto_map|.*attn_implementation.*|.*experts_implementation.*|transformers_weights|custom_pipelines|_name_or_path|quantization_config")
+
+
+def sanitized(config: Any) -> Any:
+    """config.json without keys that reach for code, kernels or other folders, at any depth."""
+    if isinstance(config, Mapping):
+        return {key: sanitized(value) for key, value in config.items() if not _REACHING.fullmatch(key)}
+    return [sanitized(value) for value in config] if isinstance(config, list) else config
+
+
+def transformers_config(description: Description, config: Mapping[str, Any]) -> PretrainedConfig:
+    """The transformers config of a checkpoint.
+
+    Raises:
+        ModelError: transformers does not know the architecture or refuses a value.
+    """
+    from transformers import CONFIG_MAPPING
+
+    name = transformers_type(description.layout, config)
+    if name not in CONFIG_MAPPING:
+        raise ModelError(82, "config.json", f"transformers does not know the architecture {name!r}", "a newer transformers may")
+    try:
+        return CONFIG_MAPPING[name].from_dict(sanitized(config))
+    except Exception as error:  # whatever a hostile value provokes in transformers is the model's fault
+        raise ModelError(83, "config.json", f"transformers refuses it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside get parameters without storage, but real buffers (rotary tables are computed, not loaded)."""
+    from torch import nn
+
+    plain = nn.Module.register_parameter
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        plain(self, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+class Skeleton:
+    """A model with meta parameters, filled part by part from a source.
+
+    Args:
+        source: where the tensors are.
+        description: where the layers are.
+    """
+
+    def __init__(self, source: Source, description: Description) -> None:
+        import torch
+        from torch import nn
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        self.source, self.description = source, description
+        config = transformers_config(description, source.config)
+        self.dtype = torch_dtype(compute_dtype(source, description))
+        with parameters_on_meta(), no_init_weights():
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        self.model.eval()
+        found = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and name.endswith("layers") and len(module) == description.num_layers and "vis" not in name and "audio" not in name
+        ]
+        if not found:
+            raise ModelError(84, "config.json", f"the model transformers builds has no list of {description.num_layers} layers")
+        path, self.layers = found[0]
+        self.backbone = self.model.get_submodule(path.rpartition(".")[0])
+        self._prefix = description.block.rpartition(".")[0]
+        self.torch = torch
+
+    def fill_backbone(self, device: str) -> None:
+        """Load what is around the layers: embeddings and final norm."""
+        wanted = [n for n, _ in self.backbone.named_parameters() if not n.startswith("layers.")]
+        wanted += [n for n in self.backbone.state_dict() if not n.startswith("layers.") and n not in wanted]
+        state = {}
+        for name in wanted:
+            stored = f"{self._prefix}.{name}" if self._prefix else name
+            if stored not in self.source.dtypes:
+                raise ModelError(85, stored, "is missing from the checkpoint")
+            state[name] = self.source.read(stored).to(device)
+        self._assign(self.backbone, state, ignore="layers.")
+        for module in self.backbone.children():
+            if module is not self.layers:
+                module.to(device)
+
+    def fill_layer(self, index: int, device: str) -> nn.Module:
+        """One decoder layer on `device`, routed experts as separate linears, its tensors fresh from the source."""
+        from .unfuse import unfuse
+
+        layer = self.layers[index]
+        unfuse(layer)
+        self._assign(layer, {n: t.to(device) for n, t in self.layer_tensors(index).items()})
+        return layer.to(device)
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Name inside the layer -> tensor, stacked experts taken apart."""
+        prefix = f"{self.description.block}.{index}."
+        sites = [s for s in self.description.sites if s.layer == index]
+        state = {f"{s.name.removeprefix(prefix)}.weight": self.source.read(s.tensor, s.part) for s in sites}
+        covered = {s.tensor for s in sites}
+        state.update({n.removeprefix(prefix): self.source.read(n) for n in self.source.dtypes if n.startswith(prefix) and n not in covered})
+        return state
+
+    def drop_layer(self, index: int) -> None:
+        """Free a layer's parameters."""
+        self.layers[index].to("meta")
+
+    def _assign(self, module: nn.Module, state: Mapping[str, torch.Tensor], ignore: str = "\0") -> None:
+        wanted = {n for n in module.state_dict() if not n.startswith(ignore)}
+        for name in sorted(wanted - state.keys()):
+            raise ModelError(86, name, f"is needed by {type(module).__name__} and missing from the checkpoint")
+        for name in sorted(state.keys() - wanted):
+            raise ModelError(87, name, f"is in the checkpoint, but {type(module).__name__} has no such tensor")
+        parameters = dict(module.named_parameters())
+        cast = {n: t.to(parameters[n].dtype) if n in parameters and t.is_floating_point() else t for n, t in state.items()}
+        module.load_state_dict(cast, strict=False, assign=True)
+        module.requires_grad_(False)
+
+
+def compute_dtype(source: Source, description: Description) -> str:
+    """Dtype in which the model computes: that of its first linear."""
+    return next(s.dtype for s in description.sites if s.layer is not None)

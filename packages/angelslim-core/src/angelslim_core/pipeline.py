@@ -1,0 +1,373 @@
+"""Recipe -> Plan -> passes -> published folder: what `compress` and `angelslim run` do."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .adapters import find_layout
+from .adapters.base import Description, describe
+from .artifact import Artifact, fingerprint, write_records
+from .context import Context, Progress, never, silent
+from .errors import ModelError, NumericError, ResourceError, UsageError
+from .io.checkpoint import Checkpoint, read_header
+from .io.hub import resolve
+from .passes import ModelPass, Pass, RuntimePass
+from .plan import Plan, Step, make_plan
+from .plugins import PluginHost, required_plugins
+from .recipe import Recipe, bind_options, load_recipe, steps_from_use
+from .source import Source, open_source
+from .stream import write_shards
+from .workdir import Workdir
+
+@dataclass
+class Result:
+    """What a run did; `as_dict` is the `--json` document of `angelslim run`."""
+
+    path: Path
+    passes: list[dict[str, Any]]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    resumed_layers: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "passes": self.passes,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "warnings": self.warnings,
+            "fallbacks": len(self.fallbacks),
+            "resumed_layers": self.resumed_layers,
+            "peak_ram_bytes": peak_ram_bytes(),
+            "seconds": round(self.seconds, 3),
+            "metrics": self.metrics,
+        }
+
+
+def compress(
+    model: str | Path | None = None,
+    use: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    plugins: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    device: str | None = None,
+    replace: bool = False,
+    host: PluginHost | None = None,
+    progress: Progress = silent,
+    stop_requested: Callable[[], bool] = never,
+) -> Result:
+    """Compress a model into a new folder.
+
+    Args:
+        model: model folder, or a hub id when online; overrides the recipe's.
+        use: pass ids in order with default options, instead of a recipe.
+        out: folder to create; overrides the recipe's.
+        recipe: YAML file, name of a shipped recipe, or its content.
+        plugins: plugins to load; with neither `use` nor `recipe`, their default presets run.
+        overrides: "path=value" as for `--set`.
+        replace: an existing output is replaced once the new one is complete.
+        progress: called as progress(done, total, label).
+        stop_requested: asked between items; true ends the run safely.
+
+    Raises:
+        AngelslimError: with a stable code; nothing is left at `out`.
+    """
+    start = time.perf_counter()
+    prepared = prepare(model, use, out, recipe=recipe, plugins=plugins, overrides=overrides, seed=seed, device=device, host=host)
+    if prepared.out is None:
+        raise UsageError(1, "--out", "no output folder is given", "name one by --out, or export.to in the recipe")
+    try:
+        return _execute(prepared, replace, progress, stop_requested, start)
+    except MemoryError as error:
+        raise ResourceError(2, str(prepared.source.checkpoint.folder), f"memory ran out after {peak_ram_bytes()} bytes") from error
+
+
+@dataclass
+class Prepared:
+    """A recipe bound to a model: everything that is known before work starts."""
+
+    recipe: Recipe
+    host: PluginHost
+    passes: list[Pass]
+    source: Source
+    description: Description
+    plan: Plan
+    out: Path | None
+    device: str
+
+
+def prepare(
+    model: str | Path | None = None,
+    use: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    plugins: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    device: str | None = None,
+    host: PluginHost | None = None,
+) -> Prepared:
+    """Load plugins, bind options, read headers and plan; reads no weight. Arguments as for `compress`."""
+    host = host or PluginHost()
+    chosen = pick_device(device or "auto")
+    if recipe is not None and use:
+        raise UsageError(2, "--use", "a recipe and --use exclude each other", "add the step to the recipe")
+    if recipe is not None:
+        bound = load_recipe(recipe, overrides=overrides)
+    elif use:
+        bound = steps_from_use(list(use), overrides)
+    elif plugins:
+        host.load(plugins)
+        bound = load_recipe({"steps": host.default_steps(plugins, device_name(chosen))}, overrides=overrides)
+    else:
+        raise UsageError(3, "run", "nothing to do", "give a recipe, --use PASS_ID, or --plugins for their default presets")
+    host.load(required_plugins([s.use for s in bound.steps], plugins or ()))
+    passes = []
+    for index, step in enumerate(bound.steps):
+        pass_class = host.registry.find_pass(step.use, bound.where(f"steps[{index}].use"))
+        passes.append(pass_class(bind_options(index, bound, pass_class)))
+    path = model if model is not None else bound.model.path
+    if path is None:
+        raise UsageError(4, "--model", "no model is given", "name one by --model, or model.path in the recipe")
+    target = out if out is not None else bound.export.to
+    if device is None and bound.runtime.device != "auto":
+        chosen = pick_device(bound.runtime.device)
+    if seed is not None:
+        bound = bound.model_copy(update={"runtime": bound.runtime.model_copy(update={"seed": seed})})
+    source = open_source(resolve(path), host.registry.exporters.values())
+    description = describe_source(source, host)
+    if any(p.needs_calibration for p in passes) and bound.calibration is None:
+        index = next(i for i, p in enumerate(passes) if p.needs_calibration)
+        raise UsageError(5, bound.where(f"steps[{index}]"), f"{passes[index].id} needs calibration data", "--set calibration.data=FILE, or =self")
+    plan = make_plan(bound, passes, source, description, host.registry.exporters)
+    host.hook.angelslim_modify_plan(plan=plan)
+    return Prepared(bound, host, passes, source, description, plan, Path(target) if target is not None else None, chosen)
+
+
+def describe_source(source: Source, host: PluginHost) -> Description:
+    """Match a source against the known architectures."""
+    layout = find_layout(source.config, host.registry.layouts)
+    return describe(layout, source.config, source.shapes, source.dtypes)
+
+
+def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:
+    recipe, plan, host = prepared.recipe, prepared.plan, prepared.host
+    assert prepared.out is not None
+    with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir:
+        _check_disk(plan, workdir)
+        context = Context(
+            prepared.source, prepared.description, prepared.device, recipe.runtime.seed, workdir.path,
+            batch_size=recipe.calibration.batch_size if recipe.calibration else 1, progress=progress, stop_requested=stop,
+        )  # fmt: skip
+        context.warnings += plan.warnings
+        if recipe.calibration and any(p.needs_calibration for p in prepared.passes):
+            _calibrate(prepared, context)
+        journal = workdir.begin(fingerprint(plan, host, context))
+        timer = _Timer(host, context)
+        trained = _train(prepared, context, workdir, timer)
+        if trained is not None:
+            plan = trained
+            context.source, context.description = plan.source, plan.description
+        for step in plan.steps:
+            if hasattr(step.pass_, "prepare"):
+                step.pass_.prepare(context)
+        policies = [
+            {"pass": s.pass_.id, "policy": dict(timer.run(s, lambda s=s: s.pass_.policy(context)))}  # type: ignore[attr-defined,misc]
+            for s in plan.steps
+            if isinstance(s.pass_, RuntimePass)
+        ]
+        metrics, resumed, files = {}, 0, {}
+        if plan.layer_steps:
+            from .sweep import run_sweep
+
+            sweep = run_sweep(plan, context, workdir, journal, timer.run)
+            metrics.update(sweep.metrics)
+            resumed, files = sweep.resumed_layers, sweep.files
+            timer.reports.update({i: _merge(r) for i, r in sweep.reports.items()})
+        streaming = time.perf_counter()
+        metrics.update(write_shards(plan, context, workdir, journal, files))
+        timer.share([s for s in plan.steps if not isinstance(s.pass_, RuntimePass | ModelPass)], time.perf_counter() - streaming)
+        passes = [timer.entry(s, metrics) for s in plan.steps]
+        after = sum(p.stat().st_size for p in workdir.stage.glob("*.safetensors"))
+        before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())
+        artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context)
+        evaluation = write_records(artifact, host, before, after, start)
+        _verify(workdir.stage, plan)
+        _gates(recipe, evaluation)
+        workdir.publish()
+    artifact.path = prepared.out
+    host.hook.angelslim_run_finished(artifact=artifact)
+    return Result(
+        prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, resumed,
+        {**summary(metrics), **evaluation}, plan.as_dict(),
+    )  # fmt: skip
+
+
+class _Timer:
+    """Runs passes through the hook, which plugins may wrap, and keeps their seconds and reports."""
+
+    def __init__(self, host: PluginHost, context: Context) -> None:
+        self.host, self.context = host, context
+        self.seconds: dict[int, float] = {}
+        self.reports: dict[int, dict[str, Any]] = {}
+
+    def run(self, step: Step, execute: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return self.host.hook.angelslim_run_pass(pass_=step.pass_, context=self.context, execute=execute)
+        finally:
+            self.seconds[step.index] = self.seconds.get(step.index, 0.0) + time.perf_counter() - start
+
+    def share(self, steps: Sequence[Step], seconds: float) -> None:
+        """Streaming interleaves the steps, so its time is divided evenly."""
+        for step in steps:
+            self.seconds[step.index] = self.seconds.get(step.index, 0.0) + seconds / len(steps)
+
+    def entry(self, step: Step, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        names = {site.name for site in step.sites}
+        own = {k: v for k, v in metrics.items() if k in names}
+        return {"id": step.pass_.id, "seconds": round(self.seconds.get(step.index, 0.0), 3), "metrics": {**summary(own), **self.reports.get(step.index, {})}}
+
+
+def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer) -> Plan | None:
+    """Run the model passes on the whole model; the checkpoint they leave is the source of the other steps."""
+    steps = [s for s in prepared.plan.steps if isinstance(s.pass_, ModelPass)]
+    if not steps:
+        return None
+    import torch
+
+    from .loading import load_model
+
+    folder = workdir.path / "trained"
+    if not (folder / "config.json").is_file():
+        loaded = load_model(prepared.source.checkpoint.folder, prepared.device, host=prepared.host)
+        devices = [torch.cuda.current_device()] if prepared.device == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(context.seed)
+            for step in steps:
+                pass_ = step.pass_
+                assert isinstance(pass_, ModelPass)
+                timer.reports[step.index] = dict(timer.run(step, lambda pass_=pass_: pass_.run(loaded.model, context)) or {})  # type: ignore[misc]
+        unfinished = workdir.path / "trained.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        loaded.model.save_pretrained(unfinished)
+        for companion in prepared.source.checkpoint.companions:
+            shutil.copy(companion, unfinished / companion.name)
+        unfinished.rename(folder)
+    source = open_source(folder, prepared.host.registry.exporters.values())
+    source.checkpoint.warnings = []
+    description = describe_source(source, prepared.host)
+    return make_plan(prepared.recipe, prepared.passes, source, description, prepared.host.registry.exporters)
+
+
+def _calibrate(prepared: Prepared, context: Context) -> None:
+    from .calibration.data import load_samples, self_samples
+    from .loading import load_model, load_tokenizer
+
+    calibration = prepared.recipe.calibration
+    assert calibration is not None
+    folder = prepared.source.checkpoint.folder
+    if not prepared.source.checkpoint.has_tokenizer:
+        raise ModelError(88, str(folder), "has no tokenizer, which calibration text needs", "copy the tokenizer files into the model folder")
+    tokenizer = load_tokenizer(folder)
+
+    def generate(num: int, tokens: int, seed: int) -> list[list[int]]:
+        loaded = load_model(folder, prepared.device, host=prepared.host)
+        return self_samples(loaded.model, tokenizer, num, tokens, seed)
+
+    context.samples = load_samples(calibration, tokenizer, context.seed, generate)
+    context.warnings += context.samples.warnings
+
+
+def _check_disk(plan: Plan, workdir: Workdir) -> None:
+    needed = int(plan.bytes_after * 1.1) + (plan.bytes_after if plan.layer_steps else 0)
+    free = shutil.disk_usage(workdir.path).free
+    if free < needed:
+        raise ResourceError(3, str(workdir.out), f"needs {needed} bytes of disk, {free} are free", "free space or choose another --out")
+    limit = plan.recipe.runtime.max_ram_bytes
+    if limit is not None and plan.peak_ram_bytes > limit:
+        raise ResourceError(4, plan.recipe.where("runtime.max_ram"), f"the plan needs about {plan.peak_ram_bytes} bytes of RAM, {limit} are allowed")
+
+
+def _verify(stage: Path, plan: Plan) -> None:
+    """Reopen what was written: headers as planned, every source tensor accounted for."""
+    written = Checkpoint.open(stage).tensors
+    planned = {n: spec for unit in plan.units for n, spec in unit.outputs.items()}
+    wrong = [n for n in planned if n not in written or (written[n].dtype, written[n].shape) != (planned[n].dtype, planned[n].shape)]
+    if wrong or len(written) != len(planned):
+        raise NumericError(4, wrong[0] if wrong else str(stage.name), "was not written as planned")
+    for path in stage.glob("*.safetensors"):
+        read_header(path)
+
+
+def _gates(recipe: Recipe, evaluation: Mapping[str, Any]) -> None:
+    gates = recipe.gates
+    if gates is None:
+        return
+    for name, limit, better in (("kl", gates.max_kl, "<="), ("top1_agreement", gates.min_top1, ">=")):
+        if limit is None:
+            continue
+        value = evaluation[name]
+        if not (value <= limit if better == "<=" else value >= limit):
+            raise NumericError(5, recipe.where("gates"), f"{name} is {value:.4f}, the gate asks for {better} {limit}", "nothing was written; choose a milder scheme")
+
+
+def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and worst SQNR over quantized linears, dB."""
+    values = {name: m["sqnr_db"] for name, m in metrics.items() if isinstance(m, Mapping) and m.get("sqnr_db") is not None}
+    if not values:
+        return {}
+    worst = min(values, key=lambda name: values[name])
+    return {"sqnr_db_mean": round(sum(values.values()) / len(values), 3), "sqnr_db_min": values[worst], "worst": worst, "linears": len(values)}
+
+
+def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers of a layer pass over all layers: sums of counts, otherwise a list per layer."""
+    keys = dict.fromkeys(k for r in reports for k in r)
+    return {k: sum(r.get(k, 0) for r in reports) if all(type(r.get(k, 0)) is int for r in reports) else [r.get(k) for r in reports] for k in keys}
+
+
+def pick_device(name: str) -> str:
+    """ "cpu" or "cuda"; "auto" takes a GPU if there is one.
+
+    Raises:
+        UsageError: cuda was asked for and there is none.
+    """
+    import torch
+
+    if name == "cpu":
+        return "cpu"
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError(6, "--device", "cuda was asked for, but torch sees no GPU")
+    return "cuda" if available else "cpu"
+
+
+def device_name(device: str) -> str:
+    """Device with its compute capability, as `angelslim_default_steps` gets it."""
+    if device == "cpu":
+        return device
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda:{major}.{minor}"
+
+
+def peak_ram_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,297 @@
+"""Recipe and headers -> Plan: what will happen to every tensor, before any weight is read.
+
+Whatever can be known from headers fails here: unknown options, rules that match nothing, shapes that do not divide,
+two steps that quantize one linear, engines that will refuse the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .adapters.base import Description, Site, select
+from .engines import verdicts
+from .errors import EngineError, PlanError
+from .exporters import Exporter, TensorSpec
+from .io.checkpoint import FLOATS
+from .io.writer import spec_bytes, split_shards
+from .passes import Kind, LayerPass, ModelPass, Pass, TensorPass, WeightPass
+from .schemes import Scheme
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+    from .source import Source
+
+# resident memory of the interpreter with torch loaded, and of transformers on top, bytes (measured, CPU build)
+BASE_RAM = 300 << 20
+MODEL_RAM = 350 << 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass bound to its options and to the linears it treats (none for model and runtime passes)."""
+
+    index: int
+    pass_: Pass
+    sites: tuple[Site, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are read and written together: a copy, one linear, or one fused set.
+
+    Args:
+        sites: the linears, empty for a copy.
+        steps: indices of the tensor and layer steps that treat them.
+        tensors: source tensors read.
+        outputs: tensor name -> what is written.
+    """
+
+    sites: tuple[Site, ...]
+    steps: tuple[int, ...]
+    tensors: tuple[str, ...]
+    outputs: Mapping[str, TensorSpec]
+
+
+@dataclass
+class Plan:
+    """What a run will do; `as_dict` is what `--dry-run` shows."""
+
+    recipe: Recipe
+    source: Source
+    description: Description
+    steps: list[Step]
+    units: list[Unit]
+    shards: list[list[int]]
+    schemes: dict[str, Scheme]
+    ignore: list[str]
+    exporter: Exporter | None
+    engines: dict[str, dict[str, Any]]
+    peak_ram_bytes: int
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        return self.source.checkpoint.nbytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors that will be written."""
+        return sum(spec_bytes(spec) for unit in self.units for spec in unit.outputs.values())
+
+    @property
+    def layer_steps(self) -> list[Step]:
+        return [s for s in self.steps if isinstance(s.pass_, LayerPass)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data; `tensors` lists every source tensor and what becomes of it."""
+        rows = []
+        for unit in self.units:
+            for name in dict.fromkeys(unit.tensors):
+                sites = [s for s in unit.sites if s.tensor == name]
+                scheme = next((self.schemes[s.name].name for s in sites if s.name in self.schemes), None)
+                rows.append({"tensor": name, "shape": list(self.source.shapes[name]), "action": scheme or "copy", "linears": len(sites)})
+        return {
+            "plan": [
+                {"pass": s.pass_.id, "kind": s.pass_.kind.value, "tensors": len(s.sites), "options": s.pass_.config.model_dump(mode="json")}
+                for s in self.steps
+            ],
+            "tensors": rows,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "shards": len(self.shards),
+            "export": self.exporter.name if self.exporter else None,
+            "engines": self.engines,
+            "problems": self.problems,
+            "warnings": self.warnings,
+        }
+
+
+def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, description: Description, exporters: Mapping[str, type[Exporter]]) -> Plan:
+    """Plan a recipe for a model.
+
+    Args:
+        passes: one bound pass per step of the recipe.
+        exporters: known layouts by name.
+
+    Raises:
+        PlanError: the recipe does not fit the model, or its steps do not fit each other.
+        EngineError: `export.engines` names an engine that will refuse the result.
+    """
+    _check_order(recipe, passes)
+    steps = [Step(i, p, tuple(_targets(recipe, i, p, description, source)) if isinstance(p, WeightPass) else ()) for i, p in enumerate(passes)]
+    schemes = _schemes(recipe, steps)
+    _check_fused(description, schemes)
+    exporter = _exporter(recipe, schemes, exporters)
+    units = _units(source, description, steps, schemes, exporter)
+    shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
+    quantized = set(schemes)
+    ignore = [s.name for s in description.sites if s.name not in quantized] + _tied_head(source, description)
+    plan = Plan(recipe, source, description, steps, units, shards, schemes, ignore, exporter, {}, 0)
+    plan.warnings += source.checkpoint.warnings
+    if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
+        plan.warnings.append("calibration is given, but no step uses it")
+    plan.peak_ram_bytes = _peak_ram(plan)
+    plan.engines = verdicts(plan)
+    for engine in recipe.export.engines:
+        verdict = plan.engines.get(engine)
+        if verdict is None:
+            raise EngineError(2, recipe.where("export.engines"), f"unknown engine {engine!r}", f"known: {', '.join(plan.engines)}")
+        if not verdict["ok"]:
+            raise EngineError(3, engine, f"will not load this result: {verdict['why']}", "change the scheme, or drop the engine from export.engines")
+    return plan
+
+
+def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
+    if not passes:
+        raise PlanError(3, recipe.where("steps"), "no step to run")
+    ids = [p.id for p in passes]
+    for i, pass_ in enumerate(passes):
+        where = recipe.where(f"steps[{i}]")
+        for needed in sorted(pass_.requires - set(ids[:i])):
+            raise PlanError(4, where, f"{pass_.id} needs {needed} in an earlier step")
+        for clash in sorted(pass_.conflicts & set(ids)):
+            raise PlanError(5, where, f"{pass_.id} and {clash} exclude each other")
+        if isinstance(pass_, ModelPass) and any(isinstance(p, WeightPass) for p in passes[:i]):
+            raise PlanError(6, where, f"{pass_.id} trains the whole model, so it must come before the steps that rewrite weights")
+
+
+def _targets(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> list[Site]:
+    step = recipe.steps[index]
+    where = recipe.where(f"steps[{index}]")
+    usable = [s for s in description.sites if s.dtype in FLOATS]
+    if step.targets is None:
+        found = {s.name for selector in pass_.default_targets for s in select(usable, [selector], where, optional=True)}
+        chosen = [s for s in usable if s.name in found]
+    else:
+        chosen = select(usable, step.targets, where, step.optional)
+    tied = set(_tied_head(source, description))
+    rules = [rule for rule in step.ignore if rule not in tied]
+    ignored = {s.name for s in select(usable, rules, recipe.where(f"steps[{index}].ignore"), step.optional)}
+    chosen = [s for s in chosen if s.name not in ignored]
+    if not chosen and not step.optional:
+        raise PlanError(7, where, f"{pass_.id} has no linear to work on in this model")
+    return chosen
+
+
+def _schemes(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Scheme]:
+    schemes: dict[str, Scheme] = {}
+    owner: dict[tuple[str, str], str] = {}
+    for step in steps:
+        if not isinstance(step.pass_, WeightPass):
+            continue
+        for site in step.sites:
+            for claim in step.pass_.claims:
+                first = owner.setdefault((site.name, claim), step.pass_.id)
+                if first != step.pass_.id or site.name in schemes:
+                    where = recipe.where(f"steps[{step.index}]")
+                    raise PlanError(8, where, f"{step.pass_.id} and {first} both set {claim} of {site.name}", "give the steps disjoint `targets`")
+            scheme = step.pass_.scheme(site)
+            if scheme is not None:
+                schemes[site.name] = scheme
+    return schemes
+
+
+def _check_fused(description: Description, schemes: Mapping[str, Scheme]) -> None:
+    first: dict[str, Site] = {}
+    for site in description.sites:
+        if site.fused is None:
+            continue
+        other = first.setdefault(site.fused, site)
+        if schemes.get(other.name) != schemes.get(site.name):
+            raise PlanError(9, site.name, f"would be stored otherwise than {other.name}, but engines run both as one matmul", "target or ignore them together")
+
+
+def _exporter(recipe: Recipe, schemes: Mapping[str, Scheme], exporters: Mapping[str, type[Exporter]]) -> Exporter | None:
+    wanted, where = recipe.export.format, recipe.where("export.format")
+    if wanted != "auto" and wanted not in exporters:
+        raise PlanError(10, where, f"no exporter {wanted!r}", f"known: {', '.join(sorted(exporters))}")
+    if not schemes:
+        return None
+    distinct = list(dict.fromkeys(schemes.values()))
+    common = [e for e in distinct[0].exporters if all(e in s.exporters for s in distinct) and e in exporters]
+    # several block sizes or schemes need a layout with groups
+    if len(distinct) > 1 and "compressed-tensors" in common:
+        common = ["compressed-tensors"]
+    if wanted != "auto":
+        common = [e for e in common if e == wanted]
+    if not common:
+        names = ", ".join(s.name for s in distinct)
+        raise PlanError(11, where, f"no {'layout' if wanted == 'auto' else wanted + ' layout'} holds {names} in one folder")
+    return exporters[common[0]]()
+
+
+def _units(source: Source, description: Description, steps: Sequence[Step], schemes: Mapping[str, Scheme], exporter: Exporter | None) -> list[Unit]:
+    of_tensor: dict[str, list[Site]] = {}
+    for site in description.sites:
+        of_tensor.setdefault(site.tensor, []).append(site)
+    of_fused: dict[str, list[Site]] = {}
+    for site in description.sites:
+        if site.fused:
+            of_fused.setdefault(site.fused, []).append(site)
+    treated: dict[str, list[int]] = {}
+    joined: set[str] = set()
+    for step in steps:
+        joins = isinstance(step.pass_, TensorPass) and step.pass_.joins_fused
+        for site in step.sites:
+            treated.setdefault(site.name, []).append(step.index)
+            if joins and site.fused:
+                joined.add(site.fused)
+    units: list[Unit] = []
+    done: set[str] = set()
+    for tensor in source.dtypes:
+        sites = of_tensor.get(tensor, [])
+        # a stacked tensor is written as separate linears as soon as one of them is quantized
+        if not any(s.name in treated for s in sites) or (sites[0].part and not any(s.name in schemes for s in sites)):
+            steps_of = tuple(dict.fromkeys(i for s in sites for i in treated.get(s.name, ())))
+            units.append(Unit(tuple(sites) if steps_of else (), steps_of, (tensor,), {tensor: TensorSpec(source.dtypes[tensor], source.shapes[tensor])}))
+            continue
+        for site in sites:
+            if site.name in done:
+                continue
+            members = of_fused[site.fused] if site.fused in joined and site.fused else [site]
+            done.update(m.name for m in members)
+            outputs = {n: spec for m in members for n, spec in _outputs(m, schemes, exporter).items()}
+            used = tuple(dict.fromkeys(i for m in members for i in treated.get(m.name, ())))
+            units.append(Unit(tuple(members), used, tuple(dict.fromkeys(m.tensor for m in members)), outputs))
+    return [u for u in units if u.outputs]
+
+
+def _outputs(site: Site, schemes: Mapping[str, Scheme], exporter: Exporter | None) -> dict[str, TensorSpec]:
+    scheme = schemes.get(site.name)
+    if scheme is None:
+        return {f"{site.name}.weight": TensorSpec(site.dtype, site.shape)}
+    assert exporter
+    return {f"{site.name}.{suffix}": spec for suffix, spec in exporter.layout(site.shape, scheme).items()}
+
+
+def _tied_head(source: Source, description: Description) -> list[str]:
+    """The head's module name where its weight is the embedding's and not in the checkpoint."""
+    return [] if any(s.role == "head" for s in description.sites) else ["lm_head"]
+
+
+def _peak_ram(plan: Plan) -> int:
+    """Interpreter, the largest unit as read, in fp32 and twice as scratch, or the largest layer and the activations."""
+    source = plan.source
+    largest = 0
+    for unit in plan.units:
+        read = sum(s.shape[0] * s.shape[1] for s in unit.sites) if unit.sites else 0
+        copied = sum(spec_bytes(s) for s in unit.outputs.values())
+        largest = max(largest, read * 14 + copied if unit.steps else copied)
+    peak = BASE_RAM + largest
+    calibration = plan.recipe.calibration
+    if plan.layer_steps and calibration:
+        per_layer: dict[int | None, int] = {}
+        for site in plan.description.sites:
+            per_layer[site.layer] = per_layer.get(site.layer, 0) + site.shape[0] * site.shape[1]
+        layer = max(size for index, size in per_layer.items() if index is not None)
+        embedding = max(source.nbytes(name) for name in source.dtypes)
+        width = max(s.shape[1] for s in plan.description.sites)
+        activations = calibration.samples * calibration.tokens * width * 2 * 2
+        peak = max(peak, BASE_RAM + MODEL_RAM + embedding + layer * 6 + activations)
+    if any(step.pass_.kind is Kind.MODEL for step in plan.steps):
+        peak = max(peak, BASE_RAM + MODEL_RAM + 4 * plan.bytes_before)
+    return peak

@@ -1,0 +1,182 @@
+"""Tensor passes over a checkpoint: read a unit, compress it, write it, forget it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import NumericError
+from .exporters import Exporter
+from .io.checkpoint import Checkpoint, read_header
+from .io.writer import ShardWriter, shard_name
+from .passes import TensorPass
+from .schemes import Quantized
+from .workdir import Workdir, sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .adapters.base import Site
+    from .context import Context
+    from .plan import Plan, Unit
+
+Item, Got = TypeVar("Item"), TypeVar("Got")
+
+
+def write_shards(plan: Plan, context: Context, workdir: Workdir, journal: Iterable[Mapping[str, Any]], layers: Mapping[str, Path]) -> dict[str, Any]:
+    """Write every shard of the output into the stage; shards the journal holds are kept.
+
+    Args:
+        layers: output tensor -> file in which the layer sweep left it.
+    Returns:
+        per quantized linear: `sqnr_db`.
+    """
+    metrics: dict[str, Any] = {}
+    finished = {e["shard"]: e for e in journal if "shard" in e}
+    total = sum(len(shard) for shard in plan.shards)
+    done = 0
+    store = _LayerStore(layers)
+    for index, members in enumerate(plan.shards):
+        name = shard_name(index, len(plan.shards))
+        path = workdir.stage / name
+        if name in finished and path.is_file() and sha256(path) == finished[name]["sha256"]:
+            metrics.update(finished[name]["metrics"])
+            done += len(members)
+            continue
+        units = [plan.units[i] for i in members]
+        writer = ShardWriter(path, {n: spec for unit in units for n, spec in unit.outputs.items()})
+        found: dict[str, Any] = {}
+        try:
+            for unit, weights in prefetch(units, lambda unit: _read(unit, plan, store)):
+                context.check_stop(name)
+                for tensor, value in _process(unit, weights, plan, context, found).items():
+                    writer.write(tensor, value)
+                done += 1
+                context.progress(done, total, unit.tensors[0])
+            writer.finish()
+        except BaseException:
+            writer.close()
+            raise
+        workdir.record(shard=name, sha256=sha256(path), metrics=found)
+        metrics.update(found)
+    return metrics
+
+
+def prefetch(items: Iterable[Item], read: Callable[[Item], Got]) -> Iterator[tuple[Item, Got]]:
+    """(item, read(item)) in order, reading one item ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: list[tuple[Item, Any]] = []
+        for item in items:
+            pending.append((item, pool.submit(read, item)))
+            if len(pending) == 2:
+                first, future = pending.pop(0)
+                yield first, future.result()
+        for first, future in pending:
+            yield first, future.result()
+
+
+class _LayerStore:
+    """Tensors that the layer sweep left in its files."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = files
+        self._open: dict[Path, Checkpoint] = {}
+
+    def read(self, name: str) -> Tensor:
+        path = self.files[name]
+        if path not in self._open:
+            self._open = {path: Checkpoint(path.parent, {}, read_header(path))}
+        return self._open[path].read(name)
+
+
+def _read(unit: Unit, plan: Plan, store: _LayerStore) -> tuple[bool, Any]:
+    """(True, finished outputs) or (False, weights by site)."""
+    stored = [name for name in unit.outputs if name in store.files]
+    if stored:
+        return True, {name: store.read(name) for name in unit.outputs}
+    if not unit.sites:
+        (name,) = unit.tensors
+        return True, {name: plan.source.read(name)}
+    return False, {site: plan.source.read(site.tensor, site.part) for site in unit.sites}
+
+
+def _process(unit: Unit, read: tuple[bool, Any], plan: Plan, context: Context, metrics: dict[str, Any]) -> dict[str, Tensor]:
+    finished, tensors = read
+    if finished:
+        for name, tensor in tensors.items():
+            check_finite(name, tensor)
+        return dict(tensors)
+    for site, weight in tensors.items():
+        check_finite(site.tensor, weight)
+    outputs: dict[str, Tensor] = {}
+    for site, result in apply_steps(unit.steps, tensors, plan, context).items():
+        outputs.update(encode(site, result, tensors[site], plan.exporter, metrics))
+    # a stacked tensor that keeps its form is transformed part by part
+    if len(unit.outputs) == 1 and len(outputs) > 1 and unit.sites and unit.sites[0].part:
+        (name,) = unit.outputs
+        whole = plan.source.read(name)
+        for site in unit.sites:
+            part = site.part
+            assert part
+            target = whole[part.expert].T if part.transposed else whole[part.expert]
+            target[part.start : part.stop].copy_(outputs[f"{site.name}.weight"])
+        outputs = {name: whole}
+    return outputs
+
+
+def apply_steps(steps: Iterable[int], weights: Mapping[Site, Tensor], plan: Plan, context: Context) -> dict[Site, Quantized | Tensor]:
+    """Run the tensor passes of a unit in order over its weights."""
+    current: dict[Site, Quantized | Tensor] = dict(weights)
+    for index in steps:
+        step = plan.steps[index]
+        pass_ = step.pass_
+        assert isinstance(pass_, TensorPass)
+        chosen = {site.name for site in step.sites}
+        inputs = {s: w for s, w in current.items() if s.name in chosen and not isinstance(w, Quantized)}
+        current.update(pass_.apply({s: w.to(context.device) for s, w in inputs.items()}, context))
+    return current
+
+
+def encode(site: Site, result: Quantized | Tensor, weight: Tensor, exporter: Exporter | None, metrics: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors to be written for one linear, after a check of its numbers.
+
+    Raises:
+        NumericError: a scale is zero or not finite, or nothing of the weight is left.
+    """
+    import torch
+
+    if not isinstance(result, Quantized):
+        check_finite(f"{site.name}.weight", result)
+        return {f"{site.name}.weight": result}
+    assert exporter
+    scale = result.scale.float()
+    if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
+        raise NumericError(1, site.name, "got a scale that is zero or not finite")
+    metrics[site.name] = {"sqnr_db": sqnr_db(weight.to(result.codes.device), result)}
+    return {f"{site.name}.{suffix}": tensor for suffix, tensor in exporter.pack(result).items()}
+
+
+def sqnr_db(weight: Tensor, quantized: Quantized) -> float | None:
+    """Signal to quantization noise, 10 log10(sum w^2 / sum (w - q)^2); None where there is no error or no signal.
+
+    Raises:
+        NumericError: the dequantized weight is not finite.
+    """
+    reference = weight.float()
+    signal = float(reference.square().sum())
+    error = quantized.dequantize().sub_(reference)
+    noise = float(error.square_().sum())
+    if not math.isfinite(noise):
+        raise NumericError(2, quantized.scheme.name, "a dequantized weight is not finite")
+    return round(10 * math.log10(signal / noise), 3) if noise > 0 and signal > 0 else None
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise NumericError if a floating-point tensor holds NaN or Inf."""
+    import torch
+
+    if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor).all()):
+        raise NumericError(3, name, "holds NaN or Inf", "the checkpoint is damaged; fetch it again")

@@ -1,0 +1,335 @@
+"""Layer passes: one sweep over the decoder layers, one layer resident, all steps of the recipe on each.
+
+The inputs of layer 0 and the other arguments of every layer are captured by running the model with its layers replaced
+by recorders. Each layer then runs on the outputs of the layers before it as they will be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapters.base import Site
+from .calibration.data import batches
+
+from .io.checkpoint import Checkpoint, read_header
+from .model import Skeleton
+from .passes import LayerPass, TensorPass
+from .schemes import Quantized
+from .stream import check_finite, encode
+from .workdir import Workdir, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from .context import Context
+    from .plan import Plan, Step
+
+
+@dataclass
+class LayerBatch:
+    """One captured batch: what a layer is called with.
+
+    Args:
+        hidden: [B, T, H], stored dtype, on the CPU between calls.
+        mask: [B, T] bool, False on padding.
+        kwargs: the layer's other arguments (masks, position embeddings).
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class Layer:
+    """What a layer pass sees: a decoder layer with its weights as the earlier steps left them, and its inputs.
+
+    Attributes:
+        index: number of the layer.
+        module: the decoder layer; routed experts are separate linears.
+        sites: the linears that the running step treats.
+        batches: captured inputs.
+    """
+
+    def __init__(self, index: int, module: nn.Module, prefix: str, captured: Sequence[LayerBatch], context: Context) -> None:
+        self.index, self.module, self.batches, self.context = index, module, captured, context
+        self.sites: tuple[Site, ...] = ()
+        self._prefix = prefix
+        self.quantized: dict[Site, tuple[Quantized, Tensor]] = {}
+
+    def linear(self, site: Site) -> nn.Linear:
+        """The module of a site."""
+        return self.module.get_submodule(site.name.removeprefix(self._prefix))  # type: ignore[return-value]
+
+    def forward(self, batch: LayerBatch) -> Tensor:
+        """Output [B, T, H] of the layer as it stands, on the run's device."""
+        out = self.module(batch.hidden.to(self.context.device), **_to(batch.kwargs, self.context.device))
+        return out[0] if isinstance(out, tuple) else out
+
+    def observe(self, see: Callable[[Site, Tensor], None], all_experts: bool = True) -> None:
+        """Run all batches and show `see` the input rows [N, in] of every linear of the step, padding left out.
+
+        Args:
+            all_experts: send every token through every routed expert (the output stays as routed), so that each
+                expert sees calibration data.
+        """
+        import torch
+
+        experts = [m for m in self.module.modules() if type(m).__name__ == "LinearExperts"]
+        mask: Tensor | None = None
+
+        def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                (x,) = args
+                if mask is not None and x.shape[:2] == mask.shape:
+                    x = x[mask]
+                elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
+                    x = x[mask.reshape(-1)]
+                see(site, x.reshape(-1, x.shape[-1]))
+
+            return look
+
+        handles = [self.linear(site).register_forward_pre_hook(hook(site)) for site in self.sites]
+        try:
+            with torch.no_grad():
+                for batch in self.batches:
+                    padded = not bool(batch.mask.all())
+                    mask = batch.mask.to(self.context.device) if padded else None
+                    for module in experts:
+                        module.calibrate_all = all_experts  # type: ignore[assignment]
+                        module.token_mask = mask.reshape(-1) if mask is not None else None  # type: ignore[assignment]
+                    self.forward(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in experts:
+                module.calibrate_all, module.token_mask = False, None  # type: ignore[assignment]
+
+    def store(self, site: Site, result: Quantized) -> None:
+        """Give a linear its final form; the layer goes on with the dequantized weight."""
+        import torch
+
+        linear = self.linear(site)
+        self.quantized[site] = (result, linear.weight.data)
+        with torch.no_grad():
+            linear.weight = torch.nn.Parameter(result.dequantize().to(linear.weight.dtype), requires_grad=False)
+
+
+class _Recorder:
+    """Stands in for a decoder layer while inputs are captured."""
+
+    def __new__(cls, original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> nn.Module:
+        from torch import nn
+
+        class Recorder(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.__dict__["original"] = original  # not registered: its parameters are on meta
+
+            def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if args:
+                    raise AssertionError(f"{type(original).__name__} is called with positional arguments beyond the hidden states")
+                seen.append((hidden, kwargs))
+                return hidden
+
+            def __getattr__(self, name: str) -> Any:
+                try:
+                    return super().__getattr__(name)
+                except AttributeError:
+                    return getattr(self.__dict__["original"], name)
+
+        return Recorder()
+
+
+def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
+    """Per layer the calibration batches; hidden states are those of layer 0, the other arguments each layer's own."""
+    import torch
+    from torch import nn
+
+    assert context.samples is not None
+    seen: list[tuple[Tensor, dict[str, Any]]] = []
+    layers = skeleton.layers
+    skeleton.backbone.layers = nn.ModuleList([_Recorder(layer, seen) for layer in layers])
+    captured: list[list[LayerBatch]] = [[] for _ in layers]
+    try:
+        with torch.no_grad():
+            for batch in batches(context.samples.ids, context.batch_size, 0):
+                seen.clear()
+                padded = not bool(batch.mask.all())
+                skeleton.backbone(
+                    input_ids=batch.input_ids.to(context.device),
+                    attention_mask=batch.mask.to(context.device, torch.int64) if padded else None,
+                    use_cache=False,
+                )
+                for index, (hidden, kwargs) in enumerate(seen):
+                    captured[index].append(LayerBatch(hidden.cpu(), batch.mask, kwargs))
+    finally:
+        skeleton.backbone.layers = layers
+    return captured
+
+
+def run_sweep(plan: Plan, context: Context, workdir: Workdir, journal: Sequence[Mapping[str, Any]], run_pass: Callable[[Step, Callable[[], Any]], Any]) -> Sweep:
+    """Run the layer and tensor steps of a plan over all decoder layers.
+
+    Args:
+        run_pass: called with a step and a function that executes it on the layer at hand.
+    """
+    import torch
+
+    skeleton = Skeleton(plan.source, plan.description)
+    skeleton.fill_backbone(context.device)
+    captured = capture(skeleton, context)
+    sweep = Sweep()
+    finished = {int(e["layer"]): e for e in journal if "layer" in e}
+    first = 0
+    while first in finished and _intact(workdir, finished[first], "file", "sha256"):
+        first += 1
+    while first and not _intact(workdir, finished[first - 1], "acts", "acts_sha256"):
+        first -= 1  # activations are kept for the newest layers only
+    for index in range(first):
+        sweep.take(workdir.path / finished[index]["file"], finished[index])
+    sweep.resumed_layers = first
+    if first:
+        _load_hidden(workdir.path / finished[first - 1]["acts"], captured)
+    steps = [s for s in plan.steps if isinstance(s.pass_, (LayerPass, TensorPass))]
+    for index in range(first, plan.description.num_layers):
+        context.check_stop(f"layer {index}")
+        with torch.no_grad():
+            entry = _run_layer(index, skeleton, plan, context, steps, captured, workdir, run_pass)
+        workdir.record(**entry)
+        sweep.take(workdir.path / entry["file"], entry)
+        old = workdir.path / f"acts/{index - 2:05d}.safetensors"
+        old.unlink(missing_ok=True)
+        context.progress(index + 1, plan.description.num_layers, f"layer {index}")
+    return sweep
+
+
+@dataclass
+class Sweep:
+    """Outcome of a sweep: where each finished tensor lies, and the numbers of the passes."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    reports: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    resumed_layers: int = 0
+
+    def take(self, path: Path, entry: Mapping[str, Any]) -> None:
+        """Add a finished layer's journal entry."""
+        self.files.update(dict.fromkeys(read_header(path), path))
+        self.metrics.update(entry["metrics"])
+        for step, report in entry["reports"].items():
+            self.reports.setdefault(int(step), []).append(report)
+
+
+def _run_layer(
+    index: int, skeleton: Skeleton, plan: Plan, context: Context, steps: Sequence[Step], captured: list[list[LayerBatch]],
+    workdir: Workdir, run_pass: Callable[[Step, Callable[[], Any]], Any],
+) -> dict[str, Any]:  # fmt: skip
+    module = skeleton.fill_layer(index, context.device)
+    prefix = f"{plan.description.block}.{index}."
+    before = {name: tensor for name, tensor in module.state_dict().items()}
+    for name, tensor in before.items():
+        check_finite(prefix + name, tensor)
+    layer = Layer(index, module, prefix, captured[index], context)
+    reports: dict[str, Any] = {}
+    for step in steps:
+        layer.sites = tuple(s for s in step.sites if s.layer == index)
+        if layer.sites:
+            reports[str(step.index)] = run_pass(step, lambda step=step: _run_step(step, layer, context))  # type: ignore[misc]
+    outputs: dict[str, Tensor] = {}
+    metrics: dict[str, Any] = {}
+    for site, (result, weight) in layer.quantized.items():
+        outputs.update({n: t.cpu().contiguous() for n, t in encode(site, result, weight, plan.exporter, metrics).items()})
+    done = {f"{site.name.removeprefix(prefix)}.weight" for site in layer.quantized}
+    for name, tensor in module.state_dict().items():
+        if name not in done and (tensor is not before[name] and not _same(tensor, before[name])):
+            outputs[prefix + name] = tensor.cpu().contiguous()
+    _advance(layer, captured, index)
+    skeleton.drop_layer(index)
+    file, acts = f"layers/{index:05d}.safetensors", f"acts/{index:05d}.safetensors"
+    hashes = [_commit(workdir.path / file, outputs), _commit(workdir.path / acts, _hidden(captured, index))]
+    return {"layer": index, "file": file, "sha256": hashes[0], "acts": acts, "acts_sha256": hashes[1], "metrics": metrics, "reports": reports}
+
+
+def _run_step(step: Step, layer: Layer, context: Context) -> Mapping[str, Any]:
+    pass_ = step.pass_
+    if isinstance(pass_, LayerPass):
+        return dict(pass_.run(layer))
+    assert isinstance(pass_, TensorPass)
+    groups: dict[str, list[Site]] = {}
+    for site in layer.sites:
+        groups.setdefault(site.fused if pass_.joins_fused and site.fused else site.name, []).append(site)
+    for members in groups.values():
+        for site, result in pass_.apply({s: layer.linear(s).weight.data for s in members}, context).items():
+            if isinstance(result, Quantized):
+                layer.store(site, result)
+            else:
+                layer.linear(site).weight.data = result
+    return {}
+
+
+def _advance(layer: Layer, captured: list[list[LayerBatch]], index: int) -> None:
+    """Outputs of this layer become the inputs of the next."""
+    for position, batch in enumerate(layer.batches):
+        out = layer.forward(batch).cpu()
+        check_finite(f"output of layer {index}", out)
+        if index + 1 < len(captured):
+            captured[index + 1][position].hidden = out
+    captured[index] = []
+
+
+def _hidden(captured: list[list[LayerBatch]], index: int) -> dict[str, Tensor]:
+    following = captured[index + 1] if index + 1 < len(captured) else []
+    return {f"{i:06d}": batch.hidden.contiguous() for i, batch in enumerate(following)}
+
+
+def _load_hidden(path: Path, captured: list[list[LayerBatch]]) -> None:
+    index = int(path.stem) + 1
+    if index < len(captured):
+        store = Checkpoint(path.parent, {}, read_header(path))
+        for i, batch in enumerate(captured[index]):
+            batch.hidden = store.read(f"{i:06d}")
+
+
+def _commit(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors to a file that is complete or absent; returns its sha256."""
+    import os
+
+    from .exporters import TensorSpec
+    from .io.checkpoint import dtype_name
+    from .io.writer import ShardWriter, fsync_folder
+
+    temporary = path.with_suffix(".tmp")
+    writer = ShardWriter(temporary, {n: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()})
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.finish()
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+    return sha256(path)
+
+
+def _intact(workdir: Workdir, entry: Mapping[str, Any], file: str, digest: str) -> bool:
+    path = workdir.path / str(entry[file])
+    return path.is_file() and sha256(path) == entry[digest]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    import torch
+
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def _to(value: Any, device: str) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(v, device) for v in value)
+    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value
+
+

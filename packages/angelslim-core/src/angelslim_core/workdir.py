@@ -1,0 +1,151 @@
+"""The private folder beside the output: lock, journal, stage. The output appears by one rename, whole or not at all.
+
+`.OUT.angelslim/` holds `manifest.json` (fingerprint of the run), `journal.jsonl` (finished layers and shards),
+`layers/`, `acts/` and `stage/`. A run that is killed leaves it behind; the same command finds it and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from .errors import OutputError, RecipeError, ResourceError, StoppedError
+from .io.writer import disk_error, fsync_folder, write_json
+
+
+class Workdir:
+    """Owner of an output while it is being made.
+
+    Args:
+        out: the folder to be published.
+        source: the model folder, which must not lie in or under `out`.
+        replace: an existing output may be replaced once the new one is complete.
+
+    Raises:
+        OutputError: the output exists, is locked by another run, or would overwrite the source.
+    """
+
+    def __init__(self, out: Path, source: Path, replace: bool) -> None:
+        self.out = out.absolute()
+        self.replace = replace
+        real, home = self.out.resolve(), source.resolve()
+        if real == home or home.is_relative_to(real) or real.is_relative_to(home):
+            raise OutputError(1, str(out), "lies in the model folder or holds it", "choose another --out")
+        self.path = self.out.parent / f".{self.out.name}.angelslim"
+        self._backup = self.out.parent / f".{self.out.name}.angelslim.old"
+        if self._backup.exists() and not self.out.exists():  # a crash between the two renames of --replace
+            self._backup.rename(self.out)
+        if self.out.exists() and not replace:
+            raise OutputError(2, str(out), "exists", "choose another --out, or give --replace")
+
+    def __enter__(self) -> Workdir:
+        import filelock
+
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise OutputError(3, str(self.out), f"cannot be created: {error.strerror}") from error
+        self._lock = filelock.FileLock(self.path / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            owner = self.path / "owner"
+            who = owner.read_text() if owner.is_file() else "unknown"
+            raise OutputError(4, str(self.out), f"is being made by another run ({who})", "wait for it, or choose another --out") from None
+        (self.path / "owner").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        for name in ("layers", "acts", "stage"):
+            (self.path / name).mkdir(exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # keep only what another try can build on
+        resumable = isinstance(error, (StoppedError, ResourceError, KeyboardInterrupt, _Unfinished))
+        self._lock.release()
+        if kind is not None and not resumable:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def stage(self) -> Path:
+        return self.path / "stage"
+
+    def begin(self, fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Start or resume: the journal of an earlier run with the same fingerprint, else an empty one.
+
+        Raises:
+            RecipeError: an unfinished run of something else is in the way; names what differs.
+        """
+        manifest = self.path / "manifest.json"
+        if manifest.is_file():
+            earlier = json.loads(manifest.read_text())
+            differing = sorted(k for k in fingerprint.keys() | earlier.keys() if fingerprint.get(k) != earlier.get(k))
+            if differing:
+                raise _Unfinished(90, str(self.out), f"an unfinished run with another {', '.join(differing)} is in the way",
+                                  f"run that one again, or delete {self.path.name} beside the output")  # fmt: skip
+            return self._read_journal()
+        write_json(manifest, dict(fingerprint))
+        return []
+
+    def record(self, **entry: Any) -> None:
+        """Append one finished item to the journal, durably."""
+        try:
+            with (self.path / "journal.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise disk_error(error, self.path, 4096) from error
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        journal = self.path / "journal.jsonl"
+        if not journal.is_file():
+            return []
+        entries = []
+        for line in journal.read_text().split("\n"):
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the line a crash cut short, or the empty end
+        with journal.open("w", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(entry) + "\n" for entry in entries)
+        return entries
+
+    def publish(self) -> None:
+        """Make the stage the output by one rename, then drop the work folder."""
+        for path in sorted(self.stage.rglob("*"), reverse=True):
+            if path.is_dir():
+                fsync_folder(path)
+        fsync_folder(self.stage)
+        os.chmod(self.stage, 0o777 & ~_umask())
+        if self.out.exists():
+            self.out.rename(self._backup)
+        self.stage.rename(self.out)
+        fsync_folder(self.out.parent)
+        shutil.rmtree(self._backup, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class _Unfinished(RecipeError):
+    """Raised before the work folder may be touched, so that it is kept."""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,37 @@
+"""FP8 E4M3FN: largest value 448, no infinity; an unclamped cast overflows to NaN, so every cast here clamps first."""
+
+from __future__ import annotations
+
+import torch
+from angelslim_core.io.checkpoint import torch_dtype
+from angelslim_core.schemes import Grid, spread
+from torch import Tensor
+
+from .amax import amax_of
+
+E4M3_MAX = 448.0
+
+
+def cast_e4m3(x: Tensor) -> Tensor:
+    """Round to nearest even E4M3 value, saturating at +-448."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def scale_of(amax: Tensor, grid: Grid) -> Tensor:
+    """amax / 448 in the dtype it is stored in; 1 where amax is 0 or the scale would underflow."""
+    scale = (amax.float() / E4M3_MAX).to(torch_dtype(grid.scale_dtype))
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scale of a weight.
+
+    Args:
+        weight_OI: any float dtype.
+        grid: strategy "tensor", "channel" or "block".
+        scale: use this scale (of `grid.scale_shape`) instead of absmax / 448.
+    """
+    rows, columns = weight_OI.shape
+    if scale is None:
+        scale = scale_of(amax_of(weight_OI, grid), grid)
+    return cast_e4m3(weight_OI.float() / spread(scale.float(), grid, rows, columns)), scale

@@ -1,0 +1,31 @@
+"""What this package brings; nothing heavy is imported before it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from angelslim_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from angelslim_core.passes import Pass
+
+ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_register_passes() -> list[type[Pass]]:
+    from .passes.fp8_block import FP8Block
+    from .passes.fp8_dynamic import FP8Dynamic
+    from .passes.fp8_static import FP8Static
+    from .passes.int4_rtn import INT4RTN
+    from .passes.int8_dynamic import INT8Dynamic
+
+    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN]
+
+
+@hookimpl
+def angelslim_default_steps(device: str) -> list[dict[str, Any]]:
+    """FP8 where the GPU computes in it (compute capability 8.9 and above), else INT8."""
+    kind, _, capability = device.partition(":")
+    has_fp8 = kind == "cuda" and tuple(int(n) for n in capability.split(".")) >= (8, 9)
+    return [{"use": "quant.fp8_dynamic" if has_fp8 else "quant.int8_dynamic"}]

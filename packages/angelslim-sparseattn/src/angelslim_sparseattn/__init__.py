@@ -1,0 +1,3 @@
+"""Sparse attention for angelslim-core. Not built yet."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,3 @@
+"""The plugin of speculative decoding. It registers nothing yet, and naming it where it would have to do something is an error."""
+
+ANGELSLIM_HOOKS = 1
