@@ -91,6 +91,7 @@ def reads_natively(source: Source, description: Description, device: str) -> boo
 
 
 def _from_transformers(source: Source, description: Description, native: bool) -> PreTrainedModel:
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -118,8 +119,10 @@ def _from_transformers(source: Source, description: Description, native: bool) -
                 model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
             else:
                 state = {n: _read_cast(source, n, dtype) for n in source.dtypes}
-                config = AutoConfig.from_pretrained(folder, local_files_only=True)
-                model, info = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+                made = AutoConfig.from_pretrained(folder, local_files_only=True)
+                with torch.device("meta"):
+                    model_class = type(AutoModelForCausalLM.from_config(made, dtype=dtype))
+                model, info = model_class.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
     finally:
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)

@@ -55,3 +55,9 @@ def transformers_type(layout: Layout, config: Mapping[str, Any]) -> str:
 def transformers_identity(layout: Layout, config: Mapping[str, Any]) -> dict[str, str]:
     """The entry of config.json by which transformers chooses its classes."""
     return {"model_type": transformers_type(layout, config)}
+
+
+def architecture(config: Mapping[str, Any]) -> dict[str, str]:
+    """Class and type that a config names, for people."""
+    classes = config.get("architectures")
+    return {"architecture": str(classes[0]) if isinstance(classes, list) and classes else "unknown", "model_type": model_type(config)}

@@ -1,0 +1,78 @@
+"""What commands share: the `--json` option, one document on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def json_option(function: Function) -> Function:
+    """Add `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(function)
+
+
+def plugins_option(function: Function) -> Function:
+    """Add `--plugins a,b`, parsed into a list."""
+    split = lambda ctx, param, value: [n for n in (value or "").split(",") if n]  # noqa: E731
+    return click.option("--plugins", callback=split, metavar="A,B", help="Plugins to load.")(function)
+
+
+def emit(document: dict[str, Any]) -> None:
+    """Print the one document of a `--json` call."""
+    click.echo(json.dumps({"schema_version": 1, **document}, ensure_ascii=False))
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit in ("B", "kB") else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
+    """Columns on stdout, aligned."""
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+    for row in (header, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A callback progress(done, total, label): a bar with time left on a terminal, a line every 10 s off it."""
+    if os.environ.get("ANGELSLIM_QUIET"):
+        yield lambda done, total, label: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, label: bar.update(task, completed=done, total=total, description=_short(label))
+    else:
+        start = last = time.monotonic()
+
+        def line(done: int, total: int, label: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= 10 or (done == total and now - start >= 10):
+                last = now
+                left = (now - start) / done * (total - done)
+                click.echo(f"{title}: {done}/{total}, {left:.0f} s left, {label}", err=True)
+
+        yield line
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 48 else "..." + label[-45:]
