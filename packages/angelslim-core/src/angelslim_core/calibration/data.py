@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
-from ..errors import RecipeError
-from .render import render_chats, template_of
+from ..errors import ModelError, RecipeError
+from .render import render_chats, special_tokens_of, template_of
+from .rows import Chat, RowFile, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..recipe import Calibration
+_SELF_BATCH = 16
+# longer tokens are rare; a tokenizer is slow on megabytes it will not need
+_CHARS_PER_TOKEN = 16
 
-MAX_LINE = 10_000_000
-FIELDS = ("messages", "conversations", "input", "prompt", "turns", "text")
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-Chat = list[dict[str, Any]]
+
+class CalibrationOptions(Protocol):
+    """What is read of a recipe's `calibration` section."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def field(self) -> str | None: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Token ids of every sample, what was noticed, and a hash over the ids."""
+    """Token ids of each sample, and one line for each thing the user should know."""
 
     ids: list[list[int]]
     warnings: list[str] = field(default_factory=list)
+    fingerprint: str = field(init=False)
 
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256()
+        for sample in self.ids:
+            digest.update(array("q", [len(sample), *sample]).tobytes())
+        object.__setattr__(self, "fingerprint", digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -46,67 +62,95 @@ class Batch:
 
 
 def load_samples(
-    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int, generate: Callable[[int, int, int], list[list[int]]] | None = None
-) -> Samples:  # fmt: skip
+    calibration: CalibrationOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    generate: Callable[[int, int, int], list[list[int]]] | None = None,
+) -> Samples:
     """At most `samples` samples of at most `tokens` tokens.
 
+    Rows of a JSONL file are shuffled; any other file is text, cut into consecutive windows of `tokens` without special
+    tokens (a text shorter than one window is one sample). A rendered chat is tokenized as it stands, other rows with
+    the special tokens the tokenizer adds.
+
     Args:
-        generate: generate(samples, tokens, seed) -> ids, the model's own samples, for data `self`.
+        seed: of the shuffle, and of `generate`.
+        generate: generate(samples, tokens, seed) -> ids, for data `self`.
 
     Raises:
         RecipeError: no such file, a malformed row (with its line), or nothing usable in it.
+        ModelError: the chat template fails or costs too much.
     """
-    wanted, tokens = calibration.samples, calibration.tokens
     warnings: list[str] = []
     if calibration.data == "self":
         if generate is None:
-            raise RecipeError(70, "calibration.data", "`self` needs the model, which is not at hand here")
-        return Samples(generate(wanted, tokens, seed))
-    path = Path(calibration.data)
-    text = _read(path)
-    if path.suffix in (".jsonl", ".json"):
-        rows = list(_rows(text, path, calibration.field))
-        random.Random(seed).shuffle(rows)
-        texts = _texts(rows[: wanted * 2], calibration.template, tokenizer, warnings)
-        special = calibration.template != "chat" or template_of(tokenizer) is None
-        ids = [tokenizer(t, add_special_tokens=special, verbose=False)["input_ids"][:tokens] for t in texts]
-        ids = [sample for sample in ids if len(sample) > 1][:wanted]
+            raise RecipeError(70, "calibration.data", "self needs the model, which cannot write text here", "name a file")
+        ids = generate(calibration.samples, calibration.tokens, seed)
     else:
-        # more characters than this are not needed, and a tokenizer is slow on megabytes
-        whole = tokenizer(text[: wanted * tokens * 16], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [whole[i : i + tokens] for i in range(0, len(whole) - tokens + 1, tokens)][:wanted]
+        path = Path(calibration.data)
+        if not path.is_file():  # a device or a pipe may never end
+            raise RecipeError(
+                72, str(path), "calibration data is no file" if path.exists() else "calibration data does not exist", "set calibration.data"
+            )
+        try:
+            is_rows = path.suffix.lower() in (".jsonl", ".json")
+            ids = _from_rows(path, calibration, tokenizer, seed, warnings) if is_rows else _from_text(path, calibration, tokenizer)
+        except OSError as error:
+            raise RecipeError(78, str(path), f"calibration data cannot be read: {error.strerror}", "set calibration.data") from error
     if not ids:
-        raise RecipeError(71, path.name, "holds no usable sample", f"it needs at least one of {tokens} tokens" if path.suffix not in (".jsonl", ".json") else "")
-    if len(ids) < wanted:
-        warnings.append(f"calibration: {len(ids)} samples where {wanted} were asked for ({path.name} holds no more)")
+        raise RecipeError(71, str(calibration.data), "holds no usable sample", "give rows or text that are not empty")
+    if len(ids) < calibration.samples:
+        warnings.append(f"calibration: {len(ids)} samples, {calibration.samples} were asked for; {calibration.data} holds no more")
     return Samples(ids, warnings)
 
 
-def self_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num: int, tokens: int, seed: int, batch_size: int = 16) -> list[list[int]]:
-    """Samples the model writes itself at temperature 1, each exactly `tokens` long.
+def self_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num: int, tokens: int, seed: int, temperature: float = 1.0
+) -> list[list[int]]:
+    """Samples the model writes itself, each exactly `tokens` long; no global random state changes.
 
     They start from the bos token, or from a random token where there is none.
+
+    Raises:
+        ModelError: the model stops early.
     """
     import torch
 
     ids: list[list[int]] = []
-    devices = [model.device] if model.device.type == "cuda" else []
+    first = _first_tokens(tokenizer, num, seed)
+    devices = list(range(torch.cuda.device_count())) if model.device.type == "cuda" else []
+    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
-        while len(ids) < num:
-            count = min(batch_size, num - len(ids))
-            bos = tokenizer.bos_token_id
-            start = torch.full((count, 1), bos) if bos is not None else torch.randint(len(tokenizer), (count, 1))
-            written = model.generate(
-                start.to(model.device), attention_mask=torch.ones_like(start).to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                min_new_tokens=tokens - 1, max_new_tokens=tokens - 1, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-            )  # fmt: skip
-            ids += [row[:tokens] for row in written.tolist()]
+        # the plain seed call would reach devices that are not forked
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        for start in range(0, num, _SELF_BATCH):
+            written = torch.tensor(first[start : start + _SELF_BATCH]).unsqueeze(1).to(model.device)
+            if tokens > 1:
+                written = model.generate(  # type: ignore[operator]
+                    input_ids=written,
+                    attention_mask=torch.ones_like(written),
+                    do_sample=True,
+                    temperature=temperature,
+                    top_k=0,
+                    top_p=1.0,
+                    num_beams=1,
+                    num_return_sequences=1,
+                    min_new_tokens=tokens - 1,
+                    max_new_tokens=tokens - 1,
+                    pad_token_id=padding,
+                )
+            if written.shape[1] != tokens:
+                raise ModelError(
+                    64, "calibration", f"the model wrote samples of {written.shape[1]} tokens, not {tokens}", "give calibration.data a file"
+                )
+            ids += written.tolist()
     return ids
 
 
 def batches(ids: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> list[Batch]:
-    """Samples in order, `batch_size` at a time, padded on the right to the longest of the batch."""
+    """Samples in order, `batch_size` at a time, padded on the right to the longest of their batch."""
     import torch
 
     found = []
@@ -116,68 +160,58 @@ def batches(ids: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> list[
         input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
+            input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
             mask[i, : len(row)] = True
         found.append(Batch(input_ids, mask))
     return found
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise RecipeError(72, str(path), f"calibration data cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(73, path.name, "is not UTF-8") from error
-
-
-def _rows(text: str, path: Path, wanted: str | None) -> Iterator[Chat | str]:
-    for number, line in enumerate(text.split("\n"), 1):
-        where = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        if len(line) > MAX_LINE:
-            raise RecipeError(74, where, f"is longer than {MAX_LINE} characters")
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise RecipeError(75, where, f"is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise RecipeError(76, where, "is no JSON object")
-        yield _sample(row, where, wanted)
-
-
-def _sample(row: Mapping[str, Any], where: str, wanted: str | None) -> Chat | str:
-    key = wanted or next((f for f in FIELDS if f in row), None)
-    value = row.get(key) if key else None
-    try:
-        if key == "text" or (wanted and isinstance(value, str) and key not in FIELDS):
-            return str(value)
-        if key in ("messages", "conversations") and value:
-            return [_turn(turn) for turn in value]
-        if key == "turns" and value:
-            return [{"role": "user" if i % 2 == 0 else "assistant", "content": str(turn)} for i, turn in enumerate(value)]
-        if key in ("input", "prompt") and isinstance(value, str):
-            answer = row.get("output", row.get("response"))
-            return [{"role": "user", "content": value}, *([{"role": "assistant", "content": str(answer)}] if answer is not None else [])]
-    except (KeyError, TypeError, AttributeError):
-        pass  # falls through to the error that names the keys
-    keys = ", ".join(map(str, row))
-    raise RecipeError(77, where, f"holds no {wanted or 'messages, conversations, input/output, prompt, turns or text'}", f"it has: {keys[:200]}")
-
-
-def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    return {"role": _ROLES[str(role)], "content": content if isinstance(content, str) else "".join(str(p.get("text", "")) for p in content or ())}
-
-
-def _texts(rows: Sequence[Chat | str], template: str, tokenizer: PreTrainedTokenizerBase, warnings: list[str]) -> list[str]:
-    source = template_of(tokenizer) if template == "chat" else None
-    chats = [row for row in rows if not isinstance(row, str)]
-    if template == "chat" and source is None and chats:
+def _from_rows(
+    path: Path, calibration: CalibrationOptions, tokenizer: PreTrainedTokenizerBase, seed: int, warnings: list[str]
+) -> list[list[int]]:
+    rows = RowFile(path, None if calibration.field == "auto" else calibration.field)
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    chosen: list[Chat | str] = []
+    for sample in rows.read(order):
+        if len(chosen) == calibration.samples:
+            break
+        if plain(sample).strip():
+            chosen.append(sample)
+    chats = [sample for sample in chosen if not isinstance(sample, str)]
+    template = template_of(tokenizer) if calibration.template == "chat" else None
+    if chats and template is None and calibration.template == "chat":
         warnings.append("calibration: the tokenizer has no chat template, so conversations are joined as plain text")
-    if source is None:
-        return [row if isinstance(row, str) else "\n".join(turn["content"] for turn in row) for row in rows]
-    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
-    rendered = iter(render_chats(source, chats, special) if chats else [])
-    return [row if isinstance(row, str) else next(rendered) for row in rows]
+    rendered = iter(render_chats(template, chats, special_tokens_of(tokenizer)) if template and chats else ())
+    ids = []
+    for sample in chosen:
+        is_chat = template is not None and not isinstance(sample, str)
+        text = next(rendered) if is_chat else plain(sample)
+        ids.append(_encode(tokenizer, text, special=not is_chat)[: calibration.tokens])
+    return [sample for sample in ids if sample]
+
+
+def _from_text(path: Path, calibration: CalibrationOptions, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    needed, tokens = calibration.samples * calibration.tokens, calibration.tokens
+    text, ids = "", list[int]()
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            while len(ids) <= needed and (more := file.read(max(needed * _CHARS_PER_TOKEN, len(text)))):
+                text += more
+                ids = _encode(tokenizer, text, special=False)
+    except UnicodeError as error:
+        raise RecipeError(73, str(path), "is not UTF-8", "give UTF-8 text, or rows in a .jsonl file") from error
+    windows = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
+    return (windows or [ids] * bool(ids))[: calibration.samples]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    # not verbose: a text longer than the model's context is cut later
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _first_tokens(tokenizer: PreTrainedTokenizerBase, num: int, seed: int) -> list[int]:
+    if tokenizer.bos_token_id is not None:
+        return [tokenizer.bos_token_id] * num
+    special = set(tokenizer.all_special_ids)
+    return random.Random(seed).choices([i for i in range(len(tokenizer)) if i not in special], k=num)
