@@ -35,7 +35,8 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("vllm", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "needs a GPU with FP8, or falls back to weight-only"),
     ("vllm", "compressed-tensors", "w8a8-float-static"): Row(True, "needs a GPU with FP8"),
     ("vllm", "compressed-tensors", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
-    ("vllm", "compressed-tensors", "w8a16"): Row(True),
+    ("vllm", "compressed-tensors", "w4a16-asym"): Row(True, "verified on vLLM 0.32 CPU"),
+    ("vllm", "compressed-tensors", "w8a16"): Row(True, "unverified here"),
     ("vllm", "compressed-tensors", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
     ("vllm", "fp8", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
     ("sglang", "compressed-tensors", "w8a8-int"): Row(True, "unverified here"),
@@ -47,6 +48,7 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("transformers", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "verified on 5.23"),
     ("transformers", "compressed-tensors", "w8a8-float-static"): Row(True, "verified on 5.23"),
     ("transformers", "compressed-tensors", "w4a16"): Row(True, "verified on 5.23"),
+    ("transformers", "compressed-tensors", "w4a16-asym"): Row(False, "5.23 with compressed-tensors 0.20 expects unpacked zero points; angelslim load reads it"),
     ("transformers", "compressed-tensors", "w8a16"): Row(True, "verified on 5.23"),
     ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.23"),
     ("transformers", "fp8", "w8a8-float-block"): Row(True, "dequantized where there is no GPU", aligned=True),
@@ -57,7 +59,7 @@ def kind(scheme: Scheme) -> str:
     """Key of the table for a scheme."""
     grid, inputs = scheme.weights, scheme.input_activations
     if inputs is None:
-        return f"w{grid.bits}a16" if grid.type == "int" and grid.bits in (4, 8) else "wNa16"
+        return (f"w{grid.bits}a16" if grid.type == "int" and grid.bits in (4, 8) else "wNa16") + ("" if grid.symmetric else "-asym")
     if grid.type == "int":
         return f"w{grid.bits}a{inputs.bits}-int"
     if grid.strategy == "block":
@@ -77,6 +79,8 @@ def _verdict(engine: str, plan: Plan) -> dict[str, Any]:
         return {"ok": True, "why": "weights stay in a plain floating-point layout"}
     notes = []
     sites = {s.name: s for s in plan.description.sites}
+    if engine == "transformers" and any(sites[name].expert is not None for name in plan.schemes):
+        return {"ok": False, "why": "holds experts as 3-D parameters, which it does not quantize; angelslim load reads it"}
     for scheme in dict.fromkeys(plan.schemes.values()):
         row = TABLE.get((engine, plan.exporter.name, kind(scheme)))
         if row is None or not row.ok:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -69,7 +71,7 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     layout = find_layout(source.config, host.registry.layouts)
     description = describe(layout, source.config, source.shapes, source.dtypes)
     where = pick_device(device)
-    backend = "transformers" if reads_natively(source, description, where) else OWN_READER
+    backend = "transformers" if reads_natively(source, description) else OWN_READER
     model = _from_transformers(source, description, native=backend == "transformers")
     model.to(where).eval()
     policies = _install(folder, model, host)
@@ -77,17 +79,17 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     return Loaded(model, tokenizer, backend, policies)
 
 
-def reads_natively(source: Source, description: Description, device: str) -> bool:
+def reads_natively(source: Source, description: Description) -> bool:
     """Whether transformers itself reads a folder and computes what was stored.
 
     It replaces `nn.Linear` modules only, so quantized experts, which it holds as 3-D parameters, are ours to read, and
-    so is block FP8 where there is no GPU.
+    so are block FP8 and packed zero points, whose shape it mistakes (5.23 with compressed-tensors 0.20).
     """
     if source.exporter is None:
         return True
     if any(s.expert is not None and s.name in source.quantized for s in description.sites):
         return False
-    return source.exporter.name == "compressed-tensors"
+    return source.exporter.name == "compressed-tensors" and all(s.weights.symmetric for s in source.quantized.values())
 
 
 def _from_transformers(source: Source, description: Description, native: bool) -> PreTrainedModel:
@@ -106,7 +108,8 @@ def _from_transformers(source: Source, description: Description, native: bool) -
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with tempfile.TemporaryDirectory() as name:
+        # compressed-tensors draws bars that no setting turns off
+        with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
             # transformers sees a sanitized config and, as links, only the weight files that were checked
             folder = Path(name)
             (folder / "config.json").write_text(json.dumps(config))
@@ -117,12 +120,17 @@ def _from_transformers(source: Source, description: Description, native: bool) -
                 if index.is_file():
                     (folder / index.name).symlink_to(index.resolve())
                 model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+                if source.exporter is not None:  # it decompresses on the first forward, with more bars
+                    with torch.no_grad():
+                        model(torch.zeros(1, 1, dtype=torch.int64))
             else:
                 state = {n: _read_cast(source, n, dtype) for n in source.dtypes}
                 made = AutoConfig.from_pretrained(folder, local_files_only=True)
                 with torch.device("meta"):
                     model_class = type(AutoModelForCausalLM.from_config(made, dtype=dtype))
                 model, info = model_class.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(95, str(source.checkpoint.folder), f"transformers cannot load it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     finally:
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)

@@ -33,14 +33,12 @@ def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None, zero_po
 def range_of(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover the weight's range.
 
-    8 bits symmetric: amax / 127. Below: 2 amax / (2^b - 1), so that the positive end is cut by half a step and the
-    negative end is used. Asymmetric: (max - min) / (2^b - 1), zero included in the range.
+    Symmetric: 2 amax / (2^b - 1). The grid's lowest code is used too, and the positive end is cut by half a step, which
+    is no more than the rounding error anywhere else. Asymmetric: (max - min) / (2^b - 1), zero included in the range.
     """
     steps = (1 << grid.bits) - 1
     if grid.symmetric:
-        amax = amax_of(weight_OI, grid)
-        scale = amax / 127 if grid.bits == 8 else amax * 2 / steps
-        return _stored(scale, grid), None
+        return _stored(amax_of(weight_OI, grid) * 2 / steps, grid), None
     groups = grouped(weight_OI, grid).float()
     low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)
     scale = _stored((high - low) / steps, grid)

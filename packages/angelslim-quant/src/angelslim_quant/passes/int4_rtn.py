@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class INT4RTN(TensorPass):
-    """INT4 weights in groups along the inputs, rounded to nearest; activations stay in 16 bits."""
+    """INT4 weights in groups along the inputs, rounded to nearest on searched scales; activations stay in 16 bits."""
 
     id = "quant.int4_rtn"
     claims = frozenset({"linear.weight"})
@@ -26,6 +26,7 @@ class INT4RTN(TensorPass):
         bits: int = Field(4, ge=2, le=8, description="Bits a weight. Engines have fast kernels for 4 and 8.")
         group_size: int = Field(128, ge=8, description="Inputs that share a scale; must divide the inputs of every linear.")
         symmetric: bool = Field(True, description="Without a zero point.")
+        scale_search: bool = Field(True, description="Choose each group's scale by its rounding error; otherwise by its largest weight.")
 
     def scheme(self, site: Site) -> Scheme:
         bits, group_size, symmetric = self.config.bits, self.config.group_size, self.config.symmetric
@@ -38,9 +39,11 @@ class INT4RTN(TensorPass):
 
     def apply(self, weights: Mapping[Site, Tensor], context: Context) -> dict[Site, Quantized | Tensor]:
         from ..numerics.integer import quantize
+        from ..numerics.search import quantize_searched
 
+        round_ = quantize_searched if self.config.scale_search else quantize
         results: dict[Site, Quantized | Tensor] = {}
         for site, weight in weights.items():
             scheme = self.scheme(site)
-            results[site] = Quantized(scheme, *quantize(weight, scheme.weights))
+            results[site] = Quantized(scheme, *round_(weight, scheme.weights))
         return results

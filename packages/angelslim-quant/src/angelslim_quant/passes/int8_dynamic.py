@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class INT8Dynamic(TensorPass):
-    """INT8 weights per output channel (absmax / 127), INT8 activations per token, computed at run time."""
+    """INT8 weights per output channel (absmax / 127.5), INT8 activations per token, computed at run time."""
 
     id = "quant.int8_dynamic"
     claims = frozenset({"linear.weight", "linear.input"})

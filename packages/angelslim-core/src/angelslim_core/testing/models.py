@@ -1,0 +1,155 @@
+"""Tiny randomly initialised checkpoints of every known architecture, as transformers saves them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_BASE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "vocab_size": 256, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LINEAR = {
+    "num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+_DEEPSEEK = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2,
+    "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+# architecture -> what its config needs beyond the base
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {**_MOE, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_next": {**_MOE, **_LINEAR},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": {**_MOE, **_LINEAR},
+    "deepseek_v3": _DEEPSEEK,
+    "kimi_k2": _DEEPSEEK,
+    "glm4_moe": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "use_qk_norm": True, "attention_bias": True,
+    },
+    "seed_oss": {"attention_bias": True, "attention_out_bias": False},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32, "num_shared_expert": 1, "use_mixed_mlp_moe": True},
+}  # fmt: skip
+_KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_checkpoint(architecture: str, folder: Path | str, *, seed: int = 0, dtype: str = "bfloat16", tokenizer: bool = True, **overrides: Any) -> Path:
+    """Make a model folder.
+
+    Args:
+        architecture: key of `TINY`.
+        dtype: "bfloat16", "float16" or "float32".
+        overrides: config values, for instance `tie_word_embeddings=True`.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = CONFIG_MAPPING[_KNOWN_AS.get(architecture, architecture)](**{**_BASE, **TINY[architecture], **overrides})
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        with torch.no_grad():  # norms and biases start at one and zero, which would hide mistakes
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(folder)
+    if architecture in _KNOWN_AS:
+        _edit(folder / "config.json", model_type=architecture)
+    if tokenizer:
+        tiny_tokenizer(folder)
+    return folder
+
+
+def tiny_tokenizer(folder: Path) -> None:
+    """Add a byte-level tokenizer of 256 tokens with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: 256 - len(specials)]
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*specials, *alphabet])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+    fast.save_pretrained(folder)
+
+
+def stack_experts(folder: Path) -> None:
+    """Rewrite per-expert tensors as 3-D `experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` [E, H, I]."""
+    import re
+
+    import torch
+
+    tensors = _load(folder)
+    experts: dict[str, dict[tuple[int, str], Any]] = {}
+    for name in list(tensors):
+        match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if match:
+            experts.setdefault(match[1], {})[int(match[2]), match[3]] = tensors.pop(name)
+    for prefix, parts in experts.items():
+        count = 1 + max(index for index, _ in parts)
+        tensors[f"{prefix}.gate_up_proj"] = torch.stack([torch.cat([parts[e, "gate"], parts[e, "up"]]) for e in range(count)])
+        tensors[f"{prefix}.down_proj"] = torch.stack([parts[e, "down"] for e in range(count)])
+    _save(folder, tensors)
+
+
+def add_mtp(folder: Path) -> None:
+    """Add a multi-token-prediction layer after the last decoder layer, a copy of it with the usual extra tensors."""
+    import torch
+
+    tensors = _load(folder)
+    last = _read(folder / "config.json")["num_hidden_layers"]
+    source = f"model.layers.{last - 1}."
+    tensors.update({n.replace(source, f"model.layers.{last}."): t.clone() for n, t in tensors.items() if n.startswith(source)})
+    tensors[f"model.layers.{last}.eh_proj.weight"] = torch.randn(64, 128).to(torch.bfloat16)
+    _save(folder, tensors)
+
+
+def split_shards(folder: Path, count: int) -> None:
+    """Spread model.safetensors over `count` files with an index."""
+    from safetensors.torch import save_file
+
+    tensors = _load(folder)
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(count):
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        part = names[i::count]
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def _save(folder: Path, tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**_read(path), **changes}))
