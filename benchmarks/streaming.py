@@ -97,9 +97,14 @@ def generate(folder: Path, total: int, layers_per_shard: int) -> int:
         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    first_shard, last_shard = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}, {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    first_shard: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    last_shard: dict[str, tuple[int, ...]] = {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
     ranges = [range(first, min(first + layers_per_shard, layers)) for first in range(0, layers, layers_per_shard)]
-    groups = [first_shard, *({n: s for layer in chosen for n, s in layer_shapes(layer).items()} for chosen in ranges), last_shard]
+    groups: list[dict[str, tuple[int, ...]]] = [
+        first_shard,
+        *({n: s for layer in chosen for n, s in layer_shapes(layer).items()} for chosen in ranges),
+        last_shard,
+    ]
     weight_map: dict[str, str] = {}
     blobs: dict[int, bytes] = {}
     written = 0
