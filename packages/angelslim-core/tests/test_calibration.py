@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from angelslim_core.calibration.data import Samples, batches, load_samples, self_samples
 from angelslim_core.calibration.rows import MAX_LINE_BYTES
 from angelslim_core.errors import ModelError, RecipeError

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from angelslim_core.calibration.observers import EMA, OBSERVERS, AbsMax, Groupwise, Histogram
-from angelslim_core.errors import NumericError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from angelslim_core.calibration.observers import EMA, OBSERVERS, AbsMax, Groupwise, Histogram
+from angelslim_core.errors import NumericError
 
 FREE_OF_ORDER = {
     "tensor": lambda: AbsMax("tensor"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from angelslim_core.exporters.packing import pack, packed_columns, unpack
 
 

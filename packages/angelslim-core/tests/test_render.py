@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+
 from angelslim_core.calibration import render
 from angelslim_core.calibration.render import render_chats, template_of
 from angelslim_core.errors import ModelError
@@ -133,9 +134,7 @@ def test_one_child_for_all(monkeypatch):
     calls = []
     run = render.subprocess.run
     monkeypatch.setattr(render.subprocess, "run", lambda *a, **k: calls.append(json.loads(k["input"])) or run(*a, **k))
-    assert render_chats("{{ messages[0].content }}", [[{"role": "user", "content": str(i)}] for i in range(50)], {}) == [
-        str(i) for i in range(50)
-    ]
+    assert render_chats("{{ messages[0].content }}", [[{"role": "user", "content": str(i)}] for i in range(50)], {}) == [str(i) for i in range(50)]
     assert len(calls) == 1
     assert render_chats("never rendered {{", [], {}) == [] and len(calls) == 1
 

@@ -17,6 +17,7 @@ import yaml
 
 from .io.writer import write_index, write_json, write_text
 from .recipe import to_yaml
+from .records import RECORDS
 from .workdir import sha256
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .plugins import PluginHost
 
-RECORDS = "angelslim"
 _LIBRARIES = ("angelslim-core", "torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -127,7 +127,9 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
     write_json(records / "plan.json", plan.as_dict())
     write_json(records / "ledger.json", ledger(plan))
     write_json(records / "runtime.json", {"policies": artifact.policies})
-    write_json(records / "provenance.json", {"versions": versions(), "plugins": plugin_records(host), "device": artifact.context.device, "seed": artifact.context.seed})
+    write_json(
+        records / "provenance.json", {"versions": versions(), "plugins": plugin_records(host), "device": artifact.context.device, "seed": artifact.context.seed}
+    )
     evaluation: dict[str, Any] = {}
     if plan.recipe.eval is not None:
         from .evaluation import evaluate
@@ -200,10 +202,3 @@ def card(artifact: Artifact, before: int, after: int, evaluation: Mapping[str, A
 
 def _plain(text: str) -> str:
     return "".join(c for c in text if c.isprintable() and c not in "<>`|")
-
-
-def read_records(folder: Path) -> dict[str, Any]:
-    """The records of an artifact that are there, by file stem."""
-    from .io.strict_json import read_json
-
-    return {p.stem: read_json(p, 1 << 30) for p in sorted((folder / RECORDS).glob("*.json"))}

@@ -93,7 +93,11 @@ def compare(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor, p
     errors = (table / scored).std(0, unbiased=True) / math.sqrt(len(ids)) if len(ids) > 1 else torch.full((4,), math.nan)
     perplexity = math.exp(float(means[0]))
     spread = float(errors[0])
-    numbers: dict[str, Any] = {"perplexity": perplexity, "perplexity_stderr": perplexity * spread if math.isfinite(spread) else None, "tokens": scored * len(ids)}
+    numbers: dict[str, Any] = {
+        "perplexity": perplexity,
+        "perplexity_stderr": perplexity * spread if math.isfinite(spread) else None,
+        "tokens": scored * len(ids),
+    }
     if base is not None:
         numbers["base_perplexity"] = math.exp(float(means[1]))
         numbers["kl"] = float(means[2])

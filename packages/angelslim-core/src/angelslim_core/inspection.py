@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .adapters import architecture, find_layout
-from .adapters.base import describe
+from .adapters import architecture
 from .io.hub import resolve
 from .plugins import PluginHost
-from .source import open_any, quantization_config
+from .source import describe_source, open_any, quantization_config
 
 
 def inspect_model(model: str | Path) -> dict[str, Any]:
@@ -22,8 +21,7 @@ def inspect_model(model: str | Path) -> dict[str, Any]:
     host = PluginHost()
     source = open_any(resolve(model), host.registry.exporters.values())
     checkpoint = source.checkpoint
-    layout = find_layout(source.config, host.registry.layouts)
-    described = describe(layout, source.config, source.shapes, source.dtypes)
+    described = describe_source(source, host.registry.layouts)
     dtypes: dict[str, int] = {}
     for info in checkpoint.tensors.values():
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes

@@ -61,9 +61,7 @@ class Kernel:
             if ok:
                 return candidate.function(*args, **options)
             refusals.append(f"{candidate.name}: {why}")
-        raise EngineError(
-            1, self.op, "no implementation supports this call (" + "; ".join(refusals) + ")", 'executor="reference" is slow but always works'
-        )
+        raise EngineError(1, self.op, "no implementation supports this call (" + "; ".join(refusals) + ")", 'executor="reference" is slow but always works')
 
     def describe(self) -> dict[str, Any]:
         """The entry of `angelslim kernels list`."""

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import find_layout, transformers_identity
-from .adapters.base import Description, describe
-from .artifact import RECORDS
+from .adapters import transformers_identity
+from .adapters.base import Description
+from .device import pick_device
 from .errors import ModelError
 from .io.strict_json import read_json
 from .model import compute_dtype, sanitized
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
-from .source import Source, open_any, quantization_config
+from .records import RECORDS
+from .source import Source, describe_source, open_any, quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,13 +64,10 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     Raises:
         ModelError: invalid, unknown, or a tensor is missing, unexpected or of a wrong shape.
     """
-    from .pipeline import pick_device
-
     folder = Path(path)
     host = host or PluginHost()
     source = open_any(folder, host.registry.exporters.values())
-    layout = find_layout(source.config, host.registry.layouts)
-    description = describe(layout, source.config, source.shapes, source.dtypes)
+    description = describe_source(source, host.registry.layouts)
     where = pick_device(device)
     backend = "transformers" if reads_natively(source, description) else OWN_READER
     model = _from_transformers(source, description, native=backend == "transformers")
@@ -130,7 +128,9 @@ def _from_transformers(source: Source, description: Description, native: bool) -
                     model_class = type(AutoModelForCausalLM.from_config(made, dtype=dtype))
                 model, info = model_class.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(95, str(source.checkpoint.folder), f"transformers cannot load it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise ModelError(
+            95, str(source.checkpoint.folder), f"transformers cannot load it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)

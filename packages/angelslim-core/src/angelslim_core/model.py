@@ -86,7 +86,11 @@ class Skeleton:
         found = [
             (name, module)
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and name.endswith("layers") and len(module) == description.num_layers and "vis" not in name and "audio" not in name
+            if isinstance(module, nn.ModuleList)
+            and name.endswith("layers")
+            and len(module) == description.num_layers
+            and "vis" not in name
+            and "audio" not in name
         ]
         if not found:
             raise ModelError(84, "config.json", f"the model transformers builds has no list of {description.num_layers} layers")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapters import find_layout
-from .adapters.base import Description, describe
+from .adapters.base import Description
 from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
+from .device import device_name, peak_ram_bytes, pick_device
 from .errors import ModelError, NumericError, ResourceError, UsageError
 from .io.checkpoint import Checkpoint, read_header
 from .io.hub import resolve
@@ -21,9 +21,10 @@ from .passes import ModelPass, Pass, RuntimePass
 from .plan import Plan, Step, make_plan
 from .plugins import PluginHost, required_plugins
 from .recipe import Recipe, bind_options, load_recipe, steps_from_use
-from .source import Source, open_source
+from .source import Source, describe_source, open_source
 from .stream import write_shards
 from .workdir import Workdir
+
 
 @dataclass
 class Result:
@@ -90,10 +91,7 @@ def compress(
     prepared = prepare(model, use, out, recipe=recipe, plugins=plugins, overrides=overrides, seed=seed, device=device, host=host)
     if prepared.out is None:
         raise UsageError(1, "--out", "no output folder is given", "name one by --out, or export.to in the recipe")
-    try:
-        return _execute(prepared, replace, progress, stop_requested, start)
-    except MemoryError as error:
-        raise ResourceError(2, str(prepared.source.checkpoint.folder), f"memory ran out after {peak_ram_bytes()} bytes") from error
+    return _execute(prepared, replace, progress, stop_requested, start)
 
 
 @dataclass
@@ -150,7 +148,7 @@ def prepare(
     if seed is not None:
         bound = bound.model_copy(update={"runtime": bound.runtime.model_copy(update={"seed": seed})})
     source = open_source(resolve(path), host.registry.exporters.values())
-    description = describe_source(source, host)
+    description = describe_source(source, host.registry.layouts)
     if any(p.needs_calibration for p in passes) and bound.calibration is None:
         index = next(i for i, p in enumerate(passes) if p.needs_calibration)
         raise UsageError(5, bound.where(f"steps[{index}]"), f"{passes[index].id} needs calibration data", "--set calibration.data=FILE, or =self")
@@ -159,16 +157,10 @@ def prepare(
     return Prepared(bound, host, passes, source, description, plan, Path(target) if target is not None else None, chosen)
 
 
-def describe_source(source: Source, host: PluginHost) -> Description:
-    """Match a source against the known architectures."""
-    layout = find_layout(source.config, host.registry.layouts)
-    return describe(layout, source.config, source.shapes, source.dtypes)
-
-
 def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:
     recipe, plan, host = prepared.recipe, prepared.plan, prepared.host
     assert prepared.out is not None
-    with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir:
+    with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir, _memory(plan):
         _check_disk(plan, workdir)
         context = Context(
             prepared.source, prepared.description, prepared.device, recipe.runtime.seed, workdir.path,
@@ -271,7 +263,7 @@ def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer
         unfinished.rename(folder)
     source = open_source(folder, prepared.host.registry.exporters.values())
     source.checkpoint.warnings = []
-    description = describe_source(source, prepared.host)
+    description = describe_source(source, prepared.host.registry.layouts)
     return make_plan(prepared.recipe, prepared.passes, source, description, prepared.host.registry.exporters)
 
 
@@ -324,7 +316,9 @@ def _gates(recipe: Recipe, evaluation: Mapping[str, Any]) -> None:
             continue
         value = evaluation[name]
         if not (value <= limit if better == "<=" else value >= limit):
-            raise NumericError(5, recipe.where("gates"), f"{name} is {value:.4f}, the gate asks for {better} {limit}", "nothing was written; choose a milder scheme")
+            raise NumericError(
+                5, recipe.where("gates"), f"{name} is {value:.4f}, the gate asks for {better} {limit}", "nothing was written; choose a milder scheme"
+            )
 
 
 def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,32 +336,15 @@ def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {k: sum(r.get(k, 0) for r in reports) if all(type(r.get(k, 0)) is int for r in reports) else [r.get(k) for r in reports] for k in keys}
 
 
-def pick_device(name: str) -> str:
-    """ "cpu" or "cuda"; "auto" takes a GPU if there is one.
+@contextmanager
+def _memory(plan: Plan) -> Iterator[None]:
+    """Turn running out of memory, which torch reports as a RuntimeError, into an error of ours; the work is kept."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        import torch
 
-    Raises:
-        UsageError: cuda was asked for and there is none.
-    """
-    import torch
-
-    if name == "cpu":
-        return "cpu"
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UsageError(6, "--device", "cuda was asked for, but torch sees no GPU")
-    return "cuda" if available else "cpu"
-
-
-def device_name(device: str) -> str:
-    """Device with its compute capability, as `angelslim_default_steps` gets it."""
-    if device == "cpu":
-        return device
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    return f"cuda:{major}.{minor}"
-
-
-def peak_ram_bytes() -> int:
-    """Highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        what = f"memory ran out at {peak_ram_bytes()} bytes; the plan expected to need {plan.peak_ram_bytes}"
+        raise ResourceError(2, str(plan.source.checkpoint.folder), what, "give it more memory and run the same command again") from error

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .adapters.base import Description, Site, select
 from .engines import verdicts
 from .errors import EngineError, PlanError
-from .exporters import Exporter, TensorSpec
-from .io.checkpoint import FLOATS
+from .exporters import Exporter
+from .io.checkpoint import FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
 from .passes import Kind, LayerPass, ModelPass, Pass, TensorPass, WeightPass
 from .schemes import Scheme
@@ -95,8 +95,7 @@ class Plan:
                 rows.append({"tensor": name, "shape": list(self.source.shapes[name]), "action": scheme or "copy", "linears": len(sites)})
         return {
             "plan": [
-                {"pass": s.pass_.id, "kind": s.pass_.kind.value, "tensors": len(s.sites), "options": s.pass_.config.model_dump(mode="json")}
-                for s in self.steps
+                {"pass": s.pass_.id, "kind": s.pass_.kind.value, "tensors": len(s.sites), "options": s.pass_.config.model_dump(mode="json")} for s in self.steps
             ],
             "tensors": rows,
             "bytes_before": self.bytes_before,

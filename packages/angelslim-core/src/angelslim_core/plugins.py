@@ -52,7 +52,7 @@ def installed() -> dict[str, list[Installed]]:
             if entry.group == GROUP:
                 name = _normal(dist.metadata["Name"])
                 record = dist.read_text("RECORD") or ""
-                plugin = Installed(entry.name, name, dist.version, entry.value, dist.metadata.get("Summary") or "", hashlib.sha256(record.encode()).hexdigest())
+                plugin = Installed(entry.name, name, dist.version, entry.value, dist.metadata["Summary"] or "", hashlib.sha256(record.encode()).hexdigest())
                 found.setdefault(entry.name, {}).setdefault(name, plugin)  # the first on sys.path is the one imported
     return {name: list(dists.values()) for name, dists in sorted(found.items())}
 

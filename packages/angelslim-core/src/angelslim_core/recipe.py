@@ -73,7 +73,9 @@ class StepSection(_Model):
 
     use: str = Field(description="Pass id, `plugin.name`.")
     options: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the pass.")
-    targets: list[str] | None = Field(None, description="Roles, groups, exact names, `re:` patterns or ranges (layers[0:4].mlp); the pass's default if not given.")
+    targets: list[str] | None = Field(
+        None, description="Roles, groups, exact names, `re:` patterns or ranges (layers[0:4].mlp); the pass's default if not given."
+    )
     ignore: list[str] = Field(default_factory=list, description="Selectors taken out of the targets.")
     optional: bool = Field(False, description="Selectors that match nothing are no error.")
 
@@ -117,13 +119,13 @@ class Recipe(_Model):
     """What to do with a model."""
 
     version: Literal[1] = Field(1, description="Version of this language.")
-    model: ModelSection = Field(default_factory=ModelSection, description="The model to compress.")
-    runtime: Runtime = Field(default_factory=Runtime, description="How to run.")
+    model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}), description="The model to compress.")
+    runtime: Runtime = Field(default_factory=lambda: Runtime.model_validate({}), description="How to run.")
     calibration: Calibration | None = Field(None, description="Calibration data, for passes that need it.")
     steps: list[StepSection] = Field(min_length=1, description="Passes in order.")
     gates: Gates | None = Field(None, description="Limits that must be met; needs `eval`.")
     eval: Evaluation | None = Field(None, description="Evaluate the output before it is published.")
-    export: Export = Field(default_factory=Export, description="The output.")
+    export: Export = Field(default_factory=lambda: Export.model_validate({}), description="The output.")
 
     _name: str = PrivateAttr("recipe")
     _positions: dict[tuple[str | int, ...], tuple[int, int]] = PrivateAttr(default_factory=dict)
@@ -248,7 +250,9 @@ def _make_absolute(data: dict[str, Any], home: Path | None) -> None:
         return
     for section, key in _PATH_FIELDS:
         holder = data.get(section)
-        value = holder.get(key) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict):
+            continue
+        value = holder.get(key)
         if isinstance(value, str) and (section, value) != ("calibration", "self"):
             # what is no folder beside the recipe may be a hub id
             if section == "model" and not value.startswith((".", "/")) and not (home / value).exists():
@@ -366,5 +370,3 @@ def _model_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for a in get_args(annotation) if (found := _model_in(a)) is not None), None)
-
-

@@ -63,4 +63,6 @@ class Registry:
             return self.passes[pass_id]
         close = difflib.get_close_matches(pass_id, self.passes, 1)
         known = ", ".join(sorted(p for p in self.passes if p.partition(".")[0] == pass_id.partition(".")[0]))
-        raise RecipeError(60, where or pass_id, f"no pass {pass_id!r}", f"did you mean {close[0]}?" if close else f"passes of this plugin: {known or 'none yet'}")
+        raise RecipeError(
+            60, where or pass_id, f"no pass {pass_id!r}", f"did you mean {close[0]}?" if close else f"passes of this plugin: {known or 'none yet'}"
+        )

@@ -101,25 +101,24 @@ class Quantized:
 
 def dequantize(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """(code - zero_point) * scale in fp32, scales spread as `grid` says; ragged blocks are cut at the edge."""
-    rows, columns = codes_OI.shape
-    values = codes_OI.float()
+    values, scales = against(codes_OI.float(), scale.float(), grid)
     if zero_point is not None:
-        values = values - spread(zero_point.float(), grid, rows, columns)
-    return values * spread(scale.float(), grid, rows, columns)
+        values = values - against(codes_OI, zero_point.float(), grid)[1]
+    return (values * scales).reshape(codes_OI.shape)
 
 
-def spread(scale: Tensor, grid: Grid, rows: int, columns: int) -> Tensor:
-    """Scale repeated so that it broadcasts against a weight [rows, columns]."""
+def against(values_OI: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Views of a weight and its scale that broadcast against each other; only ragged-proof blocks need a copy."""
     match grid.strategy:
         case "tensor":
-            return scale.reshape(1, 1)
+            return values_OI, scale.reshape(1, 1)
         case "channel":
-            return scale.reshape(rows, 1)
+            return values_OI, scale.reshape(-1, 1)
         case "group" | "tensor_group":
             assert grid.group_size
-            return scale.repeat_interleave(grid.group_size, 1)
+            return values_OI.unflatten(1, (-1, grid.group_size)), scale[..., None]
         case "block":
             assert grid.block_structure
-            high, wide = grid.block_structure
-            return scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+            (high, wide), (rows, columns) = grid.block_structure, values_OI.shape
+            return values_OI, scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
     raise ValueError(f"no weight scale has strategy {grid.strategy}")

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters.base import Part
+from .adapters import find_layout
+from .adapters.base import Description, Layout, Part, describe
 from .errors import ModelError
-from .exporters import Exporter, TensorSpec, builtin_exporters
-from .io.checkpoint import Checkpoint, TensorInfo, torch_dtype
+from .exporters import Exporter, builtin_exporters
+from .io.checkpoint import Checkpoint, TensorInfo, TensorSpec, torch_dtype
 from .io.writer import spec_bytes
 from .schemes import Quantized, Scheme
 
@@ -110,6 +111,11 @@ def open_any(folder: Path | str, exporters: Iterable[type[Exporter]] | None = No
     return _logical(checkpoint, exporter, schemes, modules)
 
 
+def describe_source(source: Source, layouts: Iterable[Layout]) -> Description:
+    """Match a source against the known architectures."""
+    return describe(find_layout(source.config, layouts), source.config, source.shapes, source.dtypes)
+
+
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """`quantization_config` of a model, also where a multimodal config nests it."""
     for holder in (config, config.get("text_config") or {}):
@@ -156,4 +162,3 @@ def _compute_dtype(config: Mapping[str, Any]) -> str:
     text = config.get("text_config") or {}
     name = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype") or "bfloat16"
     return {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(str(name), "BF16")
-

@@ -46,8 +46,9 @@ def parse(text: str, name: str) -> tuple[Any, dict[Path, tuple[int, int]]]:
             where = _at(name, event.start_mark)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise RecipeError(2, where, "anchors and aliases are not allowed")
-            if getattr(event, "tag", None):
-                raise RecipeError(3, where, f"tags are not allowed: {event.tag}")
+            tag = getattr(event, "tag", None)
+            if tag:
+                raise RecipeError(3, where, f"tags are not allowed: {tag}")
         if sum(isinstance(e, yaml.DocumentStartEvent) for e in events) > 1:
             raise RecipeError(4, name, "holds more than one document")
         node = yaml.compose(text, _Loader)

@@ -6,6 +6,7 @@ by recorders. Each layer then runs on the outputs of the layers before it as the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Site
 from .calibration.data import batches
-
-from .io.checkpoint import Checkpoint, read_header
+from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
+from .io.writer import ShardWriter, fsync_folder
 from .model import Skeleton
 from .passes import LayerPass, TensorPass
 from .schemes import Quantized
@@ -22,7 +23,6 @@ from .stream import check_finite, encode
 from .workdir import Workdir, sha256
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from .context import Context
@@ -118,30 +118,28 @@ class Layer:
             linear.weight = torch.nn.Parameter(result.dequantize().to(linear.weight.dtype), requires_grad=False)
 
 
-class _Recorder:
+def _recorder(original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> nn.Module:
     """Stands in for a decoder layer while inputs are captured."""
+    from torch import nn
 
-    def __new__(cls, original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> nn.Module:
-        from torch import nn
+    class Recorder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.__dict__["original"] = original  # not registered: its parameters are on meta
 
-        class Recorder(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.__dict__["original"] = original  # not registered: its parameters are on meta
+        def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise AssertionError(f"{type(original).__name__} is called with positional arguments beyond the hidden states")
+            seen.append((hidden, kwargs))
+            return hidden
 
-            def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-                if args:
-                    raise AssertionError(f"{type(original).__name__} is called with positional arguments beyond the hidden states")
-                seen.append((hidden, kwargs))
-                return hidden
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.__dict__["original"], name)
 
-            def __getattr__(self, name: str) -> Any:
-                try:
-                    return super().__getattr__(name)
-                except AttributeError:
-                    return getattr(self.__dict__["original"], name)
-
-        return Recorder()
+    return Recorder()
 
 
 def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
@@ -152,7 +150,7 @@ def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
     assert context.samples is not None
     seen: list[tuple[Tensor, dict[str, Any]]] = []
     layers = skeleton.layers
-    skeleton.backbone.layers = nn.ModuleList([_Recorder(layer, seen) for layer in layers])
+    skeleton.backbone.layers = nn.ModuleList([_recorder(layer, seen) for layer in layers])
     captured: list[list[LayerBatch]] = [[] for _ in layers]
     try:
         with torch.no_grad():
@@ -171,7 +169,9 @@ def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
     return captured
 
 
-def run_sweep(plan: Plan, context: Context, workdir: Workdir, journal: Sequence[Mapping[str, Any]], run_pass: Callable[[Step, Callable[[], Any]], Any]) -> Sweep:
+def run_sweep(
+    plan: Plan, context: Context, workdir: Workdir, journal: Sequence[Mapping[str, Any]], run_pass: Callable[[Step, Callable[[], Any]], Any]
+) -> Sweep:
     """Run the layer and tensor steps of a plan over all decoder layers.
 
     Args:
@@ -230,7 +230,7 @@ def _run_layer(
 ) -> dict[str, Any]:  # fmt: skip
     module = skeleton.fill_layer(index, context.device)
     prefix = f"{plan.description.block}.{index}."
-    before = {name: tensor for name, tensor in module.state_dict().items()}
+    before = dict(module.state_dict().items())
     for name, tensor in before.items():
         check_finite(prefix + name, tensor)
     layer = Layer(index, module, prefix, captured[index], context)
@@ -296,12 +296,6 @@ def _load_hidden(path: Path, captured: list[list[LayerBatch]]) -> None:
 
 def _commit(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors to a file that is complete or absent; returns its sha256."""
-    import os
-
-    from .exporters import TensorSpec
-    from .io.checkpoint import dtype_name
-    from .io.writer import ShardWriter, fsync_folder
-
     temporary = path.with_suffix(".tmp")
     writer = ShardWriter(temporary, {n: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()})
     for name, tensor in tensors.items():
@@ -331,5 +325,3 @@ def _to(value: Any, device: str) -> Any:
     if isinstance(value, tuple):
         return tuple(_to(v, device) for v in value)
     return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value
-
-

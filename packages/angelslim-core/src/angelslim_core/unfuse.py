@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor, nn
 
 
 class Expert(nn.Module):
@@ -38,14 +34,20 @@ class LinearExperts(nn.Module):
         tokens_per_expert: [E] int64, real tokens routed to each expert since construction.
     """
 
+    num_experts: int
+    calibrate_all: bool
+    token_mask: Tensor | None
+    tokens_per_expert: Tensor
+
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        self.num_experts, self.hidden = fused.gate_up_proj.shape[0], fused.down_proj.shape[1]
-        inner, weight = fused.down_proj.shape[2], fused.gate_up_proj
+        weight, act_fn = fused.down_proj, fused.act_fn
+        assert isinstance(weight, Tensor) and callable(act_fn)
+        self.num_experts, hidden, inner = weight.shape
         for index in range(self.num_experts):
-            self.add_module(str(index), Expert(self.hidden, inner, fused.act_fn, weight.dtype, weight.device))
+            self.add_module(str(index), Expert(hidden, inner, act_fn, weight.dtype, weight.device))
         self.calibrate_all = False
-        self.token_mask: Tensor | None = None
+        self.token_mask = None
         self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

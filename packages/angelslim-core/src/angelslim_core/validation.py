@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .artifact import RECORDS, read_records
 from .context import Progress, silent
 from .errors import AngelslimError, ModelError
 from .io.hub import resolve
 from .plugins import PluginHost
-from .source import Source, open_any
+from .records import RECORDS, read_records
+from .source import Source, describe_source, open_any
 from .workdir import sha256
 
 
@@ -83,11 +83,9 @@ def _numbers(source: Source, progress: Progress) -> list[str]:
 
 def _shared_scales(source: Source, host: PluginHost) -> list[str]:
     """Linears that engines run as one matmul must agree on per-tensor scales."""
-    from .pipeline import describe_source
-
     first: dict[str, Any] = {}
     problems = []
-    for site in describe_source(source, host).sites:
+    for site in describe_source(source, host.registry.layouts).sites:
         scheme = source.quantized.get(site.name)
         if scheme is None or site.fused is None or scheme.weights.strategy != "tensor":
             continue
@@ -105,11 +103,10 @@ def _ledger(ledger: dict[str, Any], source: Source) -> list[str]:
 
 
 def _compare(source: Source, base: Source, host: PluginHost, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
-    from .pipeline import describe_source
     from .stream import sqnr_db
 
     rows, problems = [], []
-    sites = {s.name: s for s in describe_source(base, host).sites}
+    sites = {s.name: s for s in describe_source(base, host.registry.layouts).sites}
     modules = [n for n in source.quantized if n in sites]
     for done, name in enumerate(modules, 1):
         site = sites[name]
@@ -156,5 +153,3 @@ def _run(folder: Path, base: str | Path | None, problems: list[str]) -> dict[str
         if numbers["kl"] > 5:
             problems.append(f"collapsed: KL to the base is {numbers['kl']:.2f} nats per token")
     return found
-
-

@@ -42,7 +42,9 @@ def find_layout(config: Mapping[str, Any], layouts: Iterable[Layout]) -> Layout:
         known = sorted({t for layout in layouts for t in layout.model_types})
         close = difflib.get_close_matches(name, known, 1)
         like = f"; like {close[0]}?" if close else ""
-        raise ModelError(29, "config.json", f"unknown architecture {name[:100]!r}", f"add a Layout in angelslim_core/adapters/{name[:60]}.py or in a plugin{like}")
+        raise ModelError(
+            29, "config.json", f"unknown architecture {name[:100]!r}", f"add a Layout in angelslim_core/adapters/{name[:60]}.py or in a plugin{like}"
+        )
     return found[0]
 
 

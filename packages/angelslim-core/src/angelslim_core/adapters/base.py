@@ -187,7 +187,12 @@ def describe(layout: Layout, config: Mapping[str, Any], shapes: Mapping[str, tup
             sites.append(Site(f"{block}.{layer}.{module}", name, "other", layer, (shape[0], shape[1]), dtypes[name]))
     missing = sorted(set(range(num_layers)) - seen)
     if missing:
-        raise ModelError(23, "checkpoint", f"config.json says {num_layers} layers, but layer {missing[0]} has no tensor", "a shard is missing, or the config is of another model")
+        raise ModelError(
+            23,
+            "checkpoint",
+            f"config.json says {num_layers} layers, but layer {missing[0]} has no tensor",
+            "a shard is missing, or the config is of another model",
+        )
     return Description(layout, block, num_layers, tuple(_with_fused(layout, sites)), frozenset(mtp))
 
 

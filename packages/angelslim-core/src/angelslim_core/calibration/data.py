@@ -89,9 +89,7 @@ def load_samples(
     else:
         path = Path(calibration.data)
         if not path.is_file():  # a device or a pipe may never end
-            raise RecipeError(
-                72, str(path), "calibration data is no file" if path.exists() else "calibration data does not exist", "set calibration.data"
-            )
+            raise RecipeError(72, str(path), "calibration data is no file" if path.exists() else "calibration data does not exist", "set calibration.data")
         try:
             is_rows = path.suffix.lower() in (".jsonl", ".json")
             ids = _from_rows(path, calibration, tokenizer, seed, warnings) if is_rows else _from_text(path, calibration, tokenizer)
@@ -104,9 +102,7 @@ def load_samples(
     return Samples(ids, warnings)
 
 
-def self_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num: int, tokens: int, seed: int, temperature: float = 1.0
-) -> list[list[int]]:
+def self_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num: int, tokens: int, seed: int, temperature: float = 1.0) -> list[list[int]]:
     """Samples the model writes itself, each exactly `tokens` long; no global random state changes.
 
     They start from the bos token, or from a random token where there is none.
@@ -142,9 +138,7 @@ def self_samples(
                     pad_token_id=padding,
                 )
             if written.shape[1] != tokens:
-                raise ModelError(
-                    64, "calibration", f"the model wrote samples of {written.shape[1]} tokens, not {tokens}", "give calibration.data a file"
-                )
+                raise ModelError(64, "calibration", f"the model wrote samples of {written.shape[1]} tokens, not {tokens}", "give calibration.data a file")
             ids += written.tolist()
     return ids
 
@@ -166,9 +160,7 @@ def batches(ids: Sequence[Sequence[int]], batch_size: int, pad_id: int) -> list[
     return found
 
 
-def _from_rows(
-    path: Path, calibration: CalibrationOptions, tokenizer: PreTrainedTokenizerBase, seed: int, warnings: list[str]
-) -> list[list[int]]:
+def _from_rows(path: Path, calibration: CalibrationOptions, tokenizer: PreTrainedTokenizerBase, seed: int, warnings: list[str]) -> list[list[int]]:
     rows = RowFile(path, None if calibration.field == "auto" else calibration.field)
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)

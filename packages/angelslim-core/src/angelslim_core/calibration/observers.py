@@ -39,9 +39,7 @@ class Observer(ABC):
         columns = x_NI.abs().amax(0).float()
         if not bool(columns.isfinite().all()):
             bad = int((~columns.isfinite()).nonzero()[0])
-            raise NumericError(
-                60, f"column {bad}", "calibration met an activation that is not finite", "calibrate in a wider dtype, or check the model"
-            )
+            raise NumericError(60, f"column {bad}", "calibration met an activation that is not finite", "calibrate in a wider dtype, or check the model")
         self.rows += x_NI.shape[0]
         self._update(x_NI, columns)
 

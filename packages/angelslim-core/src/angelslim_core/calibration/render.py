@@ -69,9 +69,7 @@ def render_chats(
     command = [sys.executable, "-I", str(child), str(CPU_SECONDS), str(MEMORY_BYTES), *_folders("jinja2", "markupsafe")]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     try:
-        done = subprocess.run(
-            command, input=json.dumps(request).encode(), capture_output=True, timeout=WALL_SECONDS, env=environment, check=False
-        )
+        done = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True, timeout=WALL_SECONDS, env=environment, check=False)
     except subprocess.TimeoutExpired:
         raise ModelError(60, _WHERE, f"was not rendered within {WALL_SECONDS} s", _HINT) from None
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):

@@ -52,9 +52,7 @@ class RowFile:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
-                raise RecipeError(
-                    74, f"{self.path}:{number}", f"the line is longer than {MAX_LINE_BYTES} bytes", "split or shorten the row"
-                )
+                raise RecipeError(74, f"{self.path}:{number}", f"the line is longer than {MAX_LINE_BYTES} bytes", "split or shorten the row")
             if line.strip():
                 yield number, offset, line
             offset += len(line)
@@ -73,9 +71,7 @@ class RowFile:
             raise RecipeError(76, where, "is no JSON object", "write one JSON object per line")
         found = interpret(row, self.field)
         if found is None:
-            wanted = (
-                f"field {self.field!r} with messages or text" if self.field else f"known field ({', '.join(FIELDS)}; input needs output)"
-            )
+            wanted = f"field {self.field!r} with messages or text" if self.field else f"known field ({', '.join(FIELDS)}; input needs output)"
             keys = ", ".join(map(repr, row))[:200] or "none"
             raise RecipeError(77, where, f"has no {wanted}; its keys: {keys}", "name the field with calibration.field")
         return found

@@ -28,4 +28,6 @@ def eval_(out: str, base: str | None, text: str, windows: int, length: int, devi
     click.echo(f"perplexity {found['perplexity']:.3f}{spread}, {found['tokens']} tokens, {found['windows']} x {found['length']}, {found['backend']}")
     if base:
         spread = f" +- {found['kl_stderr']:.4f}" if found["kl_stderr"] is not None else ""
-        click.echo(f"base {found['base_perplexity']:.3f}, KL(base, out) {found['kl']:.4f}{spread} nats per token, same first choice {100 * found['top1_agreement']:.2f} %")
+        click.echo(
+            f"base {found['base_perplexity']:.3f}, KL(base, out) {found['kl']:.4f}{spread} nats per token, same first choice {100 * found['top1_agreement']:.2f} %"
+        )

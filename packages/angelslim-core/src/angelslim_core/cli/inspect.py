@@ -21,6 +21,8 @@ def inspect_(model: str, as_json: bool) -> None:
     click.echo(f"{found['architecture']}: {found['layers']} layers, {found['parameters'] / 1e6:.1f} M parameters, {size(found['bytes'])}")
     click.echo("dtypes: " + ", ".join(f"{name} {size(n)}" for name, n in found["dtypes"].items()))
     click.echo("linears: " + ", ".join(f"{count} {role}" for role, count in found["linears"].items()))
-    click.echo(f"quantization: {found['quantization'] or 'none'}; tied embeddings: {'yes' if found['tied'] else 'no'}; MTP tensors: {found['mtp_tensors']}; tokenizer: {'yes' if found['tokenizer'] else 'no'}")
+    click.echo(
+        f"quantization: {found['quantization'] or 'none'}; tied embeddings: {'yes' if found['tied'] else 'no'}; MTP tensors: {found['mtp_tensors']}; tokenizer: {'yes' if found['tokenizer'] else 'no'}"
+    )
     for line in found["warnings"]:
         click.echo(f"warning: {line}")

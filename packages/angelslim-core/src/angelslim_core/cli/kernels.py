@@ -28,4 +28,7 @@ def list_(plugins: list[str], as_json: bool) -> None:
     if not rows:
         click.echo("the loaded plugins bring no kernels")
     else:
-        table([(r["op"], i["name"], "yes" if i["ok"] else "no", i["why"]) for r in rows for i in r["implementations"]], ("op", "implementation", "runs here", "why"))
+        table(
+            [(r["op"], i["name"], "yes" if i["ok"] else "no", i["why"]) for r in rows for i in r["implementations"]],
+            ("op", "implementation", "runs here", "why"),
+        )

@@ -57,7 +57,7 @@ class Commands(click.Group):
         except click.UsageError as error:
             close = difflib.get_close_matches(args[0], COMMANDS, 1)
             if close:
-                error.message += f" Did you mean {close[0]!r}?"
+                raise click.UsageError(f"{error.message} Did you mean {close[0]!r}?", ctx) from None
             raise
 
 
@@ -105,6 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     # set before any of the libraries that read them is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # threads that spin while they wait slow each other down on shared cores, up to tenfold
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     given = sys.argv[1:] if arguments is None else arguments
     sys.exit(_guarded(given))

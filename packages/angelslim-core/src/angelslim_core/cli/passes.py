@@ -29,4 +29,4 @@ def list_(plugins: list[str], as_json: bool) -> None:
         emit({"passes": rows})
         return
     options = lambda row: ", ".join(row["options"].get("properties", {}))  # noqa: E731
-    table([(r["id"], r["kind"], r["summary"], options(r)) for r in rows], ("id", "kind", "summary", "options"))
+    table([(str(r["id"]), str(r["kind"]), str(r["summary"]), options(r)) for r in rows], ("id", "kind", "summary", "options"))

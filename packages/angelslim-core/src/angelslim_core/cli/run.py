@@ -58,7 +58,9 @@ def run(
         quality = f", {metrics['linears']} linears, SQNR {metrics['sqnr_db_mean']:.1f} dB" if "sqnr_db_mean" in metrics else ""
         click.echo(f"{step['id']}: {step['seconds']:.1f} s{quality}")
     ratio = done["bytes_after"] / done["bytes_before"]
-    click.echo(f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {size(done['peak_ram_bytes'])}")
+    click.echo(
+        f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {size(done['peak_ram_bytes'])}"
+    )
     click.echo(f"{done['path']}   next: angelslim eval {done['path']} --base {model or 'MODEL'} --text FILE")
 
 

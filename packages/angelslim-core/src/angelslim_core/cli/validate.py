@@ -27,7 +27,10 @@ def validate(out: str, base: str | None, run_it: bool, as_json: bool) -> None:
             click.echo(f"problem: {line}")
         if found.get("linears"):
             worst = sorted(found["linears"], key=lambda row: row["sqnr_db"] if row["sqnr_db"] is not None else 1e9)[:5]
-            table([(r["name"], f"{r['sqnr_db']:.2f}" if r["sqnr_db"] is not None else "exact", f"{r['cosine']:.6f}") for r in worst], ("worst linears", "SQNR dB", "cosine"))
+            table(
+                [(r["name"], f"{r['sqnr_db']:.2f}" if r["sqnr_db"] is not None else "exact", f"{r['cosine']:.6f}") for r in worst],
+                ("worst linears", "SQNR dB", "cosine"),
+            )
         if found.get("sample"):
             click.echo(f"it writes: {found['sample']}")
         if found.get("kl") is not None:

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..io.checkpoint import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..schemes import Quantized, Scheme
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written: dtype as safetensors names it, and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class Exporter(ABC):

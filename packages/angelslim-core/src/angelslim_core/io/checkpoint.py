@@ -49,6 +49,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: dtype as safetensors names it, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor lies: `offset` and `nbytes` in bytes, from the start of the file."""
 
@@ -134,7 +142,7 @@ def read_bytes(file: Path, offset: int, nbytes: int) -> torch.Tensor:
     import torch
 
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
     done = 0
     descriptor = os.open(file, os.O_RDONLY)
     try:

@@ -11,11 +11,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ResourceError
-from ..exporters import TensorSpec
-from .checkpoint import DTYPES, dtype_name
+from .checkpoint import DTYPES, TensorSpec, dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +82,7 @@ class ShardWriter:
             raise AssertionError(f"{name}: {have} was written where {spec} was planned")
         import torch
 
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         try:
             _pwrite(self._descriptor, memoryview(data), self._base + self._offsets[name])
         except OSError as error:
@@ -105,7 +104,9 @@ def disk_error(error: OSError, path: Path, needed: int) -> ResourceError:
     """The error for a failed write, with needed and free bytes."""
     status = os.statvfs(path.parent)
     free = status.f_bavail * status.f_frsize
-    return ResourceError(1, str(path), f"cannot be written: {error.strerror} (needs {needed} bytes, {free} are free)", "free space and run the same command again")
+    return ResourceError(
+        1, str(path), f"cannot be written: {error.strerror} (needs {needed} bytes, {free} are free)", "free space and run the same command again"
+    )
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:

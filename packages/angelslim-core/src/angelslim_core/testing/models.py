@@ -41,9 +41,7 @@ TINY: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32, "num_shared_expert": 1, "use_mixed_mlp_moe": True},
 }  # fmt: skip
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
 
 def tiny_checkpoint(architecture: str, folder: Path | str, *, seed: int = 0, dtype: str = "bfloat16", tokenizer: bool = True, **overrides: Any) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from angelslim_core.schemes import Grid
 from torch import Tensor
+
+from angelslim_core.schemes import Grid
 
 
 def grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
@@ -23,8 +24,8 @@ def amax_of(weight_OI: Tensor, grid: Grid) -> Tensor:
         low, high = torch.aminmax(grouped(weight_OI, grid), dim=-1)
         return torch.maximum(-low, high).float()
     assert grid.block_structure
-    high, wide = grid.block_structure
+    tall, wide = grid.block_structure
     rows, columns = weight_OI.shape
-    padded = torch.nn.functional.pad(weight_OI, (0, -columns % wide, 0, -rows % high))
-    blocks = padded.view(padded.shape[0] // high, high, padded.shape[1] // wide, wide)
+    padded = torch.nn.functional.pad(weight_OI, (0, -columns % wide, 0, -rows % tall))
+    blocks = padded.view(padded.shape[0] // tall, tall, padded.shape[1] // wide, wide)
     return blocks.abs().amax((1, 3)).float()

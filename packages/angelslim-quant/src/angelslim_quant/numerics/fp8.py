@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.schemes import Grid, spread
 from torch import Tensor
+
+from angelslim_core.io.checkpoint import torch_dtype
+from angelslim_core.schemes import Grid, against
 
 from .amax import amax_of
 
@@ -31,7 +32,7 @@ def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None) -> tupl
         grid: strategy "tensor", "channel" or "block".
         scale: use this scale (of `grid.scale_shape`) instead of absmax / 448.
     """
-    rows, columns = weight_OI.shape
     if scale is None:
         scale = scale_of(amax_of(weight_OI, grid), grid)
-    return cast_e4m3(weight_OI.float() / spread(scale.float(), grid, rows, columns)), scale
+    values, scales = against(weight_OI.float(), scale.float(), grid)
+    return cast_e4m3(values / scales).reshape(weight_OI.shape), scale

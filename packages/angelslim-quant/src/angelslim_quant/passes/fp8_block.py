@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from angelslim_core.exporters.hf_fp8 import block_scheme
 from angelslim_core.passes import PassConfig, TensorPass
 from angelslim_core.schemes import Quantized, Scheme
-from pydantic import Field
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from angelslim_core.adapters.base import Site
     from angelslim_core.context import Context
-    from torch import Tensor
 
 
 class FP8Block(TensorPass):

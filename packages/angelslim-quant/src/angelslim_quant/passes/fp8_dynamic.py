@@ -9,9 +9,10 @@ from angelslim_core.passes import TensorPass
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from angelslim_core.adapters.base import Site
     from angelslim_core.context import Context
-    from torch import Tensor
 
 
 class FP8Dynamic(TensorPass):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from angelslim_core.passes import LayerPass, PassConfig
-from angelslim_core.schemes import Grid, Quantized, Scheme
 from pydantic import Field
 
+from angelslim_core.passes import LayerPass, PassConfig
+from angelslim_core.schemes import Grid, Quantized, Scheme
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from angelslim_core.adapters.base import Site
     from angelslim_core.sweep import Layer
-    from torch import Tensor
 
 # smallest input amax that still gives a usable scale, for inputs that calibration never excites
 FLOOR = 1e-7
@@ -34,6 +36,7 @@ class FP8Static(LayerPass):
 
     def run(self, layer: Layer) -> dict[str, Any]:
         import torch
+
         from angelslim_core.calibration.observers import OBSERVERS
 
         from ..numerics.fp8 import E4M3_MAX, quantize, scale_of

@@ -9,13 +9,14 @@ from angelslim_core.passes import TensorPass
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from angelslim_core.adapters.base import Site
     from angelslim_core.context import Context
-    from torch import Tensor
 
 
 class INT8Dynamic(TensorPass):
-    """INT8 weights per output channel (absmax / 127.5), INT8 activations per token, computed at run time."""
+    """INT8 weights per output channel (both ends of its range kept), INT8 activations per token, computed at run time."""
 
     id = "quant.int8_dynamic"
     claims = frozenset({"linear.weight", "linear.input"})

@@ -1,0 +1,38 @@
+"""Which device a run uses, and how much memory it took."""
+
+from __future__ import annotations
+
+import resource
+
+from .errors import UsageError
+
+
+def pick_device(name: str) -> str:
+    """ "cpu" or "cuda"; "auto" takes a GPU if there is one.
+
+    Raises:
+        UsageError: cuda was asked for and there is none.
+    """
+    import torch
+
+    if name == "cpu":
+        return "cpu"
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError(6, "--device", "cuda was asked for, but torch sees no GPU")
+    return "cuda" if available else "cpu"
+
+
+def device_name(device: str) -> str:
+    """Device with its compute capability, as `angelslim_default_steps` gets it."""
+    if device == "cpu":
+        return device
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda:{major}.{minor}"
+
+
+def peak_ram_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
