@@ -160,6 +160,9 @@ def prepare(
 def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:
     recipe, plan, host = prepared.recipe, prepared.plan, prepared.host
     assert prepared.out is not None
+    limit = recipe.runtime.max_ram_bytes
+    if limit is not None and plan.peak_ram_bytes > limit:
+        raise ResourceError(4, recipe.where("runtime.max_ram"), f"the plan needs about {plan.peak_ram_bytes} bytes of RAM, {limit} are allowed")
     with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir, _memory(plan):
         _check_disk(plan, workdir)
         context = Context(
@@ -291,9 +294,6 @@ def _check_disk(plan: Plan, workdir: Workdir) -> None:
     free = shutil.disk_usage(workdir.path).free
     if free < needed:
         raise ResourceError(3, str(workdir.out), f"needs {needed} bytes of disk, {free} are free", "free space or choose another --out")
-    limit = plan.recipe.runtime.max_ram_bytes
-    if limit is not None and plan.peak_ram_bytes > limit:
-        raise ResourceError(4, plan.recipe.where("runtime.max_ram"), f"the plan needs about {plan.peak_ram_bytes} bytes of RAM, {limit} are allowed")
 
 
 def _verify(stage: Path, plan: Plan) -> None:

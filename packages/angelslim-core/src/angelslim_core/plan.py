@@ -128,7 +128,8 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     units = _units(source, description, steps, schemes, exporter)
     shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
     quantized = set(schemes)
-    ignore = [s.name for s in description.sites if s.name not in quantized] + _tied_head(source, description)
+    mtp = [n.removesuffix(".weight") for n in source.dtypes if n in description.mtp_tensors and n.endswith(".weight") and len(source.shapes[n]) == 2]
+    ignore = [s.name for s in description.sites if s.name not in quantized] + mtp + _tied_head(source, description)
     plan = Plan(recipe, source, description, steps, units, shards, schemes, ignore, exporter, {}, 0)
     plan.warnings += source.checkpoint.warnings
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
@@ -178,16 +179,16 @@ def _targets(recipe: Recipe, index: int, pass_: Pass, description: Description, 
 
 def _schemes(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Scheme]:
     schemes: dict[str, Scheme] = {}
-    owner: dict[tuple[str, str], str] = {}
+    owner: dict[tuple[str, str], Step] = {}
     for step in steps:
         if not isinstance(step.pass_, WeightPass):
             continue
         for site in step.sites:
             for claim in step.pass_.claims:
-                first = owner.setdefault((site.name, claim), step.pass_.id)
-                if first != step.pass_.id or site.name in schemes:
+                first = owner.setdefault((site.name, claim), step)
+                if first is not step or site.name in schemes:
                     where = recipe.where(f"steps[{step.index}]")
-                    raise PlanError(8, where, f"{step.pass_.id} and {first} both set {claim} of {site.name}", "give the steps disjoint `targets`")
+                    raise PlanError(8, where, f"{step.pass_.id} and {first.pass_.id} (step {first.index}) both set {claim} of {site.name}", "give the steps disjoint `targets`")
             scheme = step.pass_.scheme(site)
             if scheme is not None:
                 schemes[site.name] = scheme

@@ -319,6 +319,9 @@ def _dotted(parts: Iterable[str | int]) -> str:
 
 def _where(name: str, parts: tuple[str | int, ...], positions: Mapping[Any, tuple[int, int]], overridden: Mapping[str, str]) -> str:
     dotted = _dotted(parts)
+    inside = next((place for path, place in overridden.items() if dotted and path.startswith(f"{dotted}.")), None)
+    if inside and parts not in positions:
+        return inside
     for end in range(len(parts), 0, -1):
         if _dotted(parts[:end]) in overridden:
             return overridden[_dotted(parts[:end])]
@@ -332,7 +335,8 @@ def _first(
     error: ValidationError, name: str, prefix: tuple[str | int, ...], positions: Mapping[Any, tuple[int, int]], overridden: Mapping[str, str], model: type[BaseModel]
 ) -> RecipeError:  # fmt: skip
     """The first problem pydantic found, in our words; the hint counts the others."""
-    problems = error.errors()
+    # a misspelt key explains the missing one, not the other way round
+    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
     path = (*prefix, *problem["loc"])
     where = _where(name, path, positions, overridden)

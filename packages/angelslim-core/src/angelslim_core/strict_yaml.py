@@ -52,6 +52,8 @@ def parse(text: str, name: str) -> tuple[Any, dict[Path, tuple[int, int]]]:
         if sum(isinstance(e, yaml.DocumentStartEvent) for e in events) > 1:
             raise RecipeError(4, name, "holds more than one document")
         node = yaml.compose(text, _Loader)
+    except RecipeError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise RecipeError(5, _at(name, mark) if mark else name, f"is not YAML: {error.problem or error.context}") from error

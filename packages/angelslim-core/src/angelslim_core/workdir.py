@@ -67,7 +67,8 @@ class Workdir:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # keep only what another try can build on
-        resumable = isinstance(error, (StoppedError, ResourceError, KeyboardInterrupt, _Unfinished))
+        begun = (self.path / "journal.jsonl").is_file()
+        resumable = isinstance(error, _Unfinished) or (begun and isinstance(error, StoppedError | ResourceError | KeyboardInterrupt))
         self._lock.release()
         if kind is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)
