@@ -100,7 +100,7 @@ def open_any(folder: Path | str, exporters: Iterable[type[Exporter]] | None = No
         return Source(checkpoint, {n: i.dtype for n, i in infos.items()}, {n: i.shape for n, i in infos.items()}, {}, {})
     method = config.get("quant_method")
     known = {e.quant_method: e for e in (builtin_exporters() if exporters is None else exporters)}
-    if method not in known:
+    if not isinstance(method, str) or method not in known:
         raise ModelError(57, str(folder), f"is quantized with {method!r:.100}, which no loaded exporter reads", f"known here: {', '.join(sorted(known))}")
     exporter = known[method]()
     modules: dict[str, tuple[str, ...]] = {}

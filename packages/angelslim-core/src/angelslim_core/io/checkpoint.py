@@ -28,6 +28,7 @@ DTYPES: dict[str, tuple[int, str]] = {
 }  # fmt: skip
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 MAX_HEADER = 100 << 20
+MAX_RANK = 16
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*processor_config.json",
               "preprocessor_config.json", "chat_template.json", "generation_config.json", "*.tiktoken", "spiece.model", "LICENSE*", "NOTICE*")  # fmt: skip
@@ -98,7 +99,9 @@ class Checkpoint:
             raise ModelError(7, str(folder), "is no folder", "give a model folder, or a hub id when online")
         if not (folder / "config.json").is_file():
             raise ModelError(8, str(folder), "has no config.json")
-        config = read_json(folder / "config.json")
+        config = read_json(_inside(folder, folder / "config.json"))
+        if not isinstance(config.get("text_config") or {}, dict):
+            raise ModelError(30, "config.json", "text_config is no object")
         tensors: dict[str, TensorInfo] = {}
         for file, names in _weight_files(folder).items():
             found = read_header(_confined(folder, file))
@@ -111,6 +114,8 @@ class Checkpoint:
             raise ModelError(10, str(folder), "holds no tensor")
         everything = sorted(p for p in folder.iterdir() if p.is_file())
         companions = tuple(p for p in everything if any(fnmatch.fnmatch(p.name, c) for c in COMPANIONS) and not _is_code(p) and not _is_pickle(p))
+        for companion in companions:
+            _inside(folder, companion)
         ignored = [f"{p.name} beside the weights is ignored and not copied" for p in everything if _is_code(p) or _is_pickle(p)]
         return cls(folder, config, tensors, companions, ignored)
 
@@ -171,7 +176,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if len(start) < 8 or length > MAX_HEADER or 8 + length > size:
             raise ModelError(13, file.name, f"is truncated or no safetensors file ({size} bytes)")
         header = parse_object(stream.read(length), file.name)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ModelError(31, file.name, "has metadata that are not text")
     infos = [_tensor_info(file, name, entry, 8 + length) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     end = 8 + length
@@ -188,7 +195,11 @@ def _tensor_info(file: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         bits = DTYPES[dtype][0]
-        good = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and set(entry) == {"dtype", "shape", "data_offsets"}
+        good = (
+            len(shape) <= MAX_RANK
+            and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop))
+            and set(entry) == {"dtype", "shape", "data_offsets"}
+        )
     except (KeyError, TypeError, ValueError):
         good, bits = False, 0
     if not good or stop - start != math.prod(shape) * bits // 8:
@@ -200,7 +211,7 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     """Weight file -> names the index puts there (None without an index)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index, MAX_HEADER).get("weight_map")
+        weight_map = read_json(_inside(folder, index), MAX_HEADER).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise ModelError(17, index.name, "has no weight_map from names to files")
         files: dict[str, set[str] | None] = {}
@@ -222,12 +233,17 @@ def _confined(folder: Path, file: str) -> Path:
     if file != os.path.basename(file) or not file.endswith(".safetensors") or file.startswith("."):
         raise ModelError(40, "model.safetensors.index.json", f"names {file[:200]!r}, which is no plain *.safetensors name inside the folder")
     path = folder / file
-    if not path.is_file():
-        raise ModelError(41, file, "is named by the index but missing", "fetch the model again")
+    if not os.path.isfile(path):  # false for a name too long for the system, too
+        raise ModelError(41, file[:200], "is named by the index but missing", "fetch the model again")
+    return _inside(folder, path)
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """The path of a file, which must not be a link out of the folder (or its hub cache's blobs)."""
     real, home = path.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-        raise ModelError(42, file, "is a link to a place outside the model folder")
+        raise ModelError(42, path.name, "is a link to a place outside the model folder")
     return path
 
 

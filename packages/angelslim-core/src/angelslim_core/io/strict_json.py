@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ModelError: missing, too large, not UTF-8, not JSON, nested too deep, duplicate keys, or no object.
+        ModelError: missing, too large, not UTF-8, not JSON, nested too deep, duplicate keys, numbers or text that cannot
+            be written again (NaN, Infinity, half a surrogate pair), or no object.
     """
     try:
         size = path.stat().st_size
@@ -33,11 +35,23 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     """Parse bytes that must hold one JSON object; see `read_json`."""
     _check_depth(data, where)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _no_duplicates(pairs, where))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        pairs_hook = lambda pairs: _no_duplicates(pairs, where)  # noqa: E731
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs_hook, parse_float=_finite, parse_constant=_finite)
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except ModelError:
+        raise
+    except ValueError as error:  # also too many digits, and text that is no UTF-8
         raise ModelError(3, where, f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(4, where, "holds no JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
     return value
 
 
@@ -50,7 +64,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     return found
 
 
-_TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# a string without an end runs to the end of the data, or every quote in it would be tried anew
+_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 def _check_depth(data: bytes, where: str) -> None:
