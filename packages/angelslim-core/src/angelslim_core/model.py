@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,30 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
+def _build(config: PretrainedConfig, dtype: torch.dtype, stored: int) -> PreTrainedModel:
+    """The model of a config, parameters on meta.
+
+    Args:
+        stored: number of weights in the checkpoint.
+
+    Raises:
+        ModelError: transformers refuses a value, or the config asks for far more weights than are stored.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:  # first wholly on meta, where a hostile size costs nothing
+        with torch.device("meta"), no_init_weights():
+            asked = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters())
+    except Exception as error:
+        raise ModelError(83, "config.json", f"transformers refuses it: {type(error).__name__}: {str(error).split(chr(10), 1)[0]}") from error
+    if asked > 2 * stored:
+        raise ModelError(32, "config.json", f"describes a model of {asked} weights, but {stored} are stored", "the config is of another model")
+    with parameters_on_meta(), no_init_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 class Skeleton:
     """A model with meta parameters, filled part by part from a source.
 
@@ -74,14 +99,11 @@ class Skeleton:
     def __init__(self, source: Source, description: Description) -> None:
         import torch
         from torch import nn
-        from transformers import AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
 
         self.source, self.description = source, description
         config = transformers_config(description, source.config)
         self.dtype = torch_dtype(compute_dtype(source, description))
-        with parameters_on_meta(), no_init_weights():
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        self.model = _build(config, self.dtype, sum(map(math.prod, source.shapes.values())))
         self.model.eval()
         found = [
             (name, module)
@@ -142,6 +164,9 @@ class Skeleton:
             raise ModelError(86, name, f"is needed by {type(module).__name__} and missing from the checkpoint")
         for name in sorted(state.keys() - wanted):
             raise ModelError(87, name, f"is in the checkpoint, but {type(module).__name__} has no such tensor")
+        for name, tensor in module.state_dict().items():
+            if name in state and state[name].shape != tensor.shape:
+                raise ModelError(33, name, f"has shape {list(state[name].shape)} in the checkpoint, {list(tensor.shape)} by config.json")
         parameters = dict(module.named_parameters())
         cast = {n: t.to(parameters[n].dtype) if n in parameters and t.is_floating_point() else t for n, t in state.items()}
         module.load_state_dict(cast, strict=False, assign=True)
