@@ -7,7 +7,7 @@ import importlib.resources
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
@@ -16,7 +16,8 @@ from .errors import RecipeError
 from .passes import Pass, PassConfig
 from .strict_yaml import parse
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,30}(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+Selector = Annotated[str, Field(max_length=1000)]
 _PATH_FIELDS = (("model", "path"), ("calibration", "data"), ("eval", "text"), ("export", "to"))
 
 
@@ -63,8 +64,8 @@ class Calibration(_Model):
     data: str = Field(description="JSONL or text file, or `self` for samples the model writes itself.")
     field: str | None = Field(None, description="Field of a JSONL row that holds the text or messages; found by itself if not given.")
     template: Literal["chat", "none"] = Field("chat", description="Render conversations by the model's chat template, or join their contents.")
-    samples: int = Field(128, ge=1, description="Number of samples.")
-    tokens: int = Field(2048, ge=1, description="Tokens per sample, at most.")
+    samples: int = Field(128, ge=1, le=10**6, description="Number of samples.")
+    tokens: int = Field(2048, ge=1, le=10**7, description="Tokens per sample, at most.")
     batch_size: int = Field(1, ge=1, description="Samples per forward pass.")
 
 
@@ -73,10 +74,10 @@ class StepSection(_Model):
 
     use: str = Field(description="Pass id, `plugin.name`.")
     options: dict[str, Any] = Field(default_factory=dict, alias="with", description="Options of the pass.")
-    targets: list[str] | None = Field(
+    targets: list[Selector] | None = Field(
         None, description="Roles, groups, exact names, `re:` patterns or ranges (layers[0:4].mlp); the pass's default if not given."
     )
-    ignore: list[str] = Field(default_factory=list, description="Selectors taken out of the targets.")
+    ignore: list[Selector] = Field(default_factory=list, description="Selectors taken out of the targets.")
     optional: bool = Field(False, description="Selectors that match nothing are no error.")
 
 
@@ -122,7 +123,7 @@ class Recipe(_Model):
     model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}), description="The model to compress.")
     runtime: Runtime = Field(default_factory=lambda: Runtime.model_validate({}), description="How to run.")
     calibration: Calibration | None = Field(None, description="Calibration data, for passes that need it.")
-    steps: list[StepSection] = Field(min_length=1, description="Passes in order.")
+    steps: list[StepSection] = Field(min_length=1, max_length=100, description="Passes in order.")
     gates: Gates | None = Field(None, description="Limits that must be met; needs `eval`.")
     eval: Evaluation | None = Field(None, description="Evaluate the output before it is published.")
     export: Export = Field(default_factory=lambda: Export.model_validate({}), description="The output.")
@@ -238,7 +239,7 @@ def _extended(data: dict[str, Any], name: str, positions: Mapping[Any, tuple[int
     if base is None:
         return data
     known = shipped()
-    if base not in known:
+    if not isinstance(base, str) or base not in known:
         raise RecipeError(15, _where(name, ("extends",), positions, {}), f"no shipped recipe {base!r}", f"shipped: {', '.join(known)}")
     below, _ = parse(known[base], f"{base}.yaml")
     return {**below, **data}

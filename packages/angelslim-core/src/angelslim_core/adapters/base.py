@@ -247,7 +247,7 @@ def _with_fused(layout: Layout, sites: Sequence[Site]) -> list[Site]:
 
 # selection -----------------------------------------------------------------------------------------------------------
 
-_RANGE = re.compile(r"layers\[(\d*):(\d*)\]")
+_RANGE = re.compile(r"layers\[(\d{,9}):(\d{,9})\]")
 
 
 def select(sites: Sequence[Site], selectors: Sequence[str], where: str, optional: bool = False) -> list[Site]:
@@ -278,6 +278,6 @@ def _matches(selector: str, site: Site, where: str) -> bool:
     if selector.startswith("re:"):
         try:
             return regex.fullmatch(selector[3:], site.name, timeout=1.0) is not None
-        except (regex.error, TimeoutError) as error:
-            raise PlanError(21, where, f"{selector!r} is no usable regular expression: {error}") from error
+        except (regex.error, TimeoutError, RecursionError) as error:
+            raise PlanError(21, where, f"{selector[:200]!r} is no usable regular expression: {error}") from error
     return selector == site.name or selector == site.role or selector in GROUPS[site.role]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 from array import array
 from collections.abc import Callable, Sequence
@@ -88,8 +89,10 @@ def load_samples(
         ids = generate(calibration.samples, calibration.tokens, seed)
     else:
         path = Path(calibration.data)
-        if not path.is_file():  # a device or a pipe may never end
-            raise RecipeError(72, str(path), "calibration data is no file" if path.exists() else "calibration data does not exist", "set calibration.data")
+        if not os.path.isfile(path):  # a device or a pipe may never end
+            raise RecipeError(
+                72, str(path), "calibration data is no file" if os.path.exists(path) else "calibration data does not exist", "set calibration.data"
+            )
         try:
             is_rows = path.suffix.lower() in (".jsonl", ".json")
             ids = _from_rows(path, calibration, tokenizer, seed, warnings) if is_rows else _from_text(path, calibration, tokenizer)
