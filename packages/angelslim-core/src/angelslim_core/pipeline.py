@@ -17,6 +17,7 @@ from .device import device_name, peak_ram_bytes, pick_device
 from .errors import ModelError, NumericError, ResourceError, UsageError
 from .io.checkpoint import Checkpoint, read_header
 from .io.hub import resolve
+from .io.writer import disk_errors
 from .passes import ModelPass, Pass, RuntimePass
 from .plan import Plan, Step, make_plan
 from .plugins import PluginHost, required_plugins
@@ -163,7 +164,7 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
     limit = recipe.runtime.max_ram_bytes
     if limit is not None and plan.peak_ram_bytes > limit:
         raise ResourceError(4, recipe.where("runtime.max_ram"), f"the plan needs about {plan.peak_ram_bytes} bytes of RAM, {limit} are allowed")
-    with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir, _memory(plan):
+    with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir, _memory(plan), disk_errors(prepared.out, plan.bytes_after):
         _check_disk(plan, workdir)
         context = Context(
             prepared.source, prepared.description, prepared.device, recipe.runtime.seed, workdir.path,

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from .errors import OutputError, RecipeError, ResourceError, StoppedError
-from .io.writer import disk_error, fsync_folder, write_json
+from .io.writer import disk_error, disk_errors, fsync_folder, write_json
 
 
 class Workdir:
@@ -40,17 +41,22 @@ class Workdir:
             raise OutputError(1, str(out), "lies in the model folder or holds it", "choose another --out")
         self.path = self.out.parent / f".{self.out.name}.angelslim"
         self._backup = self.out.parent / f".{self.out.name}.angelslim.old"
-        if self._backup.exists() and not self.out.exists():  # a crash between the two renames of --replace
-            self._backup.rename(self.out)
+        if self._backup.exists():  # a crash within --replace
+            if self.out.exists():
+                shutil.rmtree(self._backup, ignore_errors=True)
+            else:
+                self._backup.rename(self.out)
         if self.out.exists() and not replace:
+            self._drop_published()
             raise OutputError(2, str(out), "exists", "choose another --out, or give --replace")
 
     def __enter__(self) -> Workdir:
         import filelock
 
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            with disk_errors(self.path, 4096):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise OutputError(3, str(self.out), f"cannot be created: {error.strerror}") from error
         self._lock = filelock.FileLock(self.path / "lock")
@@ -60,18 +66,41 @@ class Workdir:
             owner = self.path / "owner"
             who = owner.read_text() if owner.is_file() else "unknown"
             raise OutputError(4, str(self.out), f"is being made by another run ({who})", "wait for it, or choose another --out") from None
+        try:
+            with disk_errors(self.path, 4096):
+                self._lay_out()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _lay_out(self) -> None:
+        if not self.stage.exists():  # a new folder, or one whose stage became the output before a crash
+            for entry in self.path.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != "lock":
+                    entry.unlink()
         (self.path / "owner").write_text(f"process {os.getpid()} on {socket.gethostname()}")
         for name in ("layers", "acts", "stage"):
             (self.path / name).mkdir(exist_ok=True)
-        return self
+
+    def _drop_published(self) -> None:
+        """Remove the work folder of a run that crashed between publishing its output and removing it."""
+        import filelock
+
+        if not self.path.is_dir() or self.stage.exists():
+            return
+        with contextlib.suppress(filelock.Timeout), filelock.FileLock(self.path / "lock", timeout=0):
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # keep only what another try can build on
-        begun = (self.path / "journal.jsonl").is_file()
+        begun = any((self.path / name).exists() for name in ("journal.jsonl", "trained"))
         resumable = isinstance(error, _Unfinished) or (begun and isinstance(error, StoppedError | ResourceError | KeyboardInterrupt))
-        self._lock.release()
         if kind is not None and not resumable:
-            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self.path, ignore_errors=True)  # before another run may take the lock
+        self._lock.release()
 
     @property
     def stage(self) -> Path:

@@ -6,10 +6,12 @@ a peer that hands a whole shard to a save function needs the shard in memory.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,11 +104,22 @@ class ShardWriter:
 
 def disk_error(error: OSError, path: Path, needed: int) -> ResourceError:
     """The error for a failed write, with needed and free bytes."""
-    status = os.statvfs(path.parent)
+    status = os.statvfs(next(p for p in path.absolute().parents if p.is_dir()))
     free = status.f_bavail * status.f_frsize
     return ResourceError(
         1, str(path), f"cannot be written: {error.strerror} (needs {needed} bytes, {free} are free)", "free space and run the same command again"
     )
+
+
+@contextmanager
+def disk_errors(path: Path, needed: int) -> Iterator[None]:
+    """Turn a full disk, met while `path` is made, into an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise disk_error(error, path, needed) from error
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
