@@ -8,6 +8,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
+
 from angelslim_core.testing.models import tiny_checkpoint
 
 

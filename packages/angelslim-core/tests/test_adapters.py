@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+
 from angelslim_core.adapters import builtin_layouts, find_layout
 from angelslim_core.adapters.base import select
 from angelslim_core.errors import ModelError, PlanError, PluginError
@@ -15,7 +16,19 @@ DENSE = {**ATTENTION, "gate": 2, "up": 2, "down": 2, "head": 1}
 HYBRID = {**dict.fromkeys("qkvo", 1), "linear_in": 3, "linear_out": 3, "head": 1}
 EXPERTS = {"expert_gate": 16, "expert_up": 16, "expert_down": 16, "shared_gate": 4, "shared_up": 4, "shared_down": 4}
 LATENT = {"q_a": 2, "q_b": 2, "kv_a": 2, "kv_b": 2, "o": 2}
-SPARSE = {"gate": 1, "up": 1, "down": 1, "expert_gate": 4, "expert_up": 4, "expert_down": 4, "shared_gate": 1, "shared_up": 1, "shared_down": 1, "other": 1, "head": 1}
+SPARSE = {
+    "gate": 1,
+    "up": 1,
+    "down": 1,
+    "expert_gate": 4,
+    "expert_up": 4,
+    "expert_down": 4,
+    "shared_gate": 1,
+    "shared_up": 1,
+    "shared_down": 1,
+    "other": 1,
+    "head": 1,
+}
 EXPECTED = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "seed_oss", "hunyuan_v1_dense"), DENSE),
     "gemma3_text": {role: n for role, n in DENSE.items() if role != "head"},  # tied
@@ -26,7 +39,17 @@ EXPECTED = {
     "deepseek_v3": {**LATENT, **SPARSE},
     "kimi_k2": {**LATENT, **SPARSE},
     "glm4_moe": {**ATTENTION, **SPARSE},
-    "hunyuan_v1_moe": {**ATTENTION, "expert_gate": 8, "expert_up": 8, "expert_down": 8, "shared_gate": 2, "shared_up": 2, "shared_down": 2, "other": 2, "head": 1},
+    "hunyuan_v1_moe": {
+        **ATTENTION,
+        "expert_gate": 8,
+        "expert_up": 8,
+        "expert_down": 8,
+        "shared_gate": 2,
+        "shared_up": 2,
+        "shared_down": 2,
+        "other": 2,
+        "head": 1,
+    },
 }
 
 

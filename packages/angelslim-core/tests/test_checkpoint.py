@@ -5,12 +5,13 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from angelslim_core.errors import ModelError, ResourceError
 from angelslim_core.io.checkpoint import Checkpoint, TensorSpec, read_header
 from angelslim_core.io.strict_json import parse_object
 from angelslim_core.io.writer import ShardWriter, shard_name, split_shards
 from angelslim_core.testing.models import split_shards as split_files
-from safetensors.torch import load_file, save_file
 
 
 def header_file(path, header, data=b""):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from angelslim_core.cli import main as cli
 
 

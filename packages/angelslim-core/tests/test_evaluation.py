@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from angelslim_core import compress, evaluate, load
 from angelslim_core.errors import ModelError, NumericError, UsageError
 from angelslim_core.evaluation import compare, cut_windows
 from angelslim_core.loading import OWN_READER, load_model
 from angelslim_core.testing.models import stack_experts
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture

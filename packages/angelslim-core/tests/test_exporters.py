@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from angelslim_core.errors import ModelError, PlanError
 from angelslim_core.exporters.compressed_tensors import CompressedTensors
 from angelslim_core.exporters.hf_fp8 import HFFP8, block_scheme

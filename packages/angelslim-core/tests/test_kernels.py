@@ -1,6 +1,7 @@
 """The dispatcher: first implementation that supports the call, never silently the slow one."""
 
 import pytest
+
 from angelslim_core.errors import EngineError, UsageError
 from angelslim_core.kernels import Implementation, Kernel
 

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+
 from angelslim_core import LayerPass, ModelPass, PassConfig, PluginHost, RuntimePass, TensorPass, compress, hookimpl, load
 from angelslim_core.errors import EngineError, ModelError, NumericError, OutputError, PlanError, RecipeError, ResourceError, StoppedError, UsageError
 from angelslim_core.pipeline import prepare
 from angelslim_core.testing.models import add_mtp, split_shards, stack_experts
-from pydantic import Field
-from safetensors.torch import load_file, save_file
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 
@@ -138,7 +139,9 @@ def test_steps_run_in_order_and_ignore_takes_out(tiny, tmp_path):
 
 
 def test_layer_and_tensor_passes_share_a_sweep(tiny, tmp_path, text):
-    result = compress(tiny(), out=tmp_path / "o", recipe=calibrated(text, "toy.scale", "toy.double", "quant.int8_dynamic"), plugins=["toy", "quant"], host=toys())
+    result = compress(
+        tiny(), out=tmp_path / "o", recipe=calibrated(text, "toy.scale", "toy.double", "quant.int8_dynamic"), plugins=["toy", "quant"], host=toys()
+    )
     assert [p["id"] for p in result.passes] == ["toy.scale", "toy.double", "quant.int8_dynamic"]
     assert result.passes[0]["metrics"]["linears"] == 14 and result.passes[2]["metrics"]["linears"] == 14
     after = tensors(tmp_path / "o")

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+
 from angelslim_core import plugins
 from angelslim_core.errors import PluginError, RecipeError
 from angelslim_core.hookspecs import hookimpl

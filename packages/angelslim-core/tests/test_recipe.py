@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
 from angelslim_core.errors import RecipeError
 from angelslim_core.passes import PassConfig, TensorPass
 from angelslim_core.recipe import bind_options, load_recipe, parse_size, recipe_schema, shipped, to_yaml
 from angelslim_core.strict_yaml import parse
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pydantic import Field
 
 
 class Toy(TensorPass):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from angelslim_core.adapters import builtin_layouts
 from angelslim_core.calibration.data import Samples
 from angelslim_core.context import Context

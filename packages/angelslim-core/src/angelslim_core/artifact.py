@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from .io.writer import write_index, write_json, write_text
+from .model import sanitized
 from .recipe import to_yaml
 from .records import RECORDS
 from .workdir import sha256
@@ -156,10 +157,8 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
 
 
 def output_config(plan: Plan) -> dict[str, Any]:
-    """The source's config with this output's quantization; `auto_map` is dropped, as no code is copied."""
-    config = {k: v for k, v in plan.source.config.items() if k not in ("quantization_config", "auto_map")}
-    if isinstance(config.get("text_config"), Mapping):
-        config["text_config"] = {k: v for k, v in config["text_config"].items() if k not in ("quantization_config", "auto_map")}
+    """The source's config with this output's quantization, without what reaches for code or other folders."""
+    config: dict[str, Any] = sanitized(plan.source.config)
     if plan.exporter is not None:
         config["quantization_config"] = plan.exporter.config(plan.schemes, plan.ignore)
     return config

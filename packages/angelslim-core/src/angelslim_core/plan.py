@@ -188,7 +188,12 @@ def _schemes(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Scheme]:
                 first = owner.setdefault((site.name, claim), step)
                 if first is not step or site.name in schemes:
                     where = recipe.where(f"steps[{step.index}]")
-                    raise PlanError(8, where, f"{step.pass_.id} and {first.pass_.id} (step {first.index}) both set {claim} of {site.name}", "give the steps disjoint `targets`")
+                    raise PlanError(
+                        8,
+                        where,
+                        f"{step.pass_.id} and {first.pass_.id} (step {first.index}) both set {claim} of {site.name}",
+                        "give the steps disjoint `targets`",
+                    )
             scheme = step.pass_.scheme(site)
             if scheme is not None:
                 schemes[site.name] = scheme
