@@ -513,7 +513,7 @@ def test_values_that_do_not_fit_the_weights(tiny_copy, run, key, value):
     assert run(model, LAYER)[0] == 5
 
 
-@pytest.mark.parametrize("key", ["num_experts", "n_routed_experts", "moe_intermediate_size"])
+@pytest.mark.parametrize("key", ["num_local_experts", "n_routed_experts", "moe_intermediate_size"])
 def test_expert_counts(tiny_copy, run, key):
     architecture = "deepseek_v3" if key == "n_routed_experts" else "qwen3_moe"
     model = tiny_copy(architecture)

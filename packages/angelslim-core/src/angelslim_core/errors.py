@@ -19,6 +19,8 @@ class AngelslimError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, number: int, where: str, what: str, hint: str = "") -> None:
+        # hostile input is quoted in messages, so their length is bounded
+        where, what, hint = _short(where), _short(what), _short(hint)
         super().__init__(f"{where}: {what}" if where else what)
         self.number = number
         self.where = where
@@ -33,6 +35,10 @@ class AngelslimError(Exception):
     def as_dict(self) -> dict[str, str]:
         """The `error` object of a `--json` document."""
         return {"code": self.code, "where": self.where, "what": self.what, "hint": self.hint}
+
+
+def _short(text: str, most: int = 600) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 class UsageError(AngelslimError, ValueError):

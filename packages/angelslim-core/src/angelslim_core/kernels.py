@@ -52,7 +52,7 @@ class Kernel:
         candidates = [i for i in self.implementations if executor in ("auto", i.name)]
         if not candidates and executor != "auto":
             names = ", ".join(["reference", *(i.name for i in self.implementations)])
-            raise UsageError(1, self.op, f"no implementation {executor!r}", f"choose one of: {names}")
+            raise UsageError(33, self.op, f"no implementation {executor!r}", f"choose one of: {names}")
         refusals = []
         for candidate in candidates:
             ok, why = candidate.available()

@@ -81,7 +81,7 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, stored: int) -> PreTrai
         with torch.device("meta"), no_init_weights():
             asked = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters())
     except Exception as error:
-        raise ModelError(83, "config.json", f"transformers refuses it: {type(error).__name__}: {str(error).split(chr(10), 1)[0]}") from error
+        raise ModelError(105, "config.json", f"transformers refuses it: {type(error).__name__}: {str(error).split(chr(10), 1)[0]}") from error
     if asked > 2 * stored:
         raise ModelError(32, "config.json", f"describes a model of {asked} weights, but {stored} are stored", "the config is of another model")
     with parameters_on_meta(), no_init_weights():

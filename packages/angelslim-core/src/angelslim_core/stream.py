@@ -172,7 +172,9 @@ def sqnr_db(weight: Tensor, quantized: Quantized) -> float | None:
     noise = float(error.square_().sum())
     if not math.isfinite(noise):
         raise NumericError(2, quantized.scheme.name, "a dequantized weight is not finite")
-    return round(10 * math.log10(signal / noise), 3) if noise > 0 and signal > 0 else None
+    if not (noise > 0 and signal > 0 and math.isfinite(signal)):  # squares of huge weights overflow fp32
+        return None
+    return round(10 * math.log10(signal / noise), 3)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
