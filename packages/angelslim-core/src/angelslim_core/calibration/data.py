@@ -195,7 +195,7 @@ def _from_text(path: Path, calibration: CalibrationOptions, tokenizer: PreTraine
                 text += more
                 ids = _encode(tokenizer, text, special=False)
     except UnicodeError as error:
-        raise RecipeError(73, str(path), "is not UTF-8", "give UTF-8 text, or rows in a .jsonl file") from error
+        raise RecipeError(85, str(path), "is not UTF-8", "give UTF-8 text, or rows in a .jsonl file") from error
     windows = [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
     return (windows or [ids] * bool(ids))[: calibration.samples]
 

@@ -64,7 +64,7 @@ class RowFile:
             if b"\\ud" in line.lower():  # half of a surrogate pair, legal in JSON, is no text
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeError as error:
-            raise RecipeError(85, where, "is not UTF-8", "save the file as UTF-8") from error
+            raise RecipeError(73, where, "is not UTF-8", "save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
             raise RecipeError(75, where, f"is not JSON: {' '.join(str(error).split())}", "write one JSON object per line") from error
         if not isinstance(row, dict):
