@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+# magnitudes of FP4 E2M1 by index
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
 Strategy = Literal["tensor", "channel", "group", "block", "token", "tensor_group"]
 
 
@@ -82,10 +85,13 @@ class Quantized:
 
     Args:
         scheme: what it is.
-        codes: [O, I]; int8 for integer grids (also below 8 bits), float8_e4m3fn for FP8.
-        scale: shape of `Grid.scale_shape`, dtype as stored; value = (code - zero_point) * scale.
+        codes: [O, I]; int8 for integer grids (also below 8 bits), float8_e4m3fn for FP8, uint8 for FP4 (sign << 3 |
+            index into `E2M1`).
+        scale: shape of `Grid.scale_shape`, dtype as stored (U8: the exponent e of 2^(e - 127), E8M0);
+            value = (code - zero_point) * scale, times `global_scale` where there is one.
         zero_point: int8, shape of `scale`, or None when symmetric.
-        input_scale: [1] fp32, static activation scale, or None.
+        input_scale: [1] fp32, static activation scale (of strategy "tensor_group": of the block scales), or None.
+        global_scale: [1] fp32, multiplies the block scales of strategy "tensor_group", or None.
     """
 
     scheme: Scheme
@@ -93,15 +99,35 @@ class Quantized:
     scale: Tensor
     zero_point: Tensor | None = None
     input_scale: Tensor | None = None
+    global_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """The represented weight [O, I] in fp32."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.scheme.weights)
+        scale = scale_values(self.scale) if self.global_scale is None else scale_values(self.scale) * self.global_scale
+        return dequantize(self.codes, scale, self.zero_point, self.scheme.weights)
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """A stored scale in fp32; uint8 is an E8M0 exponent, 2^(e - 127)."""
+    import torch
+
+    if scale.dtype == torch.uint8:
+        return torch.ldexp(torch.ones((), device=scale.device), scale.int() - 127)
+    return scale.float()
+
+
+def code_values(codes: Tensor) -> Tensor:
+    """Codes in fp32; uint8 is E2M1, sign << 3 | index."""
+    import torch
+
+    if codes.dtype == torch.uint8:
+        return torch.tensor([*E2M1, *(-v for v in E2M1)], device=codes.device)[codes.int()]
+    return codes.float()
 
 
 def dequantize(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """(code - zero_point) * scale in fp32, scales spread as `grid` says; ragged blocks are cut at the edge."""
-    values, scales = against(codes_OI.float(), scale.float(), grid)
+    values, scales = against(code_values(codes_OI), scale.float(), grid)
     if zero_point is not None:
         values = values - against(codes_OI, zero_point.float(), grid)[1]
     return (values * scales).reshape(codes_OI.shape)

@@ -66,6 +66,38 @@ class Site:
     part: Part | None = None
 
 
+class Feed(NamedTuple):
+    """Something inside a decoder layer whose output channels can be scaled, and every weight that reads it.
+
+    Args:
+        source: a norm, or a linear whose output channels reach the readers one by one (`v`, `up`).
+        readers: weight names inside the layer, `{e}` an expert index; those a layer lacks are skipped.
+        block: the part of the layer whose output shows the effect.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    block: str
+
+
+# attention and feed-forward names shared by most decoder architectures
+ATTENTION = {f"self_attn.{role}_proj": role for role in "qkvo"}
+MLP = {f"mlp.{role}_proj": role for role in ("gate", "up", "down")}
+EXPERTS = {f"mlp.experts.{{e}}.{role}_proj": f"expert_{role}" for role in ("gate", "up", "down")}
+STACKED_EXPERTS = {"mlp.experts.gate_up_proj": ("expert_gate", "expert_up"), "mlp.experts.down_proj": ("expert_down",)}
+
+
+# readers of the norm before attention, and of the norm before the feed-forward part, routers included
+READS_INPUT = tuple(f"self_attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"))
+_MLPS = ("", "experts.{e}.", "shared_experts.", "shared_expert.", "shared_mlp.")
+READS_MLP = (*(f"mlp.{part}{role}_proj" for part in _MLPS for role in ("gate", "up")), "mlp.gate", "mlp.gate.wg", "mlp.shared_expert_gate")
+ATTENTION_FEED = Feed("input_layernorm", READS_INPUT, "self_attn")
+VALUE_FEED = Feed("self_attn.v_proj", ("self_attn.o_proj",), "self_attn")
+MLP_FEED = Feed("post_attention_layernorm", READS_MLP, "mlp")
+INNER_FEEDS = tuple(Feed(f"mlp.{part}up_proj", (f"mlp.{part}down_proj",), "mlp") for part in _MLPS)
+FEEDS = (ATTENTION_FEED, VALUE_FEED, MLP_FEED, *INNER_FEEDS)
+
+
 @dataclass(frozen=True)
 class Layout:
     """An architecture as data.
@@ -82,6 +114,8 @@ class Layout:
         layer_count: key of config.json (or of its text_config) that gives the number of decoder layers.
         mtp: prefixes of multi-token-prediction tensors outside the layers; layers beyond the count are MTP as well.
         experts: module path of the routed experts inside a layer, "" if the architecture has none.
+        feeds: what scaling and rotation may fold into the weights.
+        norm_offset: a norm multiplies by its weight plus this.
         loads_as: `model_type` -> the name under which transformers knows its language model, where that differs.
     """
 
@@ -96,6 +130,8 @@ class Layout:
     layer_count: str = "num_hidden_layers"
     mtp: tuple[str, ...] = ("mtp.",)
     experts: str = ""
+    feeds: tuple[Feed, ...] = FEEDS
+    norm_offset: float = 0.0
     loads_as: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -116,13 +152,6 @@ class Description:
     num_layers: int
     sites: tuple[Site, ...]
     mtp_tensors: frozenset[str]
-
-
-# attention and feed-forward names shared by most decoder architectures
-ATTENTION = {f"self_attn.{role}_proj": role for role in "qkvo"}
-MLP = {f"mlp.{role}_proj": role for role in ("gate", "up", "down")}
-EXPERTS = {f"mlp.experts.{{e}}.{role}_proj": f"expert_{role}" for role in ("gate", "up", "down")}
-STACKED_EXPERTS = {"mlp.experts.gate_up_proj": ("expert_gate", "expert_up"), "mlp.experts.down_proj": ("expert_down",)}
 
 
 def shared_experts(name: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """DeepSeek-V3 and Kimi-K2: multi-head latent attention, dense first layers, routed and shared experts, MTP layers."""
 
-from .base import EXPERTS, MLP, STACKED_EXPERTS, Layout, shared_experts
+from .base import ATTENTION_FEED, EXPERTS, INNER_FEEDS, MLP, MLP_FEED, STACKED_EXPERTS, Feed, Layout, shared_experts
 
 _LATENT = {
     "self_attn.q_proj": "q",
@@ -21,6 +21,13 @@ LAYOUTS = (
         other=("mlp.gate",),
         stacked=STACKED_EXPERTS,
         experts="mlp.experts",
+        feeds=(
+            ATTENTION_FEED,
+            Feed("self_attn.q_a_layernorm", ("self_attn.q_b_proj",), "self_attn"),
+            Feed("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "self_attn"),
+            MLP_FEED,
+            *INNER_FEEDS,
+        ),
         loads_as={"kimi_k2": "deepseek_v3"},
     ),
 )

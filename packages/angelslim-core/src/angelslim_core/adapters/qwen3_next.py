@@ -3,10 +3,19 @@
 The small projections that set decay and write strength (a, b) and the convolution stay as they are.
 """
 
-from .base import ATTENTION, EXPERTS, MLP, STACKED_EXPERTS, Layout, shared_experts
+from .base import ATTENTION, EXPERTS, INNER_FEEDS, MLP, MLP_FEED, READS_INPUT, STACKED_EXPERTS, Feed, Layout, shared_experts
 
 _EXPERTS = EXPERTS | shared_experts("shared_expert")
 _ROUTERS = ("mlp.gate", "mlp.shared_expert_gate", "linear_attn.conv1d")
+_IN = ("qkvz", "ba", "qkv", "z", "a", "b")
+# the output gate of full attention multiplies channel by channel, so v still reaches o one channel at a time
+_FEEDS = (
+    Feed("input_layernorm", READS_INPUT, "self_attn"),
+    Feed("input_layernorm", tuple(f"linear_attn.in_proj_{n}" for n in _IN), "linear_attn"),
+    Feed("self_attn.v_proj", ("self_attn.o_proj",), "self_attn"),
+    MLP_FEED,
+    *INNER_FEEDS,
+)
 
 LAYOUTS = (
     Layout(
@@ -15,6 +24,8 @@ LAYOUTS = (
         other=(*_ROUTERS, "linear_attn.in_proj_ba"),
         stacked=STACKED_EXPERTS,
         experts="mlp.experts",
+        feeds=_FEEDS,
+        norm_offset=1.0,
     ),
     Layout(
         model_types=("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
@@ -26,6 +37,8 @@ LAYOUTS = (
         other=(*_ROUTERS, "linear_attn.in_proj_a", "linear_attn.in_proj_b"),
         stacked=STACKED_EXPERTS,
         experts="mlp.experts",
+        feeds=_FEEDS,
+        norm_offset=1.0,
         loads_as={"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"},
     ),
 )
