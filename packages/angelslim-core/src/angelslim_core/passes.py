@@ -112,9 +112,15 @@ class TensorPass(WeightPass):
 
 
 class LayerPass(WeightPass):
-    """Sees one decoder layer with the inputs captured for it. Memory is one layer and the activations."""
+    """Sees one decoder layer with the inputs captured for it. Memory is one layer and the activations.
+
+    Attributes:
+        needs_reference: the pass reads `LayerBatch.reference` and `target`, which the unchanged model yields; the
+            sweep then carries a second stream of activations.
+    """
 
     kind = Kind.LAYER
+    needs_reference: ClassVar[bool] = False
 
     @property
     def needs_calibration(self) -> bool:

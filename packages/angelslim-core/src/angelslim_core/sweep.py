@@ -7,10 +7,11 @@ by recorders. Each layer then runs on the outputs of the layers before it as the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .adapters.base import Site
 from .calibration.data import batches
@@ -37,11 +38,23 @@ class LayerBatch:
         hidden: [B, T, H], stored dtype, on the CPU between calls.
         mask: [B, T] bool, False on padding.
         kwargs: the layer's other arguments (masks, position embeddings).
+        reference: [B, T, H], what the unchanged model feeds the layer, or None if no step needs it.
+        target: [B, T, H], what the unchanged layer makes of `reference`, or None.
     """
 
     hidden: Tensor
     mask: Tensor
     kwargs: dict[str, Any] = field(default_factory=dict)
+    reference: Tensor | None = None
+    target: Tensor | None = None
+
+
+class Fold(NamedTuple):
+    """A feed as it occurs in a layer: module names inside the layer (see `adapters.base.Feed`)."""
+
+    source: str
+    readers: tuple[str, ...]
+    block: str
 
 
 class Layer:
@@ -52,10 +65,12 @@ class Layer:
         module: the decoder layer; routed experts are separate linears.
         sites: the linears that the running step treats.
         batches: captured inputs.
+        layout: the architecture's table.
     """
 
     def __init__(self, index: int, module: nn.Module, prefix: str, captured: Sequence[LayerBatch], context: Context) -> None:
         self.index, self.module, self.batches, self.context = index, module, captured, context
+        self.layout = context.description.layout
         self.sites: tuple[Site, ...] = ()
         self._prefix = prefix
         self.quantized: dict[Site, tuple[Quantized, Tensor]] = {}
@@ -64,10 +79,63 @@ class Layer:
         """The module of a site."""
         return self.module.get_submodule(site.name.removeprefix(self._prefix))  # type: ignore[return-value]
 
-    def forward(self, batch: LayerBatch) -> Tensor:
-        """Output [B, T, H] of the layer as it stands, on the run's device."""
-        out = self.module(batch.hidden.to(self.context.device), **_to(batch.kwargs, self.context.device))
+    def forward(self, batch: LayerBatch, hidden: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
+        """Output [B, T, H] of the layer as it stands, on the run's device.
+
+        Args:
+            hidden: instead of the batch's own, for instance its `reference`.
+            module: run this copy of the layer instead.
+        """
+        hidden = batch.hidden if hidden is None else hidden
+        out = (module or self.module)(hidden.to(self.context.device), **_to(batch.kwargs, self.context.device))
         return out[0] if isinstance(out, tuple) else out
+
+    def feeds(self) -> list[Fold]:
+        """What can be scaled in this layer, as the architecture's table says."""
+        present = {n for n, p in self.module.named_parameters() if p.dim() <= 2 and n.endswith(".weight")}
+        experts = sorted({int(m[1]) for n in present if (m := re.search(r"experts\.(\d+)\.", n))})
+        found = []
+        for feed in self.layout.feeds:
+            for expert in experts if "{e}" in feed.source else [None]:
+                named = [expert] if expert is not None else experts
+                source = feed.source.replace("{e}", str(expert))
+                readers = [r.replace("{e}", str(e)) for r in feed.readers for e in (named if "{e}" in r else [0])]
+                readers = [r for r in readers if f"{r}.weight" in present]
+                if f"{source}.weight" in present and readers:
+                    found.append(Fold(source, tuple(readers), feed.block))
+        return found
+
+    def scale(self, fold: Fold, s_C: Tensor) -> None:
+        """Divide the output channels of `fold.source` by `s_C` and multiply what reads them: the layer's function stays.
+
+        Args:
+            s_C: [channels of the source], positive; readers with more inputs (grouped-query attention: each key-value
+                head feeds several heads) get it spread over their heads.
+        """
+        import torch
+
+        source = self.module.get_submodule(fold.source)
+        weight = source.weight
+        assert isinstance(weight, torch.Tensor)
+        with torch.no_grad():
+            if weight.dim() == 1:
+                offset = self.layout.norm_offset
+                weight.copy_((weight.float() + offset) / s_C - offset)
+            else:
+                weight.copy_(weight.float() / s_C[:, None])
+            if isinstance(bias := getattr(source, "bias", None), torch.Tensor):
+                bias.copy_(bias.float() / s_C)
+            for name in fold.readers:
+                reader = self.module.get_submodule(name).weight
+                assert isinstance(reader, torch.Tensor)
+                reader.copy_(reader.float() * self.spread(s_C, reader.shape[1]))
+
+    def spread(self, s_C: Tensor, columns: int) -> Tensor:
+        """Channels of key-value heads as the inputs of all heads that read them; [columns]."""
+        if s_C.numel() == columns:
+            return s_C
+        head_dim = int(self.module.get_submodule("self_attn").head_dim)
+        return s_C.view(-1, 1, head_dim).expand(-1, columns // s_C.numel(), -1).reshape(columns)
 
     def observe(self, see: Callable[[Site, Tensor], None], all_experts: bool = True) -> None:
         """Run all batches and show `see` the input rows [N, in] of every linear of the step, padding left out.
@@ -182,6 +250,9 @@ def run_sweep(
     skeleton = Skeleton(plan.source, plan.description)
     skeleton.fill_backbone(context.device)
     captured = capture(skeleton, context)
+    if any(isinstance(s.pass_, LayerPass) and s.pass_.needs_reference for s in plan.steps):
+        for batch in captured[0]:
+            batch.reference = batch.hidden
     sweep = Sweep()
     finished = {int(e["layer"]): e for e in journal if "layer" in e}
     first = 0
@@ -234,6 +305,9 @@ def _run_layer(
     for name, tensor in before.items():
         check_finite(prefix + name, tensor)
     layer = Layer(index, module, prefix, captured[index], context)
+    for batch in layer.batches:
+        if batch.reference is not None:
+            batch.target = layer.forward(batch, batch.reference).cpu()
     reports: dict[str, Any] = {}
     for step in steps:
         layer.sites = tuple(s for s in step.sites if s.layer == index)
@@ -278,12 +352,14 @@ def _advance(layer: Layer, captured: list[list[LayerBatch]], index: int) -> None
         check_finite(f"output of layer {index}", out)
         if index + 1 < len(captured):
             captured[index + 1][position].hidden = out
+            captured[index + 1][position].reference = batch.target
     captured[index] = []
 
 
 def _hidden(captured: list[list[LayerBatch]], index: int) -> dict[str, Tensor]:
     following = captured[index + 1] if index + 1 < len(captured) else []
-    return {f"{i:06d}": batch.hidden.contiguous() for i, batch in enumerate(following)}
+    hidden = {f"{i:06d}": batch.hidden.contiguous() for i, batch in enumerate(following)}
+    return hidden | {f"r{i:06d}": b.reference.contiguous() for i, b in enumerate(following) if b.reference is not None}
 
 
 def _load_hidden(path: Path, captured: list[list[LayerBatch]]) -> None:
@@ -292,6 +368,7 @@ def _load_hidden(path: Path, captured: list[list[LayerBatch]]) -> None:
         store = Checkpoint(path.parent, {}, read_header(path))
         for i, batch in enumerate(captured[index]):
             batch.hidden = store.read(f"{i:06d}")
+            batch.reference = store.read(f"r{i:06d}") if f"r{i:06d}" in store.tensors else None
 
 
 def _commit(path: Path, tensors: Mapping[str, Tensor]) -> str:
