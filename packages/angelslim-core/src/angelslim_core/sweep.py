@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,9 +75,9 @@ class Layer:
         self._prefix = prefix
         self.quantized: dict[Site, tuple[Quantized, Tensor]] = {}
 
-    def linear(self, site: Site) -> nn.Linear:
-        """The module of a site."""
-        return self.module.get_submodule(site.name.removeprefix(self._prefix))  # type: ignore[return-value]
+    def linear(self, site: Site, module: nn.Module | None = None) -> nn.Linear:
+        """The linear of a site, in the layer or in a copy of it."""
+        return (module or self.module).get_submodule(site.name.removeprefix(self._prefix))  # type: ignore[return-value]
 
     def forward(self, batch: LayerBatch, hidden: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
         """Output [B, T, H] of the layer as it stands, on the run's device.
@@ -134,19 +134,31 @@ class Layer:
         """Channels of key-value heads as the inputs of all heads that read them; [columns]."""
         if s_C.numel() == columns:
             return s_C
-        head_dim = int(self.module.get_submodule("self_attn").head_dim)
+        head_dim = int(self.module.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
         return s_C.view(-1, 1, head_dim).expand(-1, columns // s_C.numel(), -1).reshape(columns)
 
-    def observe(self, see: Callable[[Site, Tensor], None], all_experts: bool = True) -> None:
+    def observe(
+        self,
+        see: Callable[[Site, Tensor], None],
+        all_experts: bool = True,
+        *,
+        sites: Iterable[Site] | None = None,
+        batches: Sequence[LayerBatch] | None = None,
+        reference: nn.Module | None = None,
+    ) -> None:
         """Run all batches and show `see` the input rows [N, in] of every linear of the step, padding left out.
 
         Args:
             all_experts: send every token through every routed expert (the output stays as routed), so that each
                 expert sees calibration data.
+            sites: these linears only.
+            batches: these batches only.
+            reference: run this copy of the layer on the batches' reference inputs instead.
         """
         import torch
 
-        experts = [m for m in self.module.modules() if type(m).__name__ == "LinearExperts"]
+        running = reference or self.module
+        experts = [m for m in running.modules() if type(m).__name__ == "LinearExperts"]
         mask: Tensor | None = None
 
         def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -160,16 +172,16 @@ class Layer:
 
             return look
 
-        handles = [self.linear(site).register_forward_pre_hook(hook(site)) for site in self.sites]
+        handles = [self.linear(s, running).register_forward_pre_hook(hook(s)) for s in (self.sites if sites is None else sites)]
         try:
             with torch.no_grad():
-                for batch in self.batches:
+                for batch in self.batches if batches is None else batches:
                     padded = not bool(batch.mask.all())
                     mask = batch.mask.to(self.context.device) if padded else None
                     for module in experts:
                         module.calibrate_all = all_experts  # type: ignore[assignment]
                         module.token_mask = mask.reshape(-1) if mask is not None else None  # type: ignore[assignment]
-                    self.forward(batch)
+                    self.forward(batch, batch.reference if reference is not None else None, reference)
         finally:
             for handle in handles:
                 handle.remove()

@@ -17,10 +17,12 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.fp8_block import FP8Block
     from .passes.fp8_dynamic import FP8Dynamic
     from .passes.fp8_static import FP8Static
+    from .passes.gptaq import GPTAQ
+    from .passes.gptq import GPTQ
     from .passes.int4_rtn import INT4RTN
     from .passes.int8_dynamic import INT8Dynamic
 
-    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN]
+    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ]
 
 
 @hookimpl

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.schemes import Grid, against
+from angelslim_core.schemes import Grid, against, dequantize
 
 from .amax import grouped
 
@@ -49,3 +51,52 @@ def scale_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | No
     if grid.symmetric:
         return scale, None
     return scale, (-half - low / scale.float()).round_().clamp_(-half, half - 1).to(torch.int8)
+
+
+def column_rounder(scale_OG: Tensor, zero_point_OG: Tensor | None, grid: Grid) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+    """For `compensate`: rounds column i of a weight as `quantize` would, with the scales given."""
+    half = 1 << (grid.bits - 1)
+    width = grid.group_size or 1 << 62
+    scales = scale_OG.float().T.contiguous()
+    zeros = None if zero_point_OG is None else zero_point_OG.float().T.contiguous()
+
+    def round_column(column_O: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        group = index // width
+        scale = scales[group]
+        codes = (column_O / scale).round_()
+        if zeros is None:
+            codes = codes.clamp_(-half, half - 1)
+            return codes.to(torch.int8), codes * scale
+        codes = codes.add_(zeros[group]).clamp_(-half, half - 1)
+        return codes.to(torch.int8), (codes - zeros[group]) * scale
+
+    return round_column
+
+
+def search_range(weight_OI: Tensor, grid: Grid, importance_I: Tensor, shrinks: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point for the shrunk range of least error, per whatever shares a scale.
+
+    The error is sum_i importance_i (w_i - q_i)^2; the unshrunk range is always a candidate.
+
+    Args:
+        importance_I: weight of the squared error of each input, at least 0.
+        shrinks: factors of the range to try besides 1.
+    """
+    low, high = range_of(weight_OI, grid)
+    best_scale, best_zero = scale_of(low, high, grid)
+
+    def loss(scale: Tensor, zero: Tensor | None) -> Tensor:
+        codes, _, _ = quantize(weight_OI, grid, scale, zero)
+        error = dequantize(codes, scale, zero, grid).sub_(weight_OI.float()).square_().mul_(importance_I)
+        return grouped(error, grid).sum(-1)
+
+    best = loss(best_scale, best_zero)
+    for shrink in shrinks:
+        scale, zero = scale_of(low * shrink, high * shrink, grid)
+        found = loss(scale, zero)
+        better = found < best
+        best = torch.where(better, found, best)
+        best_scale = torch.where(better, scale, best_scale)
+        if zero is not None and best_zero is not None:
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero

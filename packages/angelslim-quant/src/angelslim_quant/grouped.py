@@ -1,0 +1,39 @@
+"""What the integer passes with groups along the inputs share: options and the scheme they make."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from angelslim_core.errors import PlanError
+from angelslim_core.passes import PassConfig
+from angelslim_core.schemes import Grid, Scheme
+
+if TYPE_CHECKING:
+    from angelslim_core.adapters.base import Site
+
+
+class GroupedConfig(PassConfig):
+    """Options of integer weights in groups."""
+
+    bits: int = Field(4, ge=2, le=8, description="Bits a weight. Engines have fast kernels for 4 and 8.")
+    group_size: int = Field(128, ge=8, description="Inputs that share a scale; must divide the inputs of every linear.")
+    symmetric: bool = Field(True, description="Without a zero point.")
+
+
+def grouped_scheme(site: Site, config: GroupedConfig) -> Scheme:
+    """W`bits`A16 in groups.
+
+    Raises:
+        PlanError: `group_size` does not divide the inputs; names sizes that do.
+    """
+    bits, group_size, symmetric = config.bits, config.group_size, config.symmetric
+    columns = site.shape[1]
+    if columns % group_size:
+        fitting = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if columns % g == 0]
+        raise PlanError(
+            30, site.name, f"its {columns} inputs are no multiple of group_size {group_size}", f"sizes that divide it: {', '.join(map(str, fitting))}"
+        )
+    name = f"int{bits} g{group_size} {'sym' if symmetric else 'asym'}"
+    return Scheme(name, Grid(bits, "int", "group", group_size, symmetric=symmetric, scale_dtype=site.dtype))

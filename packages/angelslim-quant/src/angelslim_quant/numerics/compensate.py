@@ -1,0 +1,127 @@
+"""Column by column rounding that moves each column's error into the columns not yet rounded (GPTQ and its kin).
+
+Second moments of a linear's inputs x_1 .. x_n [I]: H = (2 / n) sum x x^T. Sources: Frantar et al., "GPTQ"
+(2210.17323), algorithm 1; Li et al., "GPTAQ" (2504.02692), equations 15-17, for the drift term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from angelslim_core.errors import NumericError
+
+BLOCK = 128
+# round_column(column of weights [O], index of the column) -> (codes [O], the values they stand for [O])
+RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+class Moments:
+    """H and, with reference inputs, the drift D = (2 / n) sum (x~ - x) x^T; fp32, both [I, I]."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._second: Tensor | None = None
+        self._drift: Tensor | None = None
+
+    def add(self, x_NI: Tensor, reference_NI: Tensor | None = None) -> None:
+        """Take rows into account.
+
+        Raises:
+            NumericError: a value is not finite.
+        """
+        if not x_NI.shape[0]:
+            return
+        x = x_NI.float()
+        if not bool(torch.isfinite(x.sum())):
+            raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
+        self.rows += x.shape[0]
+        if self._second is None:
+            self._second = x.new_zeros(x.shape[1], x.shape[1])
+        self._second.addmm_(x.T, x)
+        if reference_NI is not None:
+            if self._drift is None:
+                self._drift = torch.zeros_like(self._second)
+            self._drift.addmm_((reference_NI.float() - x).T, x)
+
+    @property
+    def hessian(self) -> Tensor:
+        """H."""
+        assert self._second is not None
+        return self._second * (2 / self.rows)
+
+    @property
+    def drift(self) -> Tensor | None:
+        """D, or None where no reference was given."""
+        return None if self._drift is None else self._drift * (2 / self.rows)
+
+
+def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
+    """Upper U with U^T U = H^-1 after damping, and how often damping was raised.
+
+    Dead inputs (H_ii = 0) get H_ii = 1. `damping` times the mean of the diagonal is added to it, and again after each
+    failure of Cholesky's factorization.
+
+    Raises:
+        NumericError: ten times were not enough.
+    """
+    h = hessian_II.clone()
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1
+    step = damping * float(diagonal.mean())
+    for attempt in range(11):
+        diagonal += step
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed) and bool(torch.isfinite(upper).all()):
+                return upper, attempt
+    raise NumericError(31, "Hessian", "is not positive definite, however damped", "use more or other calibration samples")
+
+
+def compensate(
+    weight_OI: Tensor, hessian_II: Tensor, round_column: RoundColumn, *, damping: float = 0.01, act_order: bool = True, drift_II: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Round a weight so that its outputs on the calibration inputs stay close.
+
+    Args:
+        weight_OI: any float dtype.
+        act_order: columns of large H_ii first; scales stay those of the columns' own groups.
+        drift_II: also make up for inputs that differ from the reference's; zero gives the result without it.
+    Returns:
+        codes [O, I], the values they stand for in fp32 [O, I], and how often damping was raised.
+    """
+    columns = weight_OI.shape[1]
+    diagonal = hessian_II.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns, device=weight_OI.device)
+    work = weight_OI.float().T[order].contiguous()  # one row per input: columns of the weight lie together
+    work[diagonal[order] == 0] = 0
+    upper, raised = inverse_factor(hessian_II[order][:, order], damping)
+    pull = None
+    if drift_II is not None:
+        pull = torch.triu(drift_II[order][:, order] @ upper.T, 1) @ upper
+    codes: list[Tensor] = []
+    values = torch.empty_like(work)
+    places = order.tolist()
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        block, errors = work[start:stop], torch.empty_like(work[start:stop])
+        u = upper[start:stop, start:stop]
+        for i in range(stop - start):
+            column = block[i]
+            code, value = round_column(column, places[start + i])
+            codes.append(code)
+            values[start + i] = value
+            errors[i] = (column - value) / u[i, i]
+            if i + 1 < stop - start:
+                block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
+                if pull is not None:
+                    block[i + 1 :].addr_(pull[start + i, start + i + 1 : stop], column)
+        if stop < columns:
+            work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+            if pull is not None:
+                work[stop:].addmm_(pull[start:stop, stop:].T, block)
+    back = torch.argsort(order)
+    return torch.stack(codes)[back].T.contiguous(), values[back].T.contiguous(), raised

@@ -1,0 +1,45 @@
+"""GPTAQ: GPTQ that also makes up for how far the quantized layers before it have moved the inputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from ..stages import by_input
+from .gptq import GPTQ, CompensatedConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from angelslim_core.adapters.base import Site
+    from angelslim_core.sweep import Layer
+
+    from ..numerics.compensate import Moments
+
+
+class GPTAQ(GPTQ):
+    """INT4 weights in groups, error-compensated against the inputs of the unquantized model (GPTAQ, asymmetric calibration)."""
+
+    id = "quant.gptaq"
+    needs_reference = True
+
+    class Config(CompensatedConfig):
+        pass
+
+    def run(self, layer: Layer) -> dict[str, Any]:
+        self._original: nn.Module = copy.deepcopy(layer.module)
+        try:
+            return super().run(layer)
+        finally:
+            del self._original
+
+    def collect(self, layer: Layer, sites: tuple[Site, ...]) -> dict[Site, Moments]:
+        from ..numerics.compensate import Moments
+
+        moments = {members[0]: Moments() for members in by_input(sites)}
+        expected: dict[Site, Tensor] = {}
+        # every expert sees every token: routing may differ between the two streams, rows may not
+        for batch in layer.batches:
+            layer.observe(expected.__setitem__, sites=moments, batches=[batch], reference=self._original)
+            layer.observe(lambda site, x_NI: moments[site].add(x_NI, expected[site]), sites=moments, batches=[batch])
+        return moments

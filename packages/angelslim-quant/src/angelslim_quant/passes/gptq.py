@@ -1,0 +1,96 @@
+"""GPTQ: integer weights in groups, each column's rounding error made up for by the columns after it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from angelslim_core.passes import LayerPass
+from angelslim_core.schemes import Quantized, Scheme
+
+from ..grouped import GroupedConfig, grouped_scheme
+from ..stages import by_input, stages
+
+if TYPE_CHECKING:
+    from angelslim_core.adapters.base import Site
+    from angelslim_core.sweep import Layer
+
+    from ..numerics.compensate import Moments
+
+# shrinks of a group's range that the scale search tries
+SHRINKS = tuple(1 - i / 40 for i in range(1, 17))
+
+
+class CompensatedConfig(GroupedConfig):
+    """Options of GPTQ and its kin."""
+
+    damping: float = Field(0.01, gt=0, le=1, description="Part of the Hessian's mean diagonal that is added to it.")
+    act_order: bool = Field(True, description="Round inputs of large second moment first; groups stay in place, no g_idx is stored.")
+    scale_search: bool = Field(True, description="Shrink each group's range where that lowers its error, weighted by the Hessian's diagonal.")
+    true_sequential: bool = Field(True, description="Collect inputs anew after each stage of the layer (q k v, o, gate up, down).")
+
+
+class GPTQ(LayerPass):
+    """INT4 weights in groups, error-compensated on calibration data (GPTQ, static groups, act-order without g_idx)."""
+
+    id = "quant.gptq"
+    claims = frozenset({"linear.weight"})
+
+    class Config(CompensatedConfig):
+        calibrate_all_experts: bool = Field(True, description="Every expert sees every token; else only those routed to it.")
+
+    def scheme(self, site: Site) -> Scheme:
+        return grouped_scheme(site, self.config)
+
+    def run(self, layer: Layer) -> dict[str, Any]:
+        report = {"hessian_dampings_raised": 0, "experts_rounded_to_nearest": 0}
+        for stage in stages(layer.sites, self.config.true_sequential):
+            moments = self.collect(layer, stage)
+            for members in by_input(stage):
+                self.solve(layer, members, moments[members[0]], report)
+        return report
+
+    def collect(self, layer: Layer, sites: tuple[Site, ...]) -> dict[Site, Moments]:
+        """Moments of the input of each set of linears that read one input, by its first member."""
+        from ..numerics.compensate import Moments
+
+        moments = {members[0]: Moments() for members in by_input(sites)}
+        layer.observe(lambda site, x_NI: moments[site].add(x_NI), self.config.calibrate_all_experts, sites=moments)
+        return moments
+
+    def solve(self, layer: Layer, members: list[Site], moments: Moments, report: dict[str, int]) -> None:
+        """Quantize and store linears that read one input."""
+        import torch
+
+        from ..numerics.compensate import compensate
+        from ..numerics.integer import column_rounder, quantize, range_of, scale_of, search_range
+
+        scheme = self.scheme(members[0])
+        grid = scheme.weights
+        weight = torch.cat([layer.linear(s).weight.data for s in members])
+        if not moments.rows:
+            layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
+            report["experts_rounded_to_nearest"] += 1
+            codes, scale, zero = quantize(weight, grid)
+        else:
+            hessian = moments.hessian
+            if self.config.scale_search:
+                scale, zero = search_range(weight, grid, hessian.diagonal(), SHRINKS)
+            else:
+                scale, zero = scale_of(*range_of(weight, grid), grid)
+            few = moments.rows < 2 * self.config.group_size
+            codes, _, raised = compensate(
+                weight,
+                hessian,
+                column_rounder(scale, zero, grid),
+                damping=self.config.damping * (10 if few else 1),
+                act_order=self.config.act_order,
+                drift_II=moments.drift,
+            )
+            report["hessian_dampings_raised"] += raised
+        start = 0
+        for site in members:
+            rows = slice(start, start + site.shape[0])
+            start = rows.stop
+            layer.store(site, Quantized(scheme, codes[rows].contiguous(), scale[rows].contiguous(), None if zero is None else zero[rows].contiguous()))
