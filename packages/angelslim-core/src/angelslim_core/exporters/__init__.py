@@ -39,7 +39,7 @@ class Exporter(ABC):
 
     @abstractmethod
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
-        """`quantization_config` for modules -> scheme, with the linears that stay as they are."""
+        """`quantization_config` for modules -> scheme, with what stays as it is (names, or `re:` and a pattern)."""
 
     @abstractmethod
     def schemes(self, config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]]) -> dict[str, Scheme]:

@@ -46,7 +46,8 @@ class HFFP8(Exporter):
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": list(block),
-            "modules_to_not_convert": list(ignore),
+            # its readers take an entry for a name and for a pattern
+            "modules_to_not_convert": [rule.removeprefix("re:") for rule in ignore],
         }
 
     def schemes(self, config: Mapping[str, Any], modules: Mapping[str, tuple[str, ...]]) -> dict[str, Scheme]:
