@@ -9,7 +9,7 @@ from angelslim_core.adapters import builtin_layouts, find_layout
 from angelslim_core.adapters.base import select
 from angelslim_core.errors import ModelError, PlanError, PluginError
 from angelslim_core.source import describe_source, open_source
-from angelslim_core.testing.models import TINY, add_mtp, stack_experts
+from angelslim_core.testing.models import NESTED, TINY, add_mtp, stack_experts
 
 ATTENTION = dict.fromkeys("qkvo", 2)
 DENSE = {**ATTENTION, "gate": 2, "up": 2, "down": 2, "head": 1}
@@ -64,6 +64,14 @@ def test_roles(tiny, architecture):
     assert {s.layer for s in found.sites} - {None} == set(range(found.num_layers))
     sets = Counter(s.fused for s in found.sites if s.fused)
     assert sets and set(sets.values()) <= {2, 3}
+
+
+@pytest.mark.parametrize("architecture", NESTED)
+def test_nested_language_models_have_the_roles_of_plain_ones(tiny, architecture):
+    plain, nested = described(tiny(NESTED[architecture][0])), described(tiny(architecture))
+    count = lambda found: Counter((s.role, s.layer) for s in found.sites if s.layer is not None or s.role == "head")  # noqa: E731
+    assert count(nested) == count(plain) and nested.block != plain.block
+    assert {s.role for s in nested.sites if s.layer is None} <= {"head", "other"}
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "deepseek_v3", "glm4_moe", "hunyuan_v1_moe"])

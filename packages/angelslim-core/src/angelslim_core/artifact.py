@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from .adapters import loaded_names
 from .io.writer import write_index, write_json, write_text
 from .model import sanitized
 from .recipe import to_yaml
@@ -160,7 +161,11 @@ def output_config(plan: Plan) -> dict[str, Any]:
     """The source's config with this output's quantization, without what reaches for code or other folders."""
     config: dict[str, Any] = sanitized(plan.source.config)
     if plan.exporter is not None:
-        config["quantization_config"] = plan.exporter.config(plan.schemes, plan.ignore)
+        # engines go by the checkpoint's names, transformers by its own: both are given
+        renamed = loaded_names(plan.description.layout, [*plan.schemes, *plan.ignore])
+        schemes = {**plan.schemes, **{renamed[name]: scheme for name, scheme in plan.schemes.items() if name in renamed}}
+        ignore = list(dict.fromkeys([*plan.ignore, *(renamed[name] for name in plan.ignore if name in renamed)]))
+        config["quantization_config"] = plan.exporter.config(schemes, ignore)
     return config
 
 

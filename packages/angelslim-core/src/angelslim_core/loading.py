@@ -15,7 +15,7 @@ from .adapters.base import Description
 from .device import pick_device
 from .errors import ModelError
 from .io.strict_json import read_json
-from .model import compute_dtype, sanitized
+from .model import auto_class, compute_dtype, sanitized
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS
@@ -92,7 +92,7 @@ def reads_natively(source: Source, description: Description) -> bool:
 
 def _from_transformers(source: Source, description: Description, native: bool) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     from .io.checkpoint import torch_dtype
@@ -111,21 +111,21 @@ def _from_transformers(source: Source, description: Description, native: bool) -
             # transformers sees a sanitized config and, as links, only the weight files that were checked
             folder = Path(name)
             (folder / "config.json").write_text(json.dumps(config))
+            made = AutoConfig.from_pretrained(folder, local_files_only=True)
             if native:
                 for file in {info.file for info in source.checkpoint.tensors.values()}:
                     (folder / file.name).symlink_to(file.resolve())
                 index = source.checkpoint.folder / "model.safetensors.index.json"
                 if index.is_file():
                     (folder / index.name).symlink_to(index.resolve())
-                model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+                model, info = auto_class(made).from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
                 if source.exporter is not None:  # it decompresses on the first forward, with more bars
                     with torch.no_grad():
                         model(torch.zeros(1, 1, dtype=torch.int64))
             else:
                 state = {n: _read_cast(source, n, dtype) for n in source.dtypes}
-                made = AutoConfig.from_pretrained(folder, local_files_only=True)
                 with torch.device("meta"):
-                    model_class = type(AutoModelForCausalLM.from_config(made, dtype=dtype))
+                    model_class = type(auto_class(made).from_config(made, dtype=dtype))
                 model, info = model_class.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(

@@ -64,6 +64,13 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """The transformers auto class that builds a whole model, the towers beside its language model included."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else AutoModelForCausalLM
+
+
 def _build(config: PretrainedConfig, dtype: torch.dtype, stored: int) -> PreTrainedModel:
     """The model of a config, parameters on meta.
 
@@ -74,18 +81,17 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, stored: int) -> PreTrai
         ModelError: transformers refuses a value, or the config asks for far more weights than are stored.
     """
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:  # first wholly on meta, where a hostile size costs nothing
         with torch.device("meta"), no_init_weights():
-            asked = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=dtype).parameters())
+            asked = sum(p.numel() for p in auto_class(config).from_config(config, dtype=dtype).parameters())
     except Exception as error:
         raise ModelError(105, "config.json", f"transformers refuses it: {type(error).__name__}: {str(error).split(chr(10), 1)[0]}") from error
     if asked > 2 * stored:
         raise ModelError(32, "config.json", f"describes a model of {asked} weights, but {stored} are stored", "the config is of another model")
     with parameters_on_meta(), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(config).from_config(config, dtype=dtype)
 
 
 class Skeleton:

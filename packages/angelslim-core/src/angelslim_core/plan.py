@@ -129,7 +129,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
     quantized = set(schemes)
     mtp = [n.removesuffix(".weight") for n in source.dtypes if n in description.mtp_tensors and n.endswith(".weight") and len(source.shapes[n]) == 2]
-    ignore = [s.name for s in description.sites if s.name not in quantized] + mtp + _tied_head(source, description)
+    ignore = [s.name for s in description.sites if s.name not in quantized] + mtp + _tied_head(source, description) + _towers(source, description)
     plan = Plan(recipe, source, description, steps, units, shards, schemes, ignore, exporter, {}, 0)
     plan.warnings += source.checkpoint.warnings
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
@@ -276,6 +276,12 @@ def _outputs(site: Site, schemes: Mapping[str, Scheme], exporter: Exporter | Non
 def _tied_head(source: Source, description: Description) -> list[str]:
     """The head's module name where its weight is the embedding's and not in the checkpoint."""
     return [] if any(s.role == "head" for s in description.sites) else ["lm_head"]
+
+
+def _towers(source: Source, description: Description) -> list[str]:
+    """Patterns for what lies beside the language model: readers load it under prefixes that the checkpoint does not have."""
+    beside = {part for name in source.dtypes for part in name.split(".")[:2]}
+    return [f"re:.*{tower}.*" for tower in description.layout.towers if tower in beside]
 
 
 def _peak_ram(plan: Plan) -> int:

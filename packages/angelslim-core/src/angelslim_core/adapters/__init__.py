@@ -49,9 +49,14 @@ def find_layout(config: Mapping[str, Any], layouts: Iterable[Layout]) -> Layout:
 
 
 def transformers_type(layout: Layout, config: Mapping[str, Any]) -> str:
-    """Name under which transformers knows a model's language model."""
+    """Name under which transformers knows a model; a config that nests its language model's is loaded as it is."""
     name = model_type(config)
-    return layout.loads_as.get(name, name)
+    return name if "text_config" in config else layout.loads_as.get(name, name)
+
+
+def loaded_names(layout: Layout, names: Iterable[str]) -> dict[str, str]:
+    """Module of a checkpoint -> its name in transformers' model, for those where the two differ."""
+    return {name: new + name.removeprefix(old) for name in names for old, new in layout.renamed.items() if name.startswith(old)}
 
 
 def transformers_identity(layout: Layout, config: Mapping[str, Any]) -> dict[str, str]:

@@ -117,6 +117,8 @@ class Layout:
         feeds: what scaling and rotation may fold into the weights.
         norm_offset: a norm multiplies by its weight plus this.
         loads_as: `model_type` -> the name under which transformers knows its language model, where that differs.
+        towers: names of the modules beside the language model, left alone; engines may know them under other prefixes.
+        renamed: prefix of tensors in a checkpoint -> the prefix under which transformers loads them, where that differs.
     """
 
     model_types: tuple[str, ...]
@@ -133,6 +135,8 @@ class Layout:
     feeds: tuple[Feed, ...] = FEEDS
     norm_offset: float = 0.0
     loads_as: Mapping[str, str] = field(default_factory=dict)
+    towers: tuple[str, ...] = ("vision_tower", "multi_modal_projector", "visual")
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

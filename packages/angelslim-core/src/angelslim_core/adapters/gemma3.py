@@ -9,5 +9,6 @@ LAYOUTS = (
         # the norms named post_* follow attention and feed-forward part, and scale what is added to the stream
         feeds=(ATTENTION_FEED, VALUE_FEED, Feed("pre_feedforward_layernorm", READS_MLP, "mlp"), *INNER_FEEDS),
         norm_offset=1.0,
+        renamed={"language_model.model.": "model.language_model.", "language_model.lm_head": "lm_head"},
     ),
 )

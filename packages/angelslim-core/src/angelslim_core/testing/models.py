@@ -40,6 +40,15 @@ TINY: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 32, "num_shared_expert": 1, "use_mixed_mlp_moe": True},
 }  # fmt: skip
+_VISION = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 14}
+_QWEN_VISION = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+# multimodal architecture -> (its language model in `TINY`, its vision_config)
+NESTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {**_VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}),
+    "qwen3_vl": ("qwen3", _QWEN_VISION),
+    "qwen3_5": ("qwen3_5_text", _QWEN_VISION),
+    "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN_VISION),
+}
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 
@@ -48,18 +57,25 @@ def tiny_checkpoint(architecture: str, folder: Path | str, *, seed: int = 0, dty
     """Make a model folder.
 
     Args:
-        architecture: key of `TINY`.
+        architecture: key of `TINY` or `NESTED`.
         dtype: "bfloat16", "float16" or "float32".
-        overrides: config values, for instance `tie_word_embeddings=True`.
+        overrides: config values of the language model, for instance `tie_word_embeddings=True`.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
+
+    from ..model import auto_class
 
     folder = Path(folder)
-    config = CONFIG_MAPPING[_KNOWN_AS.get(architecture, architecture)](**{**_BASE, **TINY[architecture], **overrides})
+    language, vision = NESTED.get(architecture, (architecture, {}))
+    values = {**_BASE, **TINY[language], **overrides}
+    if vision:
+        tied = values["tie_word_embeddings"]
+        values = {"text_config": values, "vision_config": vision, "tie_word_embeddings": tied, "mm_tokens_per_image": 4}
+    config = CONFIG_MAPPING[_KNOWN_AS.get(architecture, architecture)](**values)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = auto_class(config).from_config(config, dtype=getattr(torch, dtype))
         with torch.no_grad():  # norms and biases start at one and zero, which would hide mistakes
             for parameter in model.parameters():
                 if parameter.dim() == 1:
