@@ -6,9 +6,10 @@ import torch
 from angelslim_core.adapters import builtin_layouts
 from angelslim_core.calibration.data import Samples
 from angelslim_core.context import Context
+from angelslim_core.layer import Layer
 from angelslim_core.model import Skeleton
 from angelslim_core.source import describe_source, open_source
-from angelslim_core.sweep import Layer, capture
+from angelslim_core.sweep import capture
 from angelslim_core.testing.models import TINY
 
 

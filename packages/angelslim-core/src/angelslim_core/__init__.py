@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from .hookspecs import hookimpl
     from .inspection import inspect_model
     from .kernels import Implementation, Kernel
+    from .layer import Layer
     from .loading import load
     from .passes import LayerPass, ModelPass, Pass, PassConfig, RuntimePass, TensorPass
     from .pipeline import compress
     from .plugins import PluginHost
     from .recipe import load_recipe
     from .schemes import Grid, Quantized, Scheme
-    from .sweep import Layer
     from .validation import validate
 
 __version__ = "0.1.0"
@@ -40,7 +40,7 @@ _HOMES = {
     "plugins": ("PluginHost",),
     "recipe": ("load_recipe",),
     "schemes": ("Grid", "Quantized", "Scheme"),
-    "sweep": ("Layer",),
+    "layer": ("Layer",),
     "validation": ("validate",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from .adapters.base import Site
     from .context import Context
+    from .layer import Layer
     from .schemes import Quantized, Scheme
-    from .sweep import Layer
 
 
 class Kind(str, Enum):

@@ -7,16 +7,16 @@ by recorders. Each layer then runs on the outputs of the layers before it as the
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Site
 from .calibration.data import batches
 from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
 from .io.writer import ShardWriter, fsync_folder
+from .layer import Layer, LayerBatch
 from .model import Skeleton
 from .passes import LayerPass, TensorPass
 from .schemes import Quantized
@@ -28,174 +28,6 @@ if TYPE_CHECKING:
 
     from .context import Context
     from .plan import Plan, Step
-
-
-@dataclass
-class LayerBatch:
-    """One captured batch: what a layer is called with.
-
-    Args:
-        hidden: [B, T, H], stored dtype, on the CPU between calls.
-        mask: [B, T] bool, False on padding.
-        kwargs: the layer's other arguments (masks, position embeddings).
-        reference: [B, T, H], what the unchanged model feeds the layer, or None if no step needs it.
-        target: [B, T, H], what the unchanged layer makes of `reference`, or None.
-    """
-
-    hidden: Tensor
-    mask: Tensor
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    reference: Tensor | None = None
-    target: Tensor | None = None
-
-
-class Fold(NamedTuple):
-    """A feed as it occurs in a layer: module names inside the layer (see `adapters.base.Feed`)."""
-
-    source: str
-    readers: tuple[str, ...]
-    block: str
-
-
-class Layer:
-    """What a layer pass sees: a decoder layer with its weights as the earlier steps left them, and its inputs.
-
-    Attributes:
-        index: number of the layer.
-        module: the decoder layer; routed experts are separate linears.
-        sites: the linears that the running step treats.
-        batches: captured inputs.
-        layout: the architecture's table.
-    """
-
-    def __init__(self, index: int, module: nn.Module, prefix: str, captured: Sequence[LayerBatch], context: Context) -> None:
-        self.index, self.module, self.batches, self.context = index, module, captured, context
-        self.layout = context.description.layout
-        self.sites: tuple[Site, ...] = ()
-        self._prefix = prefix
-        self.quantized: dict[Site, tuple[Quantized, Tensor]] = {}
-
-    def linear(self, site: Site, module: nn.Module | None = None) -> nn.Linear:
-        """The linear of a site, in the layer or in a copy of it."""
-        return (module or self.module).get_submodule(site.name.removeprefix(self._prefix))  # type: ignore[return-value]
-
-    def forward(self, batch: LayerBatch, hidden: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
-        """Output [B, T, H] of the layer as it stands, on the run's device.
-
-        Args:
-            hidden: instead of the batch's own, for instance its `reference`.
-            module: run this copy of the layer instead.
-        """
-        hidden = batch.hidden if hidden is None else hidden
-        out = (module or self.module)(hidden.to(self.context.device), **_to(batch.kwargs, self.context.device))
-        return out[0] if isinstance(out, tuple) else out
-
-    def feeds(self) -> list[Fold]:
-        """What can be scaled in this layer, as the architecture's table says."""
-        present = {n for n, p in self.module.named_parameters() if p.dim() <= 2 and n.endswith(".weight")}
-        experts = sorted({int(m[1]) for n in present if (m := re.search(r"experts\.(\d+)\.", n))})
-        found = []
-        for feed in self.layout.feeds:
-            for expert in experts if "{e}" in feed.source else [None]:
-                named = [expert] if expert is not None else experts
-                source = feed.source.replace("{e}", str(expert))
-                readers = [r.replace("{e}", str(e)) for r in feed.readers for e in (named if "{e}" in r else [0])]
-                readers = [r for r in readers if f"{r}.weight" in present]
-                if f"{source}.weight" in present and readers:
-                    found.append(Fold(source, tuple(readers), feed.block))
-        return found
-
-    def scale(self, fold: Fold, s_C: Tensor) -> None:
-        """Divide the output channels of `fold.source` by `s_C` and multiply what reads them: the layer's function stays.
-
-        Args:
-            s_C: [channels of the source], positive; readers with more inputs (grouped-query attention: each key-value
-                head feeds several heads) get it spread over their heads.
-        """
-        import torch
-
-        source = self.module.get_submodule(fold.source)
-        weight = source.weight
-        assert isinstance(weight, torch.Tensor)
-        with torch.no_grad():
-            if weight.dim() == 1:
-                offset = self.layout.norm_offset
-                weight.copy_((weight.float() + offset) / s_C - offset)
-            else:
-                weight.copy_(weight.float() / s_C[:, None])
-            if isinstance(bias := getattr(source, "bias", None), torch.Tensor):
-                bias.copy_(bias.float() / s_C)
-            for name in fold.readers:
-                reader = self.module.get_submodule(name).weight
-                assert isinstance(reader, torch.Tensor)
-                reader.copy_(reader.float() * self.spread(s_C, reader.shape[1]))
-
-    def spread(self, s_C: Tensor, columns: int) -> Tensor:
-        """Channels of key-value heads as the inputs of all heads that read them; [columns]."""
-        if s_C.numel() == columns:
-            return s_C
-        head_dim = int(self.module.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
-        return s_C.view(-1, 1, head_dim).expand(-1, columns // s_C.numel(), -1).reshape(columns)
-
-    def observe(
-        self,
-        see: Callable[[Site, Tensor], None],
-        all_experts: bool = True,
-        *,
-        sites: Iterable[Site] | None = None,
-        batches: Sequence[LayerBatch] | None = None,
-        reference: nn.Module | None = None,
-    ) -> None:
-        """Run all batches and show `see` the input rows [N, in] of every linear of the step, padding left out.
-
-        Args:
-            all_experts: send every token through every routed expert (the output stays as routed), so that each
-                expert sees calibration data.
-            sites: these linears only.
-            batches: these batches only.
-            reference: run this copy of the layer on the batches' reference inputs instead.
-        """
-        import torch
-
-        running = reference or self.module
-        experts = [m for m in running.modules() if type(m).__name__ == "LinearExperts"]
-        mask: Tensor | None = None
-
-        def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                (x,) = args
-                if mask is not None and x.shape[:2] == mask.shape:
-                    x = x[mask]
-                elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-                    x = x[mask.reshape(-1)]
-                see(site, x.reshape(-1, x.shape[-1]))
-
-            return look
-
-        handles = [self.linear(s, running).register_forward_pre_hook(hook(s)) for s in (self.sites if sites is None else sites)]
-        try:
-            with torch.no_grad():
-                for batch in self.batches if batches is None else batches:
-                    padded = not bool(batch.mask.all())
-                    mask = batch.mask.to(self.context.device) if padded else None
-                    for module in experts:
-                        module.calibrate_all = all_experts  # type: ignore[assignment]
-                        module.token_mask = mask.reshape(-1) if mask is not None else None  # type: ignore[assignment]
-                    self.forward(batch, batch.reference if reference is not None else None, reference)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module in experts:
-                module.calibrate_all, module.token_mask = False, None  # type: ignore[assignment]
-
-    def store(self, site: Site, result: Quantized) -> None:
-        """Give a linear its final form; the layer goes on with the dequantized weight."""
-        import torch
-
-        linear = self.linear(site)
-        self.quantized[site] = (result, linear.weight.data)
-        with torch.no_grad():
-            linear.weight = torch.nn.Parameter(result.dequantize().to(linear.weight.dtype), requires_grad=False)
 
 
 def _recorder(original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> nn.Module:
@@ -404,13 +236,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
     import torch
 
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
-def _to(value: Any, device: str) -> Any:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to(v, device) for v in value)
-    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, dict) else value

@@ -14,6 +14,7 @@ ANGELSLIM_HOOKS = 1
 
 @hookimpl
 def angelslim_register_passes() -> list[type[Pass]]:
+    from .passes.awq import AWQ
     from .passes.fp8_block import FP8Block
     from .passes.fp8_dynamic import FP8Dynamic
     from .passes.fp8_static import FP8Static
@@ -21,8 +22,9 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.gptq import GPTQ
     from .passes.int4_rtn import INT4RTN
     from .passes.int8_dynamic import INT8Dynamic
+    from .passes.smooth import Smooth
 
-    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ]
+    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ, AWQ, Smooth]
 
 
 @hookimpl

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from angelslim_core.adapters.base import Site
-    from angelslim_core.sweep import Layer
+    from angelslim_core.layer import Layer
 
 # smallest input amax that still gives a usable scale, for inputs that calibration never excites
 FLOOR = 1e-7

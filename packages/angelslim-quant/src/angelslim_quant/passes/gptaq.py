@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from angelslim_core.adapters.base import Site
-    from angelslim_core.sweep import Layer
+    from angelslim_core.layer import Layer
 
     from ..numerics.compensate import Moments
 

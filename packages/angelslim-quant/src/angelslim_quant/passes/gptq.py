@@ -14,7 +14,7 @@ from ..stages import by_input, stages
 
 if TYPE_CHECKING:
     from angelslim_core.adapters.base import Site
-    from angelslim_core.sweep import Layer
+    from angelslim_core.layer import Layer
 
     from ..numerics.compensate import Moments
 
