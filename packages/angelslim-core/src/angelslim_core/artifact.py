@@ -123,6 +123,8 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
     write_json(stage / "config.json", output_config(plan))
     for companion in checkpoint.companions:
         shutil.copyfile(companion, stage / companion.name)
+    for name, content in (plan.exporter.files(plan.schemes, plan.ignore) if plan.exporter else {}).items():
+        write_json(stage / name, content)
     records = stage / RECORDS
     records.mkdir(exist_ok=True)
     write_text(records / "recipe.yaml", to_yaml(plan.recipe))

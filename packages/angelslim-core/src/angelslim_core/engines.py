@@ -28,6 +28,8 @@ class Row(NamedTuple):
     aligned: bool = False
 
 
+_GPTQMODEL = Row(False, "read only where gptqmodel is installed; angelslim load reads it")
+
 # (engine, exporter, kind of scheme); versions: vLLM 0.32, transformers 5.23 with compressed-tensors 0.20 run by us,
 # SGLang from its documentation
 TABLE: dict[tuple[str, str, str], Row] = {
@@ -39,7 +41,19 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("vllm", "compressed-tensors", "w8a16"): Row(True, "unverified here"),
     ("vllm", "compressed-tensors", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
     ("vllm", "fp8", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
+    ("vllm", "gptq", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
+    ("vllm", "gptq", "w8a16"): Row(True, "needs a GPU; unverified here"),
+    ("vllm", "gptq", "w4a16-asym"): Row(False, "0.32 reads symmetric GPTQ only; awq holds zero points"),
+    ("vllm", "awq", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
+    ("vllm", "awq", "w4a16-asym"): Row(True, "verified on vLLM 0.32 CPU"),
+    ("vllm", "modelopt", "w4a4-float-dynamic"): Row(True, "needs a GPU with FP4; unverified here"),
+    ("vllm", "modelopt", "wNa16"): Row(True, "needs a GPU; unverified here"),
     ("sglang", "compressed-tensors", "w8a8-int"): Row(True, "unverified here"),
+    ("sglang", "gptq", "w4a16"): Row(True, "unverified here"),
+    ("sglang", "gptq", "w8a16"): Row(True, "unverified here"),
+    ("sglang", "awq", "w4a16"): Row(True, "unverified here"),
+    ("sglang", "awq", "w4a16-asym"): Row(True, "unverified here"),
+    ("sglang", "modelopt", "w4a4-float-dynamic"): Row(True, "needs a GPU with FP4; unverified here"),
     ("sglang", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "unverified here"),
     ("sglang", "compressed-tensors", "w8a8-float-static"): Row(True, "unverified here"),
     ("sglang", "compressed-tensors", "w4a16"): Row(True, "unverified here"),
@@ -52,6 +66,7 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("transformers", "compressed-tensors", "w8a16"): Row(True, "verified on 5.23"),
     ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.23"),
     ("transformers", "fp8", "w8a8-float-block"): Row(True, "dequantized where there is no GPU", aligned=True),
+    **{("transformers", layout, kind): _GPTQMODEL for layout in ("gptq", "awq") for kind in ("w4a16", "w4a16-asym", "w8a16", "w8a16-asym")},
 }
 
 
@@ -74,7 +89,7 @@ def verdicts(plan: Plan) -> dict[str, dict[str, Any]]:
 
 def _verdict(engine: str, plan: Plan) -> dict[str, Any]:
     if engine == "llama.cpp":
-        return {"ok": False, "why": "reads GGUF only"}
+        return {"ok": False, "why": "reads GGUF only, which `angelslim convert OUT FILE --to gguf` makes of Llama, Qwen2 and Qwen3 models"}
     if plan.exporter is None:
         return {"ok": True, "why": "weights stay in a plain floating-point layout"}
     notes = []

@@ -155,7 +155,7 @@ def prepare(
         raise UsageError(5, bound.where(f"steps[{index}]"), f"{passes[index].id} needs calibration data", "--set calibration.data=FILE, or =self")
     plan = make_plan(bound, passes, source, description, host.registry.exporters)
     host.hook.angelslim_modify_plan(plan=plan)
-    return Prepared(bound, host, passes, source, description, plan, Path(target) if target is not None else None, chosen)
+    return Prepared(bound, host, passes, source, plan.description, plan, Path(target) if target is not None else None, chosen)
 
 
 def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:

@@ -7,7 +7,7 @@ two steps that quantize one linear, engines that will refuse the result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description, Site, select
@@ -121,6 +121,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
         EngineError: `export.engines` names an engine that will refuse the result.
     """
     _check_order(recipe, passes)
+    description = _for_layout(description, exporters.get(recipe.export.format))
     steps = [Step(i, p, tuple(_targets(recipe, i, p, description, source)) if isinstance(p, WeightPass) else ()) for i, p in enumerate(passes)]
     schemes = _schemes(recipe, steps)
     _check_fused(description, schemes)
@@ -143,6 +144,13 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
         if not verdict["ok"]:
             raise EngineError(3, engine, f"will not load this result: {verdict['why']}", "change the scheme, or drop the engine from export.engines")
     return plan
+
+
+def _for_layout(description: Description, exporter: type[Exporter] | None) -> Description:
+    """Tell every site what the layout asked for prescribes, so that passes search with the scales that are stored."""
+    if exporter is None or exporter.scale_dtype is None:
+        return description
+    return replace(description, sites=tuple(replace(site, scale_dtype=exporter.scale_dtype) for site in description.sites))
 
 
 def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:

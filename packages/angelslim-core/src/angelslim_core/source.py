@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # exporters whose checkpoints are also published as sources
 SOURCES = ("fp8",)
+# suffixes of the tensors that hold a weight's codes
+CODES = ("weight", "weight_packed", "qweight")
 
 
 @dataclass
@@ -139,9 +141,11 @@ def _logical(checkpoint: Checkpoint, exporter: Exporter, schemes: dict[str, Sche
             dtypes[name], shapes[name] = info.dtype, info.shape
             continue
         consumed[name] = f"{module}.weight"
-        if suffix in ("weight", "weight_packed"):
+        if suffix in CODES:
             dtypes[f"{module}.weight"] = dtype
-            shapes[f"{module}.weight"] = info.shape if suffix == "weight" else _packed_shape(checkpoint, info, module)
+            specs = {s: TensorSpec(i.dtype, i.shape) for s in modules[module] if (i := infos[f"{module}.{s}"])}
+            found = exporter.weight_shape(specs, schemes[module])
+            shapes[f"{module}.weight"] = found or (info.shape if suffix == "weight" else _packed_shape(checkpoint, info, module))
     for module in schemes:
         if f"{module}.weight" not in shapes:
             raise ModelError(59, module, f"has scales but no weight (only {', '.join(modules[module])})")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from angelslim_core.errors import PlanError
+from angelslim_core.exporters import group_layouts
 from angelslim_core.passes import PassConfig
 from angelslim_core.schemes import Grid, Scheme
 
@@ -36,4 +37,4 @@ def grouped_scheme(site: Site, config: GroupedConfig) -> Scheme:
             30, site.name, f"its {columns} inputs are no multiple of group_size {group_size}", f"sizes that divide it: {', '.join(map(str, fitting))}"
         )
     name = f"int{bits} g{group_size} {'sym' if symmetric else 'asym'}"
-    return Scheme(name, Grid(bits, "int", "group", group_size, symmetric=symmetric, scale_dtype=site.dtype))
+    return Scheme(name, Grid(bits, "int", "group", group_size, symmetric=symmetric, scale_dtype=site.scale_dtype or site.dtype), exporters=group_layouts(bits))

@@ -53,6 +53,7 @@ class Site:
         expert: index of the routed expert, or None.
         fused: id shared by the linears which engines run as one matmul; they need equal per-tensor scales.
         part: place in a stacked 3-D tensor, or None.
+        scale_dtype: dtype that the layout asked for prescribes for scales of integer weights, or None.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Site:
     expert: int | None = None
     fused: str | None = None
     part: Part | None = None
+    scale_dtype: str | None = None
 
 
 class Feed(NamedTuple):

@@ -20,14 +20,22 @@ class Exporter(ABC):
     Attributes:
         name: what a recipe calls it (`export.format`), and what `Scheme.exporters` lists.
         quant_method: `quantization_config.quant_method` in config.json.
+        scale_suffix: suffix of the tensor that holds a weight's scales.
+        scale_dtype: dtype the layout prescribes for scales of integer weights, None if it holds any.
     """
 
     name: ClassVar[str]
     quant_method: ClassVar[str]
+    scale_suffix: ClassVar[str] = "weight_scale"
+    scale_dtype: ClassVar[str | None] = None
 
     @abstractmethod
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
-        """Suffix (after the module's name and a dot) -> tensor, without reading a weight."""
+        """Suffix (after the module's name and a dot) -> tensor, without reading a weight.
+
+        Raises:
+            PlanError: the layout cannot hold this scheme or shape.
+        """
 
     @abstractmethod
     def pack(self, quantized: Quantized) -> dict[str, Tensor]:
@@ -54,10 +62,26 @@ class Exporter(ABC):
             ModelError: config and headers disagree, or the scheme is unknown.
         """
 
+    def weight_shape(self, specs: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int] | None:
+        """Shape [out, in] of a weight from the headers of its tensors, None where it is that of `weight` or is stored."""
+        return None
+
+    def files(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
+        """Further JSON files that readers of this layout expect beside config.json: name -> content."""
+        return {}
+
 
 def builtin_exporters() -> tuple[type[Exporter], ...]:
     """The layouts the core can write and read."""
+    from .awq import AWQ
     from .compressed_tensors import CompressedTensors
+    from .gptq import GPTQ
     from .hf_fp8 import HFFP8
+    from .modelopt import ModelOpt
 
-    return (CompressedTensors, HFFP8)
+    return (CompressedTensors, HFFP8, GPTQ, AWQ, ModelOpt)
+
+
+def group_layouts(bits: int) -> tuple[str, ...]:
+    """Names of the layouts that hold weight-only integer grids of channels or groups, preferred first."""
+    return ("compressed-tensors", *(("gptq",) if bits in (4, 8) else ()), *(("awq",) if bits == 4 else ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, PlanError
@@ -20,9 +21,12 @@ class HFFP8(Exporter):
 
     name = "fp8"
     quant_method = "fp8"
+    scale_suffix = "weight_scale_inv"
 
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
-        grid = scheme.weights
+        grid, wanted = scheme.weights, block_scheme(scheme.weights.block_structure or (1, 1))
+        if replace(grid, scale_dtype=wanted.weights.scale_dtype) != wanted.weights or scheme.input_activations != wanted.input_activations:
+            raise PlanError(229, "fp8", f"holds weights in FP8 blocks with dynamic inputs in groups as wide, not {scheme.name}")
         return {"weight": TensorSpec("F8_E4M3", shape), "weight_scale_inv": TensorSpec(grid.scale_dtype, grid.scale_shape(shape))}
 
     def pack(self, quantized: Quantized) -> dict[str, Tensor]:
