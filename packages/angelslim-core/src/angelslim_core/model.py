@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -148,17 +148,22 @@ class Skeleton:
 
         layer = self.layers[index]
         unfuse(layer)
-        self._assign(layer, {n: t.to(device) for n, t in self.layer_tensors(index).items()})
+        self._assign(layer, {n: t.to(device) for n, t in self.layer_tensors(index)})
         return layer.to(device)
 
-    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Name inside the layer -> tensor, stacked experts taken apart."""
+    def layer_tensors(self, index: int, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name inside the layer, tensor) as stored, stacked experts taken apart; all, or those of `names`."""
         prefix = f"{self.description.block}.{index}."
         sites = [s for s in self.description.sites if s.layer == index]
-        state = {f"{s.name.removeprefix(prefix)}.weight": self.source.read(s.tensor, s.part) for s in sites}
+        for site in sites:
+            name = f"{site.name.removeprefix(prefix)}.weight"
+            if names is None or name in names:
+                yield name, self.source.read(site.tensor, site.part)
         covered = {s.tensor for s in sites}
-        state.update({n.removeprefix(prefix): self.source.read(n) for n in self.source.dtypes if n.startswith(prefix) and n not in covered})
-        return state
+        for stored in self.source.dtypes:
+            name = stored.removeprefix(prefix)
+            if name != stored and stored not in covered and (names is None or name in names):
+                yield name, self.source.read(stored)
 
     def drop_layer(self, index: int) -> None:
         """Free a layer's parameters."""

@@ -101,7 +101,8 @@ def _read(unit: Unit, plan: Plan, store: _LayerStore) -> tuple[bool, Any]:
     if not unit.sites:
         (name,) = unit.tensors
         return True, {name: plan.source.read(name)}
-    return False, {site: plan.source.read(site.tensor, site.part) for site in unit.sites}
+    swept = {site: f"{site.name}.weight" for site in unit.sites}  # parts of a stacked tensor that the sweep changed
+    return False, {s: store.read(n) if n in store.files else plan.source.read(s.tensor, s.part) for s, n in swept.items()}
 
 
 def _process(unit: Unit, read: tuple[bool, Any], plan: Plan, context: Context, metrics: dict[str, Any]) -> dict[str, Tensor]:
@@ -113,7 +114,9 @@ def _process(unit: Unit, read: tuple[bool, Any], plan: Plan, context: Context, m
     for site, weight in tensors.items():
         check_finite(site.tensor, weight)
     outputs: dict[str, Tensor] = {}
-    for site, result in apply_steps(unit.steps, tensors, plan, context).items():
+    # what the layer sweep went over and did not write, it left as it was
+    swept = bool(plan.layer_steps) and unit.sites[0].layer is not None
+    for site, result in (tensors if swept else apply_steps(unit.steps, tensors, plan, context)).items():
         outputs.update(encode(site, result, tensors[site], plan.exporter, metrics))
     # a stacked tensor that keeps its form is transformed part by part
     if len(unit.outputs) == 1 and len(outputs) > 1 and unit.sites and unit.sites[0].part:

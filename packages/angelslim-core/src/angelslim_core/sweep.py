@@ -145,8 +145,7 @@ def _run_layer(
 ) -> dict[str, Any]:  # fmt: skip
     module = skeleton.fill_layer(index, context.device)
     prefix = f"{plan.description.block}.{index}."
-    before = dict(module.state_dict().items())
-    for name, tensor in before.items():
+    for name, tensor in module.state_dict().items():
         check_finite(prefix + name, tensor)
     layer = Layer(index, module, prefix, captured[index], context)
     for batch in layer.batches:
@@ -162,9 +161,10 @@ def _run_layer(
     for site, (result, weight) in layer.quantized.items():
         outputs.update({n: t.cpu().contiguous() for n, t in encode(site, result, weight, plan.exporter, metrics).items()})
     done = {f"{site.name.removeprefix(prefix)}.weight" for site in layer.quantized}
-    for name, tensor in module.state_dict().items():
-        if name not in done and (tensor is not before[name] and not _same(tensor, before[name])):
-            outputs[prefix + name] = tensor.cpu().contiguous()
+    kept = {name: tensor for name, tensor in module.state_dict().items() if name not in done}
+    for name, tensor in skeleton.layer_tensors(index, kept):  # read again: a pass may have written into the one it was given
+        if not _same(kept[name].cpu(), tensor.to(kept[name].dtype)):
+            outputs[prefix + name] = kept[name].cpu().contiguous()
     _advance(layer, captured, index)
     skeleton.drop_layer(index)
     file, acts = f"layers/{index:05d}.safetensors", f"acts/{index:05d}.safetensors"
