@@ -6,7 +6,7 @@ import pytest
 
 from angelslim_core import plugins
 from angelslim_core.errors import PluginError, RecipeError
-from angelslim_core.hookspecs import hookimpl
+from angelslim_core.hookspecs import hookimpl, hookspec
 from angelslim_core.passes import TensorPass
 from angelslim_core.plugins import Installed, PluginHost, required_plugins
 
@@ -58,7 +58,8 @@ def test_another_hook_version_is_refused(version):
 
 def test_misspelt_hooks_are_refused():
     error = failure(PluginHost().register_module, "toy", module(angelslim_register_pases=angelslim_register_passes))
-    assert "angelslim_register_passes" in error.hint
+    assert "angelslim_register_passes" in error.hint and "docs/hooks.md" in error.hint
+    assert "docs/hooks.md" in failure(PluginHost().register_module, "toy", module(angelslim_zzz=angelslim_register_passes)).hint
     unmarked = module(angelslim_register_passes=lambda: [Toy])
     assert "hookimpl" in failure(PluginHost().register_module, "toy", unmarked).what
 
@@ -67,6 +68,24 @@ def test_misspelt_hooks_are_refused():
         return []
 
     assert "devise" in failure(PluginHost().register_module, "toy", module(angelslim_default_steps=angelslim_default_steps)).what
+
+
+def test_a_plugin_adds_hooks_of_its_own():
+    class Specs:
+        @hookspec(firstresult=True)
+        def toy_greet(self, name): ...
+
+    @hookimpl
+    def angelslim_addhooks(pluginmanager):
+        pluginmanager.add_hookspecs(Specs)
+
+    @hookimpl
+    def toy_greet(name):
+        return f"hello {name}"
+
+    host = PluginHost()
+    host.register_module("toy", module(angelslim_addhooks=angelslim_addhooks, toy_greet=toy_greet))
+    assert host.hook.toy_greet(name="zebra") == "hello zebra"
 
 
 def test_ids_belong_to_their_plugin_and_to_one_owner():

@@ -93,6 +93,7 @@ class PluginHost:
 
         self.manager = pluggy.PluginManager("angelslim")
         self.manager.add_hookspecs(hookspecs)
+        self.manager.hook.angelslim_addhooks.call_historic(kwargs={"pluginmanager": self.manager})
         self.manager.register(_CoreHooks(), "core")
         self.blocked = {*blocked, *filter(None, os.environ.get("ANGELSLIM_BLOCK_PLUGINS", "").split(","))}
         for name in self.blocked:
@@ -133,15 +134,17 @@ class PluginHost:
         for attribute in dir(module):
             if attribute.startswith("angelslim_") and not hasattr(hookspecs, attribute):
                 close = difflib.get_close_matches(attribute, [h for h in dir(hookspecs) if h.startswith("angelslim_")], 1)
-                raise PluginError(8, name, f"{attribute} is no hook", f"did you mean {close[0]}?" if close else "see docs/hooks.md")
+                raise PluginError(
+                    8, name, f"{attribute} is no hook", f"did you mean {close[0]}? docs/hooks.md lists them" if close else "docs/hooks.md lists them"
+                )
             marked = attribute.startswith("angelslim_") and callable(getattr(module, attribute))
             if marked and not hasattr(getattr(module, attribute), "angelslim_impl"):
-                raise PluginError(9, name, f"{attribute} lacks @hookimpl and would never be called")
+                raise PluginError(9, name, f"{attribute} lacks @hookimpl and would never be called", "see docs/hooks.md")
         try:
             self.manager.register(module, name)
             self.manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
-            raise PluginError(10, name, f"is not valid: {str(error).splitlines()[-1].strip()}") from error
+            raise PluginError(10, name, f"is not valid: {str(error).splitlines()[-1].strip()}", "see docs/hooks.md") from error
         registry = self.registry
         for hook, add in (
             ("angelslim_register_passes", registry.add_passes), ("angelslim_register_adapters", registry.add_layouts),
