@@ -101,15 +101,19 @@ def ledger(plan: Plan) -> dict[str, Any]:
     for unit in plan.units:
         for name in unit.tensors:
             schemes = sorted({plan.schemes[s.name].name for s in unit.sites if s.tensor == name and s.name in plan.schemes})
+            changed = name in plan.source.changed
             if schemes:
-                fate[name] = {"fate": "quantized", "scheme": ", ".join(schemes)}
-            elif transformed & set(unit.steps):
+                fate[name] = {"fate": "quantized", "scheme": ", ".join(schemes), **({"transformed": True} if changed else {})}
+            elif changed or transformed & set(unit.steps):
                 fate.setdefault(name, {"fate": "transformed"})
             else:
                 fate.setdefault(name, {"fate": "copied"})
     for stored, logical in plan.source.consumed.items():
         if stored != logical:
             fate[stored] = {"fate": "dropped", "reason": f"folded into {logical}"}
+    for stored in plan.source.checkpoint.tensors:
+        if reason := plan.source.dropped.get(plan.source.consumed.get(stored, stored)):
+            fate[stored] = {"fate": "dropped", "reason": reason}
     missing = plan.source.checkpoint.tensors.keys() - fate.keys()
     assert not missing, f"no fate for {sorted(missing)[0]}"
     return fate

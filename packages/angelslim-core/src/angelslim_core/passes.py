@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from .adapters.base import Site
+    from .adapters.base import Description, Site
     from .context import Context
     from .layer import Layer
     from .schemes import Quantized, Scheme
+    from .source import Source
 
 
 class Kind(str, Enum):
@@ -108,6 +109,23 @@ class TensorPass(WeightPass):
             weights: one linear, or one fused set if `joins_fused`; each [out, in] in the source's dtype.
         Returns:
             for each site what `scheme` announced: a `Quantized`, or a tensor of the same shape and dtype.
+        """
+
+
+class SourcePass(Pass):
+    """Data-free: changes the model's tensors as they are read, before any weight pass; its function stays the same.
+
+    It treats the model as a whole, so its step takes neither `targets` nor `ignore`.
+    """
+
+    kind = Kind.TENSOR
+
+    @abstractmethod
+    def rewrite(self, source: Source, description: Description, device: str, seed: int) -> Source:
+        """The source of all later steps, a `RewrittenSource`; decided from headers, no weight is read.
+
+        Raises:
+            PlanError: the model's function would change.
         """
 
 

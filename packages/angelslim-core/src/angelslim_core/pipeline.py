@@ -18,7 +18,7 @@ from .errors import ModelError, NumericError, ResourceError, UsageError
 from .io.checkpoint import Checkpoint, read_header
 from .io.hub import resolve
 from .io.writer import disk_errors
-from .passes import ModelPass, Pass, RuntimePass
+from .passes import ModelPass, Pass, RuntimePass, SourcePass
 from .plan import Plan, Step, make_plan
 from .plugins import PluginHost, required_plugins
 from .recipe import Recipe, bind_options, load_recipe, steps_from_use
@@ -149,13 +149,23 @@ def prepare(
     if seed is not None:
         bound = bound.model_copy(update={"runtime": bound.runtime.model_copy(update={"seed": seed})})
     source = open_source(resolve(path), host.registry.exporters.values())
-    description = describe_source(source, host.registry.layouts)
+    source, description = _rewritten(source, passes, host, chosen, bound.runtime.seed)
     if any(p.needs_calibration for p in passes) and bound.calibration is None:
         index = next(i for i, p in enumerate(passes) if p.needs_calibration)
         raise UsageError(5, bound.where(f"steps[{index}]"), f"{passes[index].id} needs calibration data", "--set calibration.data=FILE, or =self")
     plan = make_plan(bound, passes, source, description, host.registry.exporters)
     host.hook.angelslim_modify_plan(plan=plan)
     return Prepared(bound, host, passes, source, plan.description, plan, Path(target) if target is not None else None, chosen)
+
+
+def _rewritten(source: Source, passes: Sequence[Pass], host: PluginHost, device: str, seed: int) -> tuple[Source, Description]:
+    """The source as the recipe's source passes change it, and its description."""
+    description = describe_source(source, host.registry.layouts)
+    for pass_ in passes:
+        if isinstance(pass_, SourcePass):
+            source = pass_.rewrite(source, description, device, seed)
+            description = describe_source(source, host.registry.layouts)
+    return source, description
 
 
 def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:
@@ -198,6 +208,7 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         streaming = time.perf_counter()
         metrics.update(write_shards(plan, context, workdir, journal, files))
         timer.share([s for s in plan.steps if not isinstance(s.pass_, RuntimePass | ModelPass)], time.perf_counter() - streaming)
+        timer.reports.update({s.index: plan.source.reports[s.pass_.id] for s in plan.steps if isinstance(s.pass_, SourcePass)})
         passes = [timer.entry(s, metrics) for s in plan.steps]
         after = sum(p.stat().st_size for p in workdir.stage.glob("*.safetensors"))
         before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())
@@ -267,7 +278,7 @@ def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer
         unfinished.rename(folder)
     source = open_source(folder, prepared.host.registry.exporters.values())
     source.checkpoint.warnings = []
-    description = describe_source(source, prepared.host.registry.layouts)
+    source, description = _rewritten(source, prepared.passes, prepared.host, prepared.device, context.seed)
     return make_plan(prepared.recipe, prepared.passes, source, description, prepared.host.registry.exporters)
 
 

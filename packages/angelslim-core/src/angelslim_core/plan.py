@@ -16,7 +16,7 @@ from .errors import EngineError, PlanError
 from .exporters import Exporter
 from .io.checkpoint import FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
-from .passes import Kind, LayerPass, ModelPass, Pass, TensorPass, WeightPass
+from .passes import Kind, LayerPass, ModelPass, Pass, SourcePass, TensorPass, WeightPass
 from .schemes import Scheme
 
 if TYPE_CHECKING:
@@ -92,10 +92,17 @@ class Plan:
             for name in dict.fromkeys(unit.tensors):
                 sites = [s for s in unit.sites if s.tensor == name]
                 scheme = next((self.schemes[s.name].name for s in sites if s.name in self.schemes), None)
-                rows.append({"tensor": name, "shape": list(self.source.shapes[name]), "action": scheme or "copy", "linears": len(sites)})
+                action = scheme or ("transform" if name in self.source.changed else "copy")
+                rows.append({"tensor": name, "shape": list(self.source.shapes[name]), "action": action, "linears": len(sites)})
         return {
             "plan": [
-                {"pass": s.pass_.id, "kind": s.pass_.kind.value, "tensors": len(s.sites), "options": s.pass_.config.model_dump(mode="json")} for s in self.steps
+                {
+                    "pass": s.pass_.id,
+                    "kind": s.pass_.kind.value,
+                    "tensors": self.source.reports[s.pass_.id]["tensors"] if isinstance(s.pass_, SourcePass) else len(s.sites),
+                    "options": s.pass_.config.model_dump(mode="json"),
+                }
+                for s in self.steps
             ],
             "tensors": rows,
             "bytes_before": self.bytes_before,
@@ -132,7 +139,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     mtp = [n.removesuffix(".weight") for n in source.dtypes if n in description.mtp_tensors and n.endswith(".weight") and len(source.shapes[n]) == 2]
     ignore = [s.name for s in description.sites if s.name not in quantized] + mtp + _tied_head(source, description) + _towers(source, description)
     plan = Plan(recipe, source, description, steps, units, shards, schemes, ignore, exporter, {}, 0)
-    plan.warnings += source.checkpoint.warnings
+    plan.warnings += source.warnings
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
     plan.peak_ram_bytes = _peak_ram(plan)
@@ -165,6 +172,12 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise PlanError(5, where, f"{pass_.id} and {clash} exclude each other")
         if isinstance(pass_, ModelPass) and any(isinstance(p, WeightPass) for p in passes[:i]):
             raise PlanError(6, where, f"{pass_.id} trains the whole model, so it must come before the steps that rewrite weights")
+        if isinstance(pass_, ModelPass) and any(isinstance(p, SourcePass) for p in passes[:i]):
+            raise PlanError(240, where, f"{pass_.id} trains the model as it is stored, so it must come before the steps that change how it is read")
+        if isinstance(pass_, SourcePass) and any(isinstance(p, WeightPass) for p in passes[:i]):
+            raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
+        if isinstance(pass_, SourcePass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
+            raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
 
 
 def _targets(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> list[Site]:
@@ -299,7 +312,8 @@ def _peak_ram(plan: Plan) -> int:
     for unit in plan.units:
         read = sum(s.shape[0] * s.shape[1] for s in unit.sites) if unit.sites else 0
         copied = sum(spec_bytes(s) for s in unit.outputs.values())
-        largest = max(largest, read * 14 + copied if unit.steps else copied)
+        scratch = max((source.scratch(name) for name in unit.tensors), default=0)
+        largest = max(largest, (read * 14 + copied if unit.steps else copied) + scratch)
     peak = BASE_RAM + largest
     calibration = plan.recipe.calibration
     if plan.layer_steps and calibration:

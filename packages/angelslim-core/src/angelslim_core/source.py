@@ -51,6 +51,30 @@ class Source:
     def config(self) -> dict[str, Any]:
         return self.checkpoint.config
 
+    @property
+    def warnings(self) -> list[str]:
+        """One line each, for the plan."""
+        return self.checkpoint.warnings
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Logical tensors that are not as the checkpoint has them."""
+        return frozenset()
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Logical tensors of the checkpoint that are left out -> why."""
+        return {}
+
+    @property
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """Id of a pass that changes this source -> its numbers, `tensors` among them."""
+        return {}
+
+    def scratch(self, name: str) -> int:
+        """Bytes that `read` needs for a moment beyond the tensor it returns."""
+        return 0
+
     def nbytes(self, name: str) -> int:
         """Bytes of a logical tensor."""
         return spec_bytes(TensorSpec(self.dtypes[name], self.shapes[name]))
@@ -75,6 +99,62 @@ class Source:
         self._parts: dict[str, list[str]] = {}
         for stored, logical in self.consumed.items():
             self._parts.setdefault(logical.removesuffix(".weight"), []).append(stored)
+
+
+class RewrittenSource(Source):
+    """A source as a pass changes it, tensor by tensor as it is read; subclasses say how in `rewrite`.
+
+    Args:
+        inner: the source that is changed.
+        pass_id: the pass.
+        changed: tensors that `rewrite` changes.
+        added: tensors the inner source lacks -> those of its own they are made from.
+        dropped: tensors left out -> why.
+        config: config.json of the changed model.
+        report: numbers for the records.
+        warnings: one line each.
+    """
+
+    def __init__(
+        self, inner: Source, pass_id: str, changed: frozenset[str], *, added: Mapping[str, str], dropped: Mapping[str, str],
+        config: dict[str, Any], report: Mapping[str, Any], warnings: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        names = {**{n: n for n in inner.dtypes if n not in dropped}, **added}
+        super().__init__(inner.checkpoint, {n: inner.dtypes[o] for n, o in names.items()}, {n: inner.shapes[o] for n, o in names.items()}, {}, inner.consumed)
+        self.inner = inner
+        self._names, self._own, self._config = names, changed, config
+        self._changed = inner.changed | changed
+        self._dropped = {**inner.dropped, **dropped}
+        self._reports = {**inner.reports, pass_id: {"tensors": len(changed), **report}}
+        self._warnings = [*inner.warnings, *warnings]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._warnings
+
+    @property
+    def changed(self) -> frozenset[str]:
+        return self._changed
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        return self._dropped
+
+    @property
+    def reports(self) -> dict[str, dict[str, Any]]:
+        return self._reports
+
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        tensor = self.inner.read(self._names[name], part)
+        return self.rewrite(name, tensor) if name in self._own else tensor
+
+    def rewrite(self, name: str, tensor: Tensor) -> Tensor:
+        """The changed form of a tensor, or of one linear cut out of a stacked tensor: same shape, dtype and place."""
+        raise NotImplementedError
 
 
 def open_source(folder: Path | str, exporters: Iterable[type[Exporter]] | None = None) -> Source:

@@ -40,7 +40,8 @@ def validate(out: str | Path, base: str | Path | None = None, *, run: bool = Fal
     if "ledger" in records:
         problems += _ledger(records["ledger"], source)
     if base is not None:
-        found["linears"], more = _compare(source, open_any(resolve(base), host.registry.exporters.values()), host, progress)
+        ledger = {n: e for n, e in records.get("ledger", {}).items() if isinstance(e, dict)}
+        found["linears"], more = _compare(source, open_any(resolve(base), host.registry.exporters.values()), ledger, host, progress)
         problems += more
     if run and not problems:
         found.update(_run(folder, base, problems))
@@ -102,12 +103,13 @@ def _ledger(ledger: dict[str, Any], source: Source) -> list[str]:
     return [f"{name}: the ledger says it was kept, and it is not here" for name in gone]
 
 
-def _compare(source: Source, base: Source, host: PluginHost, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
+def _compare(source: Source, base: Source, ledger: dict[str, Any], host: PluginHost, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
     from .stream import sqnr_db
 
     rows, problems = [], []
     sites = {s.name: s for s in describe_source(base, host.registry.layouts).sites}
-    modules = [n for n in source.quantized if n in sites]
+    # a weight in another basis cannot be compared with the base's
+    modules = [n for n in source.quantized if n in sites and not ledger.get(sites[n].tensor, {}).get("transformed")]
     for done, name in enumerate(modules, 1):
         site = sites[name]
         weight = base.read(site.tensor, site.part)
@@ -119,9 +121,11 @@ def _compare(source: Source, base: Source, host: PluginHost, progress: Progress)
         norm = float(restored.norm() * reference.norm())
         rows.append({"name": name, "sqnr_db": sqnr_db(weight, quantized), "cosine": float(restored @ reference) / norm if norm else 1.0})
         progress(done, len(modules), name)
-    problems += [f"{name}: quantized here, unknown in the base" for name in source.quantized if name not in sites]
+    added = {name for name, entry in ledger.items() if entry.get("transformed")} - base.dtypes.keys()
+    problems += [f"{name}: quantized here, unknown in the base" for name in source.quantized if name not in sites and f"{name}.weight" not in added]
     stacked = {s.tensor for s in sites.values() if s.part}
-    problems += [f"{name}: in the base, missing here" for name in base.dtypes if name not in source.dtypes and name not in stacked]
+    dropped = {name for name, entry in ledger.items() if entry.get("fate") == "dropped"}
+    problems += [f"{name}: in the base, missing here" for name in base.dtypes if name not in source.dtypes and name not in stacked and name not in dropped]
     return rows, problems
 
 
