@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,15 +74,20 @@ class Layer:
         """The linear of a site, in the layer or in a copy of it."""
         return (module or self.module).get_submodule(self.inner(site))  # type: ignore[return-value]
 
-    def forward(self, batch: LayerBatch, hidden: Tensor | None = None, module: nn.Module | None = None) -> Tensor:
+    def forward(self, batch: LayerBatch, hidden: Tensor | None = None, module: nn.Module | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Output [B, T, H] of the layer as it stands, on the run's device.
 
         Args:
             hidden: instead of the batch's own, for instance its `reference`.
             module: run this copy of the layer instead.
+            weights: name inside the layer -> tensor to use instead of the layer's own; gradients reach them.
         """
-        hidden = batch.hidden if hidden is None else hidden
-        out = (module or self.module)(hidden.to(self.context.device), **_to(batch.kwargs, self.context.device))
+        import torch
+
+        device = self.context.device
+        hidden = (batch.hidden if hidden is None else hidden).to(device)
+        module, kwargs = module or self.module, _to(batch.kwargs, device)
+        out = module(hidden, **kwargs) if weights is None else torch.func.functional_call(module, dict(weights), (hidden,), kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def feeds(self) -> list[Fold]:
@@ -183,11 +188,11 @@ class Layer:
                 module.calibrate_all, module.token_mask = False, None  # type: ignore[assignment]
 
     def store(self, site: Site, result: Quantized) -> None:
-        """Give a linear its final form; the layer goes on with the dequantized weight."""
+        """Give a linear its final form, or another one; the layer goes on with the dequantized weight."""
         import torch
 
         linear = self.linear(site)
-        self.quantized[site] = (result, linear.weight.data)
+        self.quantized[site] = (result, self.quantized[site][1] if site in self.quantized else linear.weight.data)
         with torch.no_grad():
             linear.weight = torch.nn.Parameter(result.dequantize().to(linear.weight.dtype), requires_grad=False)
 

@@ -22,10 +22,11 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.gptq import GPTQ
     from .passes.int4_rtn import INT4RTN
     from .passes.int8_dynamic import INT8Dynamic
+    from .passes.learned_rounding import LearnedRounding
     from .passes.rotate import Rotate
     from .passes.smooth import Smooth
 
-    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ, AWQ, Smooth, Rotate]
+    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ, AWQ, Smooth, LearnedRounding, Rotate]
 
 
 @hookimpl

@@ -7,6 +7,7 @@ Second moments of a linear's inputs x_1 .. x_n [I]: H = (2 / n) sum x x^T. Sourc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,17 +82,29 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
     raise NumericError(31, "Hessian", "is not positive definite, however damped", "use more or other calibration samples")
 
 
+class Compensated(NamedTuple):
+    """Outcome of `compensate`.
+
+    Args:
+        codes: [O, I].
+        before: [O, I] fp32, each column as it stood when it was rounded; rounding it to nearest gives `codes`.
+        raised: how often damping was raised.
+    """
+
+    codes: Tensor
+    before: Tensor
+    raised: int
+
+
 def compensate(
     weight_OI: Tensor, hessian_II: Tensor, round_column: RoundColumn, *, damping: float = 0.01, act_order: bool = True, drift_II: Tensor | None = None
-) -> tuple[Tensor, Tensor, int]:
+) -> Compensated:
     """Round a weight so that its outputs on the calibration inputs stay close.
 
     Args:
         weight_OI: any float dtype.
         act_order: columns of large H_ii first; scales stay those of the columns' own groups.
         drift_II: also make up for inputs that differ from the reference's; zero gives the result without it.
-    Returns:
-        codes [O, I], the values they stand for in fp32 [O, I], and how often damping was raised.
     """
     columns = weight_OI.shape[1]
     diagonal = hessian_II.diagonal()
@@ -103,7 +116,6 @@ def compensate(
     if drift_II is not None:
         pull = torch.triu(drift_II[order][:, order] @ upper.T, 1) @ upper
     codes: list[Tensor] = []
-    values = torch.empty_like(work)
     places = order.tolist()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
@@ -113,7 +125,6 @@ def compensate(
             column = block[i]
             code, value = round_column(column, places[start + i])
             codes.append(code)
-            values[start + i] = value
             errors[i] = (column - value) / u[i, i]
             if i + 1 < stop - start:
                 block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
@@ -124,4 +135,4 @@ def compensate(
             if pull is not None:
                 work[stop:].addmm_(pull[start:stop, stop:].T, block)
     back = torch.argsort(order)
-    return torch.stack(codes)[back].T.contiguous(), values[back].T.contiguous(), raised
+    return Compensated(torch.stack(codes)[back].T.contiguous(), work[back].T.contiguous(), raised)

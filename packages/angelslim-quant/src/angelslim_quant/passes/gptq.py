@@ -13,6 +13,8 @@ from ..grouped import GroupedConfig, grouped_scheme
 from ..stages import by_input, stages
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from angelslim_core.adapters.base import Site
     from angelslim_core.layer import Layer
 
@@ -73,6 +75,7 @@ class GPTQ(LayerPass):
             layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
             report["experts_rounded_to_nearest"] += 1
             codes, scale, zero = quantize(weight, grid)
+            before = weight.float()
         else:
             hessian = moments.hessian
             if self.config.scale_search:
@@ -80,7 +83,7 @@ class GPTQ(LayerPass):
             else:
                 scale, zero = scale_of(*range_of(weight, grid), grid)
             few = moments.rows < 2 * self.config.group_size
-            codes, _, raised = compensate(
+            codes, before, raised = compensate(
                 weight,
                 hessian,
                 column_rounder(scale, zero, grid),
@@ -93,4 +96,9 @@ class GPTQ(LayerPass):
         for site in members:
             rows = slice(start, start + site.shape[0])
             start = rows.stop
-            layer.store(site, Quantized(scheme, codes[rows].contiguous(), scale[rows].contiguous(), None if zero is None else zero[rows].contiguous()))
+            zeros = None if zero is None else zero[rows].contiguous()
+            self.finish(layer, site, Quantized(scheme, codes[rows].contiguous(), scale[rows].contiguous(), zeros), before[rows])
+
+    def finish(self, layer: Layer, site: Site, result: Quantized, before_OI: Tensor) -> None:
+        """Store one linear; `before_OI` rounds to its codes."""
+        layer.store(site, result)

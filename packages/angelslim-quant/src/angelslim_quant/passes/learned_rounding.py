@@ -1,0 +1,175 @@
+"""Learned rounding: whether each weight rounds up or down, and each group's range, trained on the layer's output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from angelslim_core.schemes import Quantized
+
+from .gptaq import GPTAQ
+from .gptq import SHRINKS, CompensatedConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from angelslim_core.adapters.base import Site
+    from angelslim_core.layer import Layer, LayerBatch
+    from angelslim_core.schemes import Grid
+
+
+class LearnedRounding(GPTAQ):
+    """INT4 weights in groups, roundings and ranges trained per layer by signed gradients (SignRound), started from GPTAQ's."""
+
+    id = "quant.learned_rounding"
+
+    class Config(CompensatedConfig):
+        iterations: int = Field(200, ge=1, description="Steps per layer.")
+        rate: float = Field(0.0, ge=0, le=1, description="Size of the first step, in code units; it falls to 0 linearly. 0: 1 / iterations.")
+        batch_size: int = Field(8, ge=1, description="Samples a step.")
+        start: Literal["gptaq", "nearest"] = Field("gptaq", description="What training starts from.")
+
+    def run(self, layer: Layer) -> dict[str, Any]:
+        self._before: dict[Site, Tensor] = {}
+        try:
+            report = super().run(layer) if self.config.start == "gptaq" else self._start_nearest(layer)
+            return {**report, **self._train(layer)}
+        finally:
+            del self._before
+
+    def finish(self, layer: Layer, site: Site, result: Quantized, before_OI: Tensor) -> None:
+        super().finish(layer, site, result, before_OI)
+        self._before[site] = before_OI
+
+    def _start_nearest(self, layer: Layer) -> dict[str, Any]:
+        from ..numerics.integer import quantize, search_range
+
+        for site in layer.sites:
+            weight, scheme = layer.linear(site).weight.data, self.scheme(site)
+            chosen = search_range(weight, scheme.weights, weight.new_ones(weight.shape[1]).float(), SHRINKS) if self.config.scale_search else (None, None)
+            self.finish(layer, site, Quantized(scheme, *quantize(weight, scheme.weights, *chosen)), weight.float())
+        return {}
+
+    def _train(self, layer: Layer) -> dict[str, Any]:
+        import torch
+
+        started = _loss_over(layer, layer.batches)
+        rounders = {site: Rounder(self._before[site], layer.quantized[site][0]) for site in layer.sites}
+        parameters = [p for r in rounders.values() for p in r.parameters]
+        generator = torch.Generator().manual_seed(self.context_seed(layer))
+        rate = self.config.rate or 1 / self.config.iterations
+        with torch.enable_grad():
+            for iteration in range(self.config.iterations):
+                layer.context.check_stop(f"layer {layer.index}")
+                weights = {f"{layer.inner(s)}.weight": r.weight().to(layer.linear(s).weight.dtype) for s, r in rounders.items()}
+                leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
+                for batch in _draw(layer.batches, self.config.batch_size, generator):
+                    _loss(layer, batch, leaves)[0].backward()
+                grads = [leaves[n].grad for n in weights]
+                reached = [(w, g) for w, g in zip(weights.values(), grads, strict=True) if g is not None]  # experts no token reached have none
+                torch.autograd.backward([w for w, _ in reached], [g for _, g in reached])
+                step = rate * (1 - iteration / self.config.iterations)
+                with torch.no_grad():
+                    for parameter, low, high in parameters:
+                        if parameter.grad is not None:
+                            parameter.sub_(parameter.grad.sign_(), alpha=step).clamp_(low, high)
+                            parameter.grad = None
+        kept = {site: layer.quantized[site][0] for site in layer.sites}
+        for site, rounder in rounders.items():
+            layer.store(site, rounder.result())
+        ended = _loss_over(layer, layer.batches)
+        if not ended < started:  # NaN included
+            layer.context.warnings.append(f"layer {layer.index}: training did not lower the error, its start is kept")
+            for site, result in kept.items():
+                layer.store(site, result)
+            ended = started
+        return {"start_loss": started, "loss": ended}
+
+    @staticmethod
+    def context_seed(layer: Layer) -> int:
+        """Every layer draws its own batches, also when a run is resumed."""
+        return layer.context.seed * 100_003 + layer.index
+
+
+class Rounder:
+    """Trainable rounding of one weight: code = round(w / (m s) + v), v in [-.5, .5], m the factor of each group's scale.
+
+    Args:
+        before_OI: what is rounded, fp32.
+        start: codes, scales and zero points to start from; training sees its scales as they are stored.
+    """
+
+    def __init__(self, before_OI: Tensor, start: Quantized) -> None:
+        import torch
+
+        self.start, self.grid = start, start.scheme.weights
+        self._weight = before_OI
+        self._shift = torch.zeros_like(before_OI).requires_grad_()
+        self._factor = torch.ones_like(start.scale, dtype=torch.float32).requires_grad_()
+        self.parameters: list[tuple[Tensor, float, float]] = [(self._shift, -0.5, 0.5), (self._factor, 0.5, 1.5)]
+
+    def weight(self) -> Tensor:
+        """The weight as it would be stored, [O, I] fp32; gradients pass straight through every rounding."""
+        codes, scale = self._codes()
+        return _spread(codes, scale, self.start.zero_point, self.grid)
+
+    def result(self) -> Quantized:
+        """What training ended with."""
+        import torch
+
+        with torch.no_grad():
+            codes, scale = self._codes()
+            return Quantized(self.start.scheme, codes.to(torch.int8), scale.to(self.start.scale.dtype), self.start.zero_point)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        from angelslim_core.schemes import against
+
+        half = 1 << (self.grid.bits - 1)
+        scale = _through(self.start.scale.float() * self._factor, lambda s: s.to(self.start.scale.dtype).float())
+        values, scales = against(self._weight, scale, self.grid)
+        codes = values / scales + against(self._shift, scale, self.grid)[0]
+        if self.start.zero_point is not None:
+            codes = codes + against(self._weight, self.start.zero_point.float(), self.grid)[1]
+        return _through(codes, lambda c: c.round()).clamp(-half, half - 1).reshape(self._weight.shape), scale
+
+
+def _through(x: Tensor, rounding: Any) -> Tensor:
+    """rounding(x), with the gradient of x."""
+    return x + (rounding(x) - x).detach()
+
+
+def _spread(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    from angelslim_core.schemes import dequantize
+
+    return dequantize(codes_OI, scale, zero_point, grid)
+
+
+def _loss(layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
+    """Mean squared error of the layer's output on real tokens, and their number."""
+    assert batch.target is not None
+    out = layer.forward(batch, weights=weights)
+    error = (out.float() - batch.target.to(out.device).float())[batch.mask.to(out.device)]
+    return error.square().mean(), error.shape[0]
+
+
+def _loss_over(layer: Layer, batches: Any) -> float:
+    import torch
+
+    with torch.no_grad():
+        losses = [_loss(layer, batch) for batch in batches]
+    return sum(float(loss) * count for loss, count in losses) / sum(count for _, count in losses)
+
+
+def _draw(batches: Any, samples: int, generator: torch.Generator) -> list[LayerBatch]:
+    """Batches in random order until they hold that many samples."""
+    import torch
+
+    drawn, held = [], 0
+    for index in torch.randperm(len(batches), generator=generator).tolist():
+        drawn.append(batches[index])
+        held += batches[index].hidden.shape[0]
+        if held >= samples:
+            break
+    return drawn
