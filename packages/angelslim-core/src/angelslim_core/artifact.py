@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,9 +23,12 @@ from .records import RECORDS
 from .workdir import sha256
 
 if TYPE_CHECKING:
+    from .adapters.base import Layout
     from .context import Context
+    from .exporters import Exporter
     from .plan import Plan
     from .plugins import PluginHost
+    from .schemes import Scheme
 
 _LIBRARIES = ("angelslim-core", "torch", "transformers", "safetensors", "compressed-tensors")
 
@@ -158,21 +161,32 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
         },
     )
     write_text(stage / "README.md", card(artifact, before, after, evaluation))
-    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
-    write_text(records / "SHA256SUMS", "".join(f"{sha256(stage / name)}  {name}\n" for name in names))
+    write_checksums(stage)
     return evaluation
+
+
+def write_checksums(stage: Path) -> None:
+    """Write SHA256SUMS over all that is in the stage."""
+    names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
+    write_text(stage / RECORDS / "SHA256SUMS", "".join(f"{sha256(stage / name)}  {name}\n" for name in names))
 
 
 def output_config(plan: Plan) -> dict[str, Any]:
     """The source's config with this output's quantization, without what reaches for code or other folders."""
-    config: dict[str, Any] = sanitized(plan.source.config)
-    if plan.exporter is not None:
-        # engines go by the checkpoint's names, transformers by its own: both are given
-        renamed = loaded_names(plan.description.layout, [*plan.schemes, *plan.ignore])
-        schemes = {**plan.schemes, **{renamed[name]: scheme for name, scheme in plan.schemes.items() if name in renamed}}
-        ignore = list(dict.fromkeys([*plan.ignore, *(renamed[name] for name in plan.ignore if name in renamed)]))
-        config["quantization_config"] = plan.exporter.config(schemes, ignore)
-    return config
+    if plan.exporter is None:
+        return sanitized(plan.source.config)
+    return quantized_config(plan.source.config, plan.description.layout, plan.exporter, plan.schemes, plan.ignore)
+
+
+def quantized_config(
+    config: Mapping[str, Any], layout: Layout, exporter: Exporter, schemes: Mapping[str, Scheme], ignore: Sequence[str]
+) -> dict[str, Any]:  # fmt: skip
+    """A source's config with `quantization_config`, without what reaches for code or other folders."""
+    # engines go by the checkpoint's names, transformers by its own: both are given
+    renamed = loaded_names(layout, [*schemes, *ignore])
+    schemes = {**schemes, **{renamed[name]: scheme for name, scheme in schemes.items() if name in renamed}}
+    ignore = list(dict.fromkeys([*ignore, *(renamed[name] for name in ignore if name in renamed)]))
+    return {**sanitized(config), "quantization_config": exporter.config(schemes, ignore)}
 
 
 def card(artifact: Artifact, before: int, after: int, evaluation: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ two steps that quantize one linear, engines that will refuse the result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -135,10 +135,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     exporter = _exporter(recipe, schemes, exporters)
     units = _units(source, description, steps, schemes, exporter)
     shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
-    quantized = set(schemes)
-    mtp = [n.removesuffix(".weight") for n in source.dtypes if n in description.mtp_tensors and n.endswith(".weight") and len(source.shapes[n]) == 2]
-    ignore = [s.name for s in description.sites if s.name not in quantized] + mtp + _tied_head(source, description) + _towers(source, description)
-    plan = Plan(recipe, source, description, steps, units, shards, schemes, ignore, exporter, {}, 0)
+    plan = Plan(recipe, source, description, steps, units, shards, schemes, left_alone(source, description, schemes), exporter, {}, 0)
     plan.warnings += source.warnings
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
@@ -151,6 +148,12 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
         if not verdict["ok"]:
             raise EngineError(3, engine, f"will not load this result: {verdict['why']}", "change the scheme, or drop the engine from export.engines")
     return plan
+
+
+def left_alone(source: Source, description: Description, quantized: Container[str]) -> list[str]:
+    """What stays as it is, by name or pattern: linears, MTP layers, a tied head, towers."""
+    mtp = [n.removesuffix(".weight") for n in source.dtypes if n in description.mtp_tensors and n.endswith(".weight") and len(source.shapes[n]) == 2]
+    return [s.name for s in description.sites if s.name not in quantized] + mtp + _tied_head(source, description) + _towers(source, description)
 
 
 def _for_layout(description: Description, exporter: type[Exporter] | None) -> Description:

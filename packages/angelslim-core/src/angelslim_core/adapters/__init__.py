@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import ModelError, PluginError
+from ..errors import ModelError, PlanError, PluginError
 from .base import Layout
 
 
@@ -52,6 +52,18 @@ def transformers_type(layout: Layout, config: Mapping[str, Any]) -> str:
     """Name under which transformers knows a model; a config that nests its language model's is loaded as it is."""
     name = model_type(config)
     return name if "text_config" in config else layout.loads_as.get(name, name)
+
+
+def gguf_architecture(layout: Layout, config: Mapping[str, Any]) -> str:
+    """Name that llama.cpp has for a model's architecture.
+
+    Raises:
+        PlanError: the table gives none.
+    """
+    name = model_type(config)
+    if name not in layout.gguf:
+        raise PlanError(226, "gguf", f"no name in llama.cpp is known for {name[:50]!r}", "Llama, Mistral, Qwen2 and Qwen3 can be written")
+    return layout.gguf[name]
 
 
 def loaded_names(layout: Layout, names: Iterable[str]) -> dict[str, str]:

@@ -119,6 +119,7 @@ class Layout:
         feeds: what scaling and rotation may fold into the weights.
         norm_offset: a norm multiplies by its weight plus this.
         loads_as: `model_type` -> the name under which transformers knows its language model, where that differs.
+        gguf: `model_type` -> the name llama.cpp has for the architecture, for those that can be written as GGUF.
         towers: names of the modules beside the language model, left alone; engines may know them under other prefixes.
         projectors: linears beside the language model whose outputs stand in its stream, as the ends of their names.
         renamed: prefix of tensors in a checkpoint -> the prefix under which transformers loads them, where that differs.
@@ -138,6 +139,7 @@ class Layout:
     feeds: tuple[Feed, ...] = FEEDS
     norm_offset: float = 0.0
     loads_as: Mapping[str, str] = field(default_factory=dict)
+    gguf: Mapping[str, str] = field(default_factory=dict)
     towers: tuple[str, ...] = ("vision_tower", "multi_modal_projector", "visual")
     projectors: tuple[str, ...] = ("visual.merger.linear_fc2", "visual.deepstack_merger_list.{e}.linear_fc2")
     renamed: Mapping[str, str] = field(default_factory=dict)

@@ -2,4 +2,10 @@
 
 from .base import ATTENTION, MLP, Layout
 
-LAYOUTS = (Layout(model_types=("llama", "mistral", "qwen2", "qwen3", "seed_oss", "hunyuan_v1_dense", "qwen3_vl"), roles=ATTENTION | MLP),)
+LAYOUTS = (
+    Layout(
+        model_types=("llama", "mistral", "qwen2", "qwen3", "seed_oss", "hunyuan_v1_dense", "qwen3_vl"),
+        roles=ATTENTION | MLP,
+        gguf={"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    ),
+)

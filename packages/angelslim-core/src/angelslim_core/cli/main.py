@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": ("eval", "eval_", "Perplexity and KL of a folder, measured on the saved files."),
     "inspect": ("inspect", "inspect_", "Describe a model folder from its headers."),
     "validate": ("validate", "validate", "Check an output folder."),
+    "convert": ("convert", "convert", "Write a model in another layout, or as GGUF."),
     "report": ("report", "report", "Write an HTML report of an output folder."),
     "chat": ("chat", "chat", "Talk to a model folder."),
     "demo": ("demo", "demo", "Fetch a small real model, compress it three ways, compare."),
