@@ -1,0 +1,182 @@
+"""GPTQ, GPTAQ, AWQ, smoothing and learned rounding against their definitions, and that each is worth its calibration."""
+
+import pytest
+import torch
+
+import angelslim_quant.plugin as plugin
+from angelslim_core import compress, evaluate
+from angelslim_core.errors import NumericError
+from angelslim_core.schemes import Grid, Quantized, Scheme, dequantize
+from angelslim_core.testing.conformance import check_pass
+from angelslim_quant.numerics.compensate import Moments, compensate, inverse_factor
+from angelslim_quant.numerics.integer import column_rounder, quantize, range_of, scale_of, search_range
+from angelslim_quant.passes.learned_rounding import Rounder
+from angelslim_quant.passes.smooth import smoothing
+
+GRID = Grid(4, "int", "group", 32)
+ASYM = Grid(4, "int", "group", 32, symmetric=False)
+
+
+def problem(seed, outputs=24, inputs=64, rows=512):
+    """A weight and inputs whose columns are correlated and of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inputs, inputs, generator=generator) * torch.logspace(-1, 1, inputs)
+    return torch.randn(outputs, inputs, generator=generator), torch.randn(rows, inputs, generator=generator) @ mix
+
+
+def moments_of(x, reference=None):
+    moments = Moments()
+    moments.add(x, reference)
+    return moments
+
+
+def round_with(weight, moments, grid, **options):
+    scale, zero = scale_of(*range_of(weight, grid), grid)
+    codes = compensate(weight, moments.hessian, column_rounder(scale, zero, grid), drift_II=moments.drift, **options).codes
+    return codes, dequantize(codes, scale, zero, grid), dequantize(*quantize(weight, grid, scale, zero), grid)
+
+
+@pytest.mark.parametrize(
+    ("pass_id", "options"),
+    [
+        ("quant.gptq", {"group_size": 32}),
+        ("quant.gptq", {"group_size": 32, "symmetric": False, "bits": 3, "act_order": False, "true_sequential": False}),
+        ("quant.gptaq", {"group_size": 32}),
+        ("quant.awq", {"group_size": 32, "grid": 4}),
+        ("quant.awq", {"group_size": 32, "grid": 4, "symmetric": True, "clip": False}),
+        ("quant.smooth", {}),
+        ("quant.learned_rounding", {"group_size": 32, "iterations": 3}),
+        ("quant.learned_rounding", {"group_size": 32, "iterations": 3, "start": "nearest", "symmetric": False}),
+    ],
+)
+def test_conformance(tmp_path, pass_id, options):
+    check_pass("quant", plugin, pass_id, tmp_path, **options)
+
+
+def test_moments_do_not_depend_on_the_cut_and_refuse_what_is_not_finite():
+    _, x = problem(0)
+    whole, parts = moments_of(x), Moments()
+    for part in x.split(100):
+        parts.add(part)
+    assert torch.allclose(whole.hessian, parts.hessian, rtol=1e-5, atol=1e-2)
+    assert torch.allclose(whole.hessian, 2 * x.T @ x / len(x), rtol=1e-4, atol=1e-2)
+    with pytest.raises(NumericError):
+        whole.add(torch.full((1, 64), float("nan")))
+
+
+def test_inverse_factor_and_its_damping():
+    h = moments_of(problem(0)[1]).hessian.double()
+    upper, raised = inverse_factor(h, 0.01)
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(64)
+    assert torch.allclose(upper.T @ upper @ damped, torch.eye(64, dtype=torch.float64), atol=1e-6) and raised == 0
+    assert torch.equal(upper, upper.triu())
+    dead = torch.zeros(4, 4)
+    assert torch.isfinite(inverse_factor(dead, 0.01)[0]).all()
+    indefinite = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # needs more than .01 on the diagonal
+    assert inverse_factor(indefinite, 0.01)[1] > 0
+
+
+@pytest.mark.parametrize("grid", [GRID, ASYM])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptq_beats_nearest_on_the_same_grid(grid, act_order):
+    for seed in range(4):
+        weight, x = problem(seed)
+        moments = moments_of(x)
+        codes, value, nearest = round_with(weight, moments, grid, act_order=act_order)
+        errors = [float(((q - weight) @ moments.hessian * (q - weight)).sum()) for q in (value, nearest)]
+        assert errors[0] < (0.9 if act_order else 0.97) * errors[1]
+        assert codes.min() >= -8 and codes.max() <= 7
+
+
+def test_gptq_with_a_diagonal_hessian_is_rounding_to_nearest():
+    weight, _ = problem(1)
+    moments = moments_of(torch.diag(torch.logspace(-1, 1, 64)))
+    _, value, nearest = round_with(weight, moments, GRID)
+    assert torch.equal(value, nearest)
+
+
+def test_a_dead_input_is_rounded_to_zero():
+    weight, x = problem(2)
+    x[:, 5] = 0
+    codes, _, _ = round_with(weight, moments_of(x), GRID)
+    assert not codes[:, 5].any() and codes[:, 6].any()
+
+
+def test_gptq_goes_over_its_block_edges(monkeypatch):
+    weight, x = problem(3)
+    whole = round_with(weight, moments_of(x), GRID)[0]
+    monkeypatch.setattr("angelslim_quant.numerics.compensate.BLOCK", 10)
+    assert (round_with(weight, moments_of(x), GRID)[0] == whole).float().mean() > 0.99  # sums in another order may tip a tie
+
+
+def test_gptaq_without_drift_is_gptq_and_with_drift_is_closer():
+    ours = theirs = 0.0
+    for seed in range(6):
+        weight, reference = problem(seed)
+        assert torch.equal(round_with(weight, moments_of(reference, reference), GRID)[0], round_with(weight, moments_of(reference), GRID)[0])
+        x = reference + 0.3 * torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)) * reference.std(0)
+        wanted = reference @ weight.T
+        theirs += float((x @ round_with(weight, moments_of(x), GRID)[1].T - wanted).square().sum())
+        ours += float((x @ round_with(weight, moments_of(x, reference), GRID)[1].T - wanted).square().sum())
+    assert ours < theirs
+
+
+def test_a_column_rounder_rounds_as_quantize_does():
+    weight, _ = problem(4)
+    for grid in (GRID, ASYM):
+        codes, scale, zero = quantize(weight, grid)
+        column = column_rounder(scale, zero, grid)
+        for index in (0, 31, 32, 63):
+            code, value = column(weight[:, index], index)
+            assert torch.equal(code, codes[:, index])
+            assert torch.equal(value, dequantize(codes, scale, zero, grid)[:, index])
+
+
+def test_the_range_search_only_lowers_the_weighted_error():
+    weight, _ = problem(5)
+    importance = torch.logspace(-2, 2, 64)
+    for grid in (GRID, ASYM):
+
+        def error(scale, zero, grid=grid):
+            return float((dequantize(*quantize(weight, grid, scale, zero), grid) - weight).square().mul(importance).sum())
+
+        assert error(*search_range(weight, grid, importance, (0.9, 0.8, 0.7, 0.6))) < error(*scale_of(*range_of(weight, grid), grid))
+
+
+def test_smoothing_follows_its_formula_and_survives_zeros():
+    s = smoothing(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 0.25]), 0.5)
+    assert float(s[0]) == 2.0 and torch.isfinite(s).all() and (s > 0).all()
+
+
+@pytest.mark.parametrize("grid", [GRID, ASYM])
+def test_an_untrained_rounder_is_its_start(grid):
+    weight, _ = problem(6)
+    start = Quantized(Scheme("x", grid), *quantize(weight, grid))
+    rounder = Rounder(weight, start)
+    assert torch.equal(rounder.result().codes, start.codes) and torch.equal(rounder.result().scale, start.scale)
+    assert torch.equal(rounder.weight().detach(), start.dequantize())
+    rounder.weight().square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p, _, _ in rounder.parameters)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "box", "with", "a", "frozen", "pumpkin"]
+    generator = torch.Generator().manual_seed(0)
+    path.write_text(" ".join(words[i] for i in torch.randint(len(words), (600,), generator=generator).tolist()))
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_training_and_compensation_pay_on_a_model(tiny, tmp_path, text, architecture):
+    folder = tiny(architecture)
+    kl = {}
+    for use, more in (("int4_rtn", []), ("gptq", []), ("learned_rounding", ["steps[0].with.iterations=30"])):
+        overrides = ["steps[0].with.group_size=16", "steps[0].with.bits=3", *more]
+        if use != "int4_rtn":
+            overrides += [f"calibration.data={text}", "calibration.samples=16", "calibration.tokens=64", "calibration.batch_size=8"]
+        result = compress(model=folder, use=[f"quant.{use}"], out=tmp_path / use, overrides=overrides)
+        assert not result.fallbacks
+        kl[use] = evaluate(tmp_path / use, folder, text=text, windows=4, length=128)["kl"]
+    assert kl["gptq"] < kl["int4_rtn"] and kl["learned_rounding"] < kl["gptq"], kl
