@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ class LayerBatch:
     kwargs: dict[str, Any] = field(default_factory=dict)
     reference: Tensor | None = None
     target: Tensor | None = None
+
+
+class _SeenError(Exception):
+    """Every linear to be observed has been."""
 
 
 class Fold(NamedTuple):
@@ -168,10 +173,15 @@ class Layer:
                 elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
                     x = x[mask.reshape(-1)]
                 see(site, x.reshape(-1, x.shape[-1]))
+                waiting.discard(site)
+                if not waiting:
+                    raise _SeenError
 
             return look
 
-        handles = [self.linear(s, running).register_forward_pre_hook(hook(s)) for s in (self.sites if sites is None else sites)]
+        wanted = tuple(self.sites if sites is None else sites)
+        waiting: set[Site] = set()
+        handles = [self.linear(s, running).register_forward_pre_hook(hook(s)) for s in wanted]
         try:
             with torch.no_grad():
                 for batch in self.batches if batches is None else batches:
@@ -180,7 +190,9 @@ class Layer:
                     for module in experts:
                         module.calibrate_all = all_experts  # type: ignore[assignment]
                         module.token_mask = mask.reshape(-1) if mask is not None else None  # type: ignore[assignment]
-                    self.forward(batch, batch.reference if reference is not None else None, reference)
+                    waiting.update(wanted)
+                    with contextlib.suppress(_SeenError):  # what follows the last linear is not computed
+                        self.forward(batch, batch.reference if reference is not None else None, reference)
         finally:
             for handle in handles:
                 handle.remove()
