@@ -15,7 +15,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import OutputError, RecipeError, ResourceError, StoppedError
 from .io.writer import disk_error, disk_errors, fsync_folder, write_json
@@ -47,25 +47,26 @@ class Workdir:
             else:
                 self._backup.rename(self.out)
         if self.out.exists() and not replace:
-            self._drop_published()
-            raise OutputError(2, str(out), "exists", "choose another --out, or give --replace")
+            self._refuse()
 
     def __enter__(self) -> Workdir:
         import filelock
 
+        self._lock = filelock.FileLock(self.path / "lock")
         try:
             with disk_errors(self.path, 4096):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise OutputError(3, str(self.out), f"cannot be created: {error.strerror}") from error
-        self._lock = filelock.FileLock(self.path / "lock")
-        try:
-            self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0)
         except filelock.Timeout:
             owner = self.path / "owner"
             who = owner.read_text() if owner.is_file() else "unknown"
             raise OutputError(4, str(self.out), f"is being made by another run ({who})", "wait for it, or choose another --out") from None
+        except OSError as error:
+            raise OutputError(3, str(self.out), f"cannot be created: {error.strerror}") from error
+        if self.out.exists() and not self.replace:  # another run published it before we had the lock
+            self._lock.release()
+            self._refuse()
         try:
             with disk_errors(self.path, 4096):
                 self._lay_out()
@@ -75,7 +76,8 @@ class Workdir:
         return self
 
     def _lay_out(self) -> None:
-        if not self.stage.exists():  # a new folder, or one whose stage became the output before a crash
+        # a new folder, one whose stage became the output before a crash, or one whose removal a crash cut short
+        if not (self.stage.exists() and (self.path / "manifest.json").is_file()):
             for entry in self.path.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry)
@@ -84,6 +86,10 @@ class Workdir:
         (self.path / "owner").write_text(f"process {os.getpid()} on {socket.gethostname()}")
         for name in ("layers", "acts", "stage"):
             (self.path / name).mkdir(exist_ok=True)
+
+    def _refuse(self) -> NoReturn:
+        self._drop_published()
+        raise OutputError(2, str(self.out), "exists", "choose another --out, or give --replace")
 
     def _drop_published(self) -> None:
         """Remove the work folder of a run that crashed between publishing its output and removing it."""
@@ -119,6 +125,8 @@ class Workdir:
             if differing:
                 raise _Unfinished(90, str(self.out), f"an unfinished run with another {', '.join(differing)} is in the way",
                                   f"run that one again, or delete {self.path.name} beside the output")  # fmt: skip
+            for unfinished in self.stage.rglob(".*.tmp"):  # would be taken for a part of the output
+                unfinished.unlink()
             return self._read_journal()
         write_json(manifest, dict(fingerprint))
         return []
