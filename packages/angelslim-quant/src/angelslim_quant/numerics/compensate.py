@@ -27,8 +27,11 @@ class Moments:
         self._second: Tensor | None = None
         self._drift: Tensor | None = None
 
-    def add(self, x_NI: Tensor, reference_NI: Tensor | None = None) -> None:
+    def add(self, x_NI: Tensor, reference_NI: Tensor | None = None, weight_N: Tensor | None = None) -> None:
         """Take rows into account.
+
+        Args:
+            weight_N: how much the squared error of each row counts, 1 if not given.
 
         Raises:
             NumericError: a value is not finite.
@@ -41,11 +44,12 @@ class Moments:
         self.rows += x.shape[0]
         if self._second is None:
             self._second = x.new_zeros(x.shape[1], x.shape[1])
-        self._second.addmm_(x.T, x)
+        weighted = x if weight_N is None else x * weight_N[:, None]
+        self._second.addmm_(weighted.T, x)
         if reference_NI is not None:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._second)
-            self._drift.addmm_((reference_NI.float() - x).T, x)
+            self._drift.addmm_((reference_NI.float() - x).T, weighted)
 
     @property
     def hessian(self) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from ..stages import by_input
-from .gptq import GPTQ, CompensatedConfig
+from .gptq import GPTQ, CompensatedConfig, fitting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +40,11 @@ class GPTAQ(GPTQ):
         expected: dict[Site, Tensor] = {}
         # every expert sees every token: routing may differ between the two streams, rows may not
         for batch in layer.batches:
+            weight_N = self.weights(layer, batch)
             layer.observe(expected.__setitem__, sites=moments, batches=[batch], reference=self._original)
-            layer.observe(lambda site, x_NI: moments[site].add(x_NI, expected[site]), sites=moments, batches=[batch])
+            layer.observe(
+                lambda site, x_NI: moments[site].add(x_NI, expected[site], fitting(weight_N, x_NI)),  # noqa: B023
+                sites=moments,
+                batches=[batch],
+            )
         return moments

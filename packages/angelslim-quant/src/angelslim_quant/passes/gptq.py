@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from angelslim_core.adapters.base import Site
-    from angelslim_core.layer import Layer
+    from angelslim_core.layer import Layer, LayerBatch
 
     from ..numerics.compensate import Moments
 
@@ -30,7 +30,19 @@ class CompensatedConfig(GroupedConfig):
     damping: float = Field(0.01, gt=0, le=1, description="Part of the Hessian's mean diagonal that is added to it.")
     act_order: bool = Field(True, description="Round inputs of large second moment first; groups stay in place, no g_idx is stored.")
     scale_search: bool = Field(True, description="Shrink each group's range where that lowers its error, weighted by the Hessian's diagonal.")
+    token_weights: bool = Field(True, description="Errors count less on tokens whose residual stream is large, as the norms after it divide by it.")
     true_sequential: bool = Field(True, description="Collect inputs anew after each stage of the layer (q k v, o, gate up, down).")
+
+
+def token_weights(hidden_NH: Tensor) -> Tensor:
+    """1 / mean square of each row, scaled to a mean of 1; [N] fp32."""
+    weight = 1 / hidden_NH.float().square().mean(-1).clamp_min(1e-12)
+    return weight / weight.mean()
+
+
+def fitting(weight_N: Tensor | None, x_NI: Tensor) -> Tensor | None:
+    """The weights, where rows are tokens; None for experts that see a part of them."""
+    return weight_N if weight_N is not None and weight_N.shape[0] == x_NI.shape[0] else None
 
 
 class GPTQ(LayerPass):
@@ -58,8 +70,21 @@ class GPTQ(LayerPass):
         from ..numerics.compensate import Moments
 
         moments = {members[0]: Moments() for members in by_input(sites)}
-        layer.observe(lambda site, x_NI: moments[site].add(x_NI), self.config.calibrate_all_experts, sites=moments)
+        for batch in layer.batches:
+            weight_N = self.weights(layer, batch)
+            layer.observe(
+                lambda site, x_NI: moments[site].add(x_NI, None, fitting(weight_N, x_NI)),  # noqa: B023
+                self.config.calibrate_all_experts,
+                sites=moments,
+                batches=[batch],
+            )
         return moments
+
+    def weights(self, layer: Layer, batch: LayerBatch) -> Tensor | None:
+        """How much the error on each real token counts: less where the residual stream is large, which norms divide by."""
+        if not self.config.token_weights:
+            return None
+        return token_weights(batch.hidden[batch.mask]).to(layer.context.device)
 
     def solve(self, layer: Layer, members: list[Site], moments: Moments, report: dict[str, int]) -> None:
         """Quantize and store linears that read one input."""

@@ -147,11 +147,13 @@ def _spread(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gr
 
 
 def _loss(layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
-    """Mean squared error of the layer's output on real tokens, and their number."""
+    """Mean over real tokens of the output's squared error relative to the token's mean square, and their number."""
     assert batch.target is not None
     out = layer.forward(batch, weights=weights)
-    error = (out.float() - batch.target.to(out.device).float())[batch.mask.to(out.device)]
-    return error.square().mean(), error.shape[0]
+    mask = batch.mask.to(out.device)
+    target = batch.target.to(out.device).float()[mask]
+    error = (out.float()[mask] - target).square().mean(-1)
+    return (error / target.square().mean(-1).clamp_min(1e-12)).mean(), error.shape[0]
 
 
 def _loss_over(layer: Layer, batches: Any) -> float:
