@@ -28,6 +28,7 @@ class Row(NamedTuple):
     aligned: bool = False
 
 
+_EMULATED = Row(True, "verified on 5.23, emulated; BF16 models")
 _GPTQMODEL = Row(False, "read only where gptqmodel is installed; angelslim load reads it")
 
 # (engine, exporter, kind of scheme); versions: vLLM 0.32, transformers 5.23 with compressed-tensors 0.20 run by us,
@@ -40,20 +41,26 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("vllm", "compressed-tensors", "w4a16-asym"): Row(True, "verified on vLLM 0.32 CPU"),
     ("vllm", "compressed-tensors", "w8a16"): Row(True, "unverified here"),
     ("vllm", "compressed-tensors", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
+    ("vllm", "compressed-tensors", "nvfp4"): Row(True, "needs a GPU; with FP4 from Blackwell on, else weight-only; unverified here"),
+    ("vllm", "compressed-tensors", "nvfp4a16"): Row(True, "needs a GPU; unverified here"),
+    ("vllm", "compressed-tensors", "mxfp4"): Row(True, "needs a GPU; with FP4 from Blackwell on, else weight-only; unverified here"),
+    ("vllm", "compressed-tensors", "mxfp8"): Row(True, "needs a GPU; unverified here"),
+    ("vllm", "compressed-tensors", "w4a8-fp8"): Row(True, "needs a Hopper GPU, BF16, group_size 128 and dimensions divisible by 128; unverified here"),
+    ("vllm", "compressed-tensors", "w4a8-int"): Row(True, "verified on vLLM 0.32 CPU"),
     ("vllm", "fp8", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
     ("vllm", "gptq", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
     ("vllm", "gptq", "w8a16"): Row(True, "needs a GPU; unverified here"),
     ("vllm", "gptq", "w4a16-asym"): Row(False, "0.32 reads symmetric GPTQ only; awq holds zero points"),
     ("vllm", "awq", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
     ("vllm", "awq", "w4a16-asym"): Row(True, "verified on vLLM 0.32 CPU"),
-    ("vllm", "modelopt", "w4a4-float-dynamic"): Row(True, "needs a GPU with FP4; unverified here"),
-    ("vllm", "modelopt", "wNa16"): Row(True, "needs a GPU; unverified here"),
+    ("vllm", "modelopt", "nvfp4"): Row(True, "needs a GPU with FP4; unverified here"),
+    ("vllm", "modelopt", "nvfp4a16"): Row(True, "needs a GPU; unverified here"),
     ("sglang", "compressed-tensors", "w8a8-int"): Row(True, "unverified here"),
     ("sglang", "gptq", "w4a16"): Row(True, "unverified here"),
     ("sglang", "gptq", "w8a16"): Row(True, "unverified here"),
     ("sglang", "awq", "w4a16"): Row(True, "unverified here"),
     ("sglang", "awq", "w4a16-asym"): Row(True, "unverified here"),
-    ("sglang", "modelopt", "w4a4-float-dynamic"): Row(True, "needs a GPU with FP4; unverified here"),
+    ("sglang", "modelopt", "nvfp4"): Row(True, "needs a GPU with FP4; unverified here"),
     ("sglang", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "unverified here"),
     ("sglang", "compressed-tensors", "w8a8-float-static"): Row(True, "unverified here"),
     ("sglang", "compressed-tensors", "w4a16"): Row(True, "unverified here"),
@@ -64,6 +71,8 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("transformers", "compressed-tensors", "w4a16"): Row(True, "verified on 5.23"),
     ("transformers", "compressed-tensors", "w4a16-asym"): Row(False, "5.23 with compressed-tensors 0.20 expects unpacked zero points; angelslim load reads it"),
     ("transformers", "compressed-tensors", "w8a16"): Row(True, "verified on 5.23"),
+    **{("transformers", "compressed-tensors", kind): _EMULATED for kind in ("nvfp4", "mxfp4", "mxfp8", "w4a8-fp8", "w4a8-int")},
+    **{("transformers", "compressed-tensors", kind): Row(True, "verified on 5.23; BF16 models") for kind in ("nvfp4a16", "mxfp4a16", "mxfp8a16")},
     ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.23"),
     ("transformers", "fp8", "w8a8-float-block"): Row(True, "dequantized where there is no GPU", aligned=True),
     **{("transformers", layout, kind): _GPTQMODEL for layout in ("gptq", "awq") for kind in ("w4a16", "w4a16-asym", "w8a16", "w8a16-asym")},
@@ -73,10 +82,12 @@ TABLE: dict[tuple[str, str, str], Row] = {
 def kind(scheme: Scheme) -> str:
     """Key of the table for a scheme."""
     grid, inputs = scheme.weights, scheme.input_activations
+    if grid.strategy == "tensor_group" or grid.scale_dtype == "U8":
+        return f"{'nv' if grid.strategy == 'tensor_group' else 'mx'}fp{grid.bits}{'' if inputs else 'a16'}"
     if inputs is None:
         return (f"w{grid.bits}a16" if grid.type == "int" and grid.bits in (4, 8) else "wNa16") + ("" if grid.symmetric else "-asym")
     if grid.type == "int":
-        return f"w{grid.bits}a{inputs.bits}-int"
+        return f"w{grid.bits}a{inputs.bits}-{'int' if inputs.type == 'int' else 'fp8'}"
     if grid.strategy == "block":
         return "w8a8-float-block"
     return f"w{grid.bits}a{inputs.bits}-float-{'dynamic' if inputs.dynamic else 'static'}"

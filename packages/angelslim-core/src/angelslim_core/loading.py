@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,15 @@ from .adapters.base import Description
 from .device import pick_device
 from .errors import ModelError
 from .io.strict_json import read_json
-from .model import auto_class, compute_dtype, sanitized
+from .model import auto_class, compute_dtype, decoder_layers, sanitized
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS
 from .source import Source, describe_source, open_any, quantization_config
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OWN_READER = "transformers, weights dequantized by AngelSlim"
@@ -81,13 +84,15 @@ def reads_natively(source: Source, description: Description) -> bool:
     """Whether transformers itself reads a folder and computes what was stored.
 
     It replaces `nn.Linear` modules only, so quantized experts, which it holds as 3-D parameters, are ours to read, and
-    so are block FP8 and packed zero points, whose shape it mistakes (5.23 with compressed-tensors 0.20).
+    so are block FP8 and packed zero points, whose shape it mistakes (5.23 with compressed-tensors 0.20). FP4 and MX
+    weights it restores in BF16 only.
     """
     if source.exporter is None:
         return True
     if any(s.expert is not None and s.name in source.quantized for s in description.sites):
         return False
-    return source.exporter.name == "compressed-tensors" and all(s.weights.symmetric for s in source.quantized.values())
+    wide = compute_dtype(source, description) != "BF16" and any(s.weights.scale_dtype in ("U8", "F8_E4M3") for s in source.quantized.values())
+    return source.exporter.name == "compressed-tensors" and not wide and all(s.weights.symmetric for s in source.quantized.values())
 
 
 def _from_transformers(source: Source, description: Description, native: bool) -> PreTrainedModel:
@@ -123,7 +128,7 @@ def _from_transformers(source: Source, description: Description, native: bool) -
                     with torch.no_grad():
                         model(torch.zeros(1, 1, dtype=torch.int64))
             else:
-                state = {n: _read_cast(source, n, dtype) for n in source.dtypes}
+                state, input_scales = _dequantized(source, dtype)
                 with torch.device("meta"):
                     model_class = type(auto_class(made).from_config(made, dtype=dtype))
                 model, info = model_class.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
@@ -134,12 +139,53 @@ def _from_transformers(source: Source, description: Description, native: bool) -
     finally:
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)
+    if not native:
+        _round_inputs(model, source, description, input_scales)
     return model
 
 
-def _read_cast(source: Source, name: str, dtype: Any) -> Any:
-    tensor = source.read(name)
-    return tensor.to(dtype) if name.removesuffix(".weight") in source.quantized else tensor
+def _dequantized(source: Source, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Tensors in the model's dtype, and the input scale of each quantized linear."""
+    state, scales = {}, {}
+    for name in source.dtypes:
+        module = name.removesuffix(".weight")
+        if module in source.quantized:
+            quantized = source.read_quantized(module)
+            state[name], scales[module] = quantized.dequantize().to(dtype), quantized.input_scale
+        else:
+            state[name] = source.read(name)
+    return state, scales
+
+
+def _round_inputs(model: PreTrainedModel, source: Source, description: Description, scales: Mapping[str, Tensor | None]) -> None:
+    """Let quantized linears round their inputs as an engine would.
+
+    Raises:
+        ModelError: how is not known, or transformers does not run the linear as a module of its own.
+    """
+    from .emulation import check_emulable, round_inputs
+    from .unfuse import unfuse
+
+    _, layers = decoder_layers(model, description.num_layers)
+    sites = {s.name: s for s in description.sites}
+    separated: set[int] = set()
+    for name, scheme in source.quantized.items():
+        grid, site = scheme.input_activations, sites.get(name)
+        if grid is None or f"{name}.weight" in description.mtp_tensors:
+            continue
+        check_emulable(name, grid, scales[name])
+        parent: Any = model
+        inner = name
+        if site is not None and site.layer is not None:
+            parent, inner = layers[site.layer], name.removeprefix(f"{description.block}.{site.layer}.")
+            if site.expert is not None and site.layer not in separated:
+                unfuse(parent, keep=True)
+                separated.add(site.layer)
+        try:
+            linear = parent.get_submodule(inner)
+        except AttributeError as error:
+            raise ModelError(261, name, "has quantized inputs, but the model transformers builds has no such linear") from error
+        round_inputs(linear, grid, scales[name])
 
 
 def _check_loading(info: dict[str, Any], description: Description, source: Source) -> None:

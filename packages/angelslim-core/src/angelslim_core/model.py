@@ -94,6 +94,20 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, stored: int) -> PreTrai
         return auto_class(config).from_config(config, dtype=dtype)
 
 
+def decoder_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
+    """Name and module of the list of decoder layers.
+
+    Raises:
+        ModelError: there is none of that length.
+    """
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.endswith("layers") and len(module) == num_layers and "vis" not in name and "audio" not in name:
+            return name, module
+    raise ModelError(84, "config.json", f"the model transformers builds has no list of {num_layers} layers")
+
+
 class Skeleton:
     """A model with meta parameters, filled part by part from a source.
 
@@ -104,25 +118,13 @@ class Skeleton:
 
     def __init__(self, source: Source, description: Description) -> None:
         import torch
-        from torch import nn
 
         self.source, self.description = source, description
         config = transformers_config(description, source.config)
         self.dtype = torch_dtype(compute_dtype(source, description))
         self.model = _build(config, self.dtype, sum(map(math.prod, source.shapes.values())))
         self.model.eval()
-        found = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and name.endswith("layers")
-            and len(module) == description.num_layers
-            and "vis" not in name
-            and "audio" not in name
-        ]
-        if not found:
-            raise ModelError(84, "config.json", f"the model transformers builds has no list of {description.num_layers} layers")
-        path, self.layers = found[0]
+        path, self.layers = decoder_layers(self.model, description.num_layers)
         self.backbone = self.model.get_submodule(path.rpartition(".")[0])
         self._prefix = description.block.rpartition(".")[0]
         self.torch = torch

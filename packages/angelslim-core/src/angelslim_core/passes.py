@@ -70,6 +70,11 @@ class Pass(ABC):
         """First line of the docstring."""
         return (cls.__doc__ or cls.__name__).strip().splitlines()[0]
 
+    @classmethod
+    def bind(cls, config: PassConfig) -> Pass:
+        """The pass with these options; one whose kind depends on them returns a pass of another class, with the same id."""
+        return cls(config)
+
     @property
     def needs_calibration(self) -> bool:
         """Whether the pass reads calibration samples with these options."""

@@ -139,7 +139,7 @@ def prepare(
     passes = []
     for index, step in enumerate(bound.steps):
         pass_class = host.registry.find_pass(step.use, bound.where(f"steps[{index}].use"))
-        passes.append(pass_class(bind_options(index, bound, pass_class)))
+        passes.append(pass_class.bind(bind_options(index, bound, pass_class)))
     path = model if model is not None else bound.model.path
     if path is None:
         raise UsageError(4, "--model", "no model is given", "name one by --model, or model.path in the recipe")

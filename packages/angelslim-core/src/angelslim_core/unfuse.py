@@ -74,11 +74,28 @@ class LinearExperts(nn.Module):
         linear = nn.functional.linear
         return linear(expert.act_fn(linear(x, expert.gate_proj.weight)) * linear(x, expert.up_proj.weight), expert.down_proj.weight)
 
+    def take(self, fused: nn.Module) -> None:
+        """Use the weights of a fused module, without a copy."""
+        gate_up, down = fused.gate_up_proj, fused.down_proj
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+        for index in range(self.num_experts):
+            expert = self.get_submodule(str(index))
+            assert isinstance(expert, Expert)
+            for linear, weight in zip((expert.gate_proj, expert.up_proj, expert.down_proj), (*gate_up[index].chunk(2), down[index]), strict=True):
+                linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
-def unfuse(layer: nn.Module) -> list[LinearExperts]:
-    """Replace every fused experts module inside a decoder layer; returns all `LinearExperts` in it."""
+
+def unfuse(layer: nn.Module, keep: bool = False) -> list[LinearExperts]:
+    """Replace every fused experts module inside a decoder layer; returns all `LinearExperts` in it.
+
+    Args:
+        keep: they use the fused weights; else theirs are empty.
+    """
     for name, module in list(layer.named_modules()):
         if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter) and module.gate_up_proj.dim() == 3:
             parent, _, child = name.rpartition(".")
-            setattr(layer.get_submodule(parent), child, LinearExperts(module))
+            experts = LinearExperts(module)
+            if keep:
+                experts.take(module)
+            setattr(layer.get_submodule(parent), child, experts)
     return [module for module in layer.modules() if isinstance(module, LinearExperts)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError, PlanError
 from ..schemes import Grid, Quantized, Scheme
 from . import Exporter, TensorSpec
+from .packing import pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +41,8 @@ class ModelOpt(Exporter):
 
     def pack(self, quantized: Quantized) -> dict[str, Tensor]:
         assert quantized.global_scale is not None
-        codes = quantized.codes
         tensors = {
-            "weight": codes[:, 0::2] | codes[:, 1::2] << 4,
+            "weight": pack_nibbles(quantized.codes),
             "weight_scale": quantized.scale,
             "weight_scale_2": quantized.global_scale.reshape(()),
         }
@@ -51,16 +51,17 @@ class ModelOpt(Exporter):
         return tensors
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
-        import torch
-
         packed, scale = tensors["weight"], tensors["weight_scale"]
         rows, columns = packed.shape[0], packed.shape[1] * 2
         if tuple(scale.shape) != (rows, columns // 16) or columns % 16:
             raise ModelError(231, "weight_scale", f"has shape {list(scale.shape)}, which does not fit {rows} x {columns} in blocks of 16")
-        codes = torch.stack([packed & 15, packed >> 4], -1).reshape(rows, columns)
         inputs = tensors.get("input_scale")
         return Quantized(
-            scheme, codes, scale, input_scale=None if inputs is None else inputs.reshape(1), global_scale=tensors["weight_scale_2"].float().reshape(1)
+            scheme,
+            unpack_nibbles(packed),
+            scale,
+            input_scale=None if inputs is None else inputs.reshape(1),
+            global_scale=tensors["weight_scale_2"].float().reshape(1),
         )
 
     def weight_shape(self, specs: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int]:
@@ -92,9 +93,13 @@ class ModelOpt(Exporter):
         found = {}
         for module, suffixes in modules.items():
             if "weight_scale_2" in suffixes:
-                with_inputs = algorithm == "NVFP4" and "input_scale" in suffixes
-                found[module] = Scheme("nvfp4" if with_inputs else "nvfp4a16", _WEIGHTS, _INPUTS if with_inputs else None, ("modelopt", "compressed-tensors"))
+                found[module] = nvfp4_scheme(algorithm == "NVFP4" and "input_scale" in suffixes)
         return found
+
+
+def nvfp4_scheme(with_inputs: bool) -> Scheme:
+    """E2M1 in blocks of 16 under E4M3 block scales and one fp32 scale; inputs likewise, block scales computed at run time, or in 16 bits."""
+    return Scheme("nvfp4" if with_inputs else "nvfp4a16", _WEIGHTS, _INPUTS if with_inputs else None, ("compressed-tensors", "modelopt"))
 
 
 def _algorithm(schemes: Mapping[str, Scheme]) -> str:

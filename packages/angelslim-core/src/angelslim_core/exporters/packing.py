@@ -1,4 +1,4 @@
-"""Dense bit packing of small integers into int32 words, low bits first, as compressed-tensors lays them out.
+"""Bit packing of small integers, low bits first: densely into int32 words, as compressed-tensors lays them out, or two a byte.
 
 Shapes: R rows, C columns, W words.
 """
@@ -65,3 +65,15 @@ def unpack(words_RW: Tensor, bits: int, columns: int) -> Tensor:
             value |= words[..., word + 1] << (32 - offset)
         codes[..., i] = ((value & ((1 << bits) - 1)) - half).to(torch.int8)
     return codes.view(rows, -1)[:, :columns].contiguous()
+
+
+def pack_nibbles(codes_RC: Tensor) -> Tensor:
+    """Two uint8 codes below 16 a byte, the even column in the low half; [R, C / 2]."""
+    return codes_RC[:, 0::2] | codes_RC[:, 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`."""
+    import torch
+
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)

@@ -56,7 +56,7 @@ def check_pass(plugin: str, module: ModuleType | Any, pass_id: str, folder: Path
     host = check_plugin(plugin, module)
     pass_class = host.registry.find_pass(pass_id)
     _refuses_unknown(pass_class)
-    pass_ = pass_class(pass_class.Config(**options))
+    pass_ = pass_class.bind(pass_class.Config(**options))
     if isinstance(pass_, TensorPass):
         _check_tensor_pass(pass_, host)
     model = tiny_checkpoint("llama", folder / "model")

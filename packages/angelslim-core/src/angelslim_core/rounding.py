@@ -1,0 +1,61 @@
+"""Rounding to formats narrower than 16 bits: to nearest, ties to even, saturating at the largest value."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from .schemes import E2M1
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+E4M3_MAX = 448.0
+E2M1_MAX = E2M1[-1]
+
+
+def cast_e4m3(x: Tensor) -> Tensor:
+    """FP8 E4M3FN, which has no infinity: an unclamped cast would overflow to NaN."""
+    import torch
+
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def round_e2m1(x: Tensor) -> Tensor:
+    """The FP4 E2M1 value nearest to each, fp32."""
+    import torch
+
+    x = x.float()
+    magnitude = x.abs().clamp_max_(E2M1_MAX)
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return magnitude.div_(step).round_().mul_(step).copysign_(x)
+
+
+def e2m1_codes(values: Tensor) -> Tensor:
+    """uint8 codes (sign << 3 | index) of E2M1 values; zero has no sign."""
+    import torch
+
+    index = torch.zeros(13, dtype=torch.uint8, device=values.device)
+    for i, magnitude in enumerate(E2M1):
+        index[int(2 * magnitude)] = i
+    return index[(values.abs() * 2).int()] | (values < 0).to(torch.uint8) << 3
+
+
+def e8m0_codes(amax: Tensor, largest: float, rounding: Literal["up", "down", "even"]) -> Tensor:
+    """uint8 codes of the power of two 2^(code - 127) by which blocks of values are divided; 127 where amax is 0.
+
+    Args:
+        amax: largest magnitudes.
+        largest: the element format's largest value.
+        rounding: "up": the least power for which nothing saturates; "down": floor(log2 amax) - floor(log2 largest);
+            "even": as "down", with amax of 1.75 or more times a power of two taken as the next one.
+    """
+    import torch
+
+    mantissa, exponent = torch.frexp(amax.float())
+    limit, offset = math.frexp(largest)
+    exponent = exponent - offset
+    if rounding != "down":
+        exponent += mantissa > limit if rounding == "up" else mantissa >= 0.875
+    # 2^-127 is no normal fp32 number
+    return torch.where(amax > 0, exponent.clamp(-126, 127) + 127, 127).to(torch.uint8)
