@@ -244,6 +244,20 @@ def test_ledger_is_complete(tiny_copy, tmp_path):
     assert {"lm_head", "model.layers.1.mlp.gate"} <= set(ignore)
 
 
+@pytest.mark.parametrize("architecture", ["deepseek_v3", "glm4_moe"])
+def test_models_with_mtp_experts_load(tiny_copy, tmp_path, architecture):
+    from angelslim_core.loading import load_model
+
+    folder = tiny_copy(architecture)
+    add_mtp(folder)
+    run(folder, tmp_path / "o", "quant.int8_dynamic")
+    assert load_model(folder).backend == "transformers" and load_model(tmp_path / "o").model.config.num_hidden_layers == 2
+    stray = tensors(folder) | {"model.layers.1.mlp.extra.weight": torch.zeros(2)}
+    save_file(stray, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not used by the model"):
+        load_model(folder)
+
+
 def test_mtp_linears_are_listed_as_ignored(tiny_copy, tmp_path):
     folder = tiny_copy("deepseek_v3")
     add_mtp(folder)

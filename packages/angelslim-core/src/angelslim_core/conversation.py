@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ModelError
+
+if TYPE_CHECKING:
+    from .plugins import PluginHost
 
 
 class Conversation:
@@ -16,14 +19,15 @@ class Conversation:
     Args:
         path: model folder.
         device: "auto", "cpu" or "cuda".
+        host: holds third parties' plugins that know the folder.
     """
 
-    def __init__(self, path: str | Path, device: str = "auto") -> None:
+    def __init__(self, path: str | Path, device: str = "auto", *, host: PluginHost | None = None) -> None:
         from .calibration.render import template_of
         from .io.hub import resolve
         from .loading import load_model
 
-        loaded = load_model(resolve(path), device)
+        loaded = load_model(resolve(path), device, host=host)
         if loaded.tokenizer is None:
             raise ModelError(94, str(path), "has no tokenizer, so it cannot chat")
         self.model, self.tokenizer = loaded.model, loaded.tokenizer

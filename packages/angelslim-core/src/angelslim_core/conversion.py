@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 _BESIDE = ("kv_cache_scheme", "transform_config", "sparsity_config")
 
 
-def convert(folder: str | Path, out: str | Path, to: str, kind: str | None = None, *, progress: Progress = silent) -> dict[str, Any]:
+def convert(
+    folder: str | Path, out: str | Path, to: str, kind: str | None = None, *, progress: Progress = silent, host: PluginHost | None = None
+) -> dict[str, Any]:
     """Convert a model folder without quantizing again.
 
     Args:
@@ -50,7 +52,7 @@ def convert(folder: str | Path, out: str | Path, to: str, kind: str | None = Non
         PlanError: the layout cannot hold what the folder holds.
         OutputError: the output exists.
     """
-    host = PluginHost()
+    host = host or PluginHost()
     exporters = host.registry.exporters
     if to != "gguf" and to not in exporters:
         raise UsageError(220, "--to", f"no layout {to!r}", f"known: gguf, {', '.join(sorted(exporters))}")

@@ -12,13 +12,16 @@ from .plugins import PluginHost
 from .source import describe_source, open_any, quantization_config
 
 
-def inspect_model(model: str | Path) -> dict[str, Any]:
+def inspect_model(model: str | Path, *, host: PluginHost | None = None) -> dict[str, Any]:
     """Architecture, sizes, quantization and safety of a folder; loads nothing.
+
+    Args:
+        host: holds third parties' plugins that know the folder.
 
     Raises:
         ModelError: the folder is invalid or of an unknown architecture.
     """
-    host = PluginHost()
+    host = host or PluginHost()
     source = open_any(resolve(model), host.registry.exporters.values())
     checkpoint = source.checkpoint
     described = describe_source(source, host.registry.layouts)

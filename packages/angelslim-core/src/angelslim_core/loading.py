@@ -19,7 +19,7 @@ from .io.strict_json import read_json
 from .model import auto_class, compute_dtype, decoder_layers, sanitized
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
-from .records import RECORDS
+from .records import RECORDS, plugins_hint
 from .source import Source, describe_source, open_any, quantization_config
 
 if TYPE_CHECKING:
@@ -190,7 +190,9 @@ def _round_inputs(model: PreTrainedModel, source: Source, description: Descripti
 
 def _check_loading(info: dict[str, Any], description: Description, source: Source) -> None:
     """Nothing may be initialised at random or left out, but MTP layers, which transformers does not run."""
-    unexpected = [k for k in info.get("unexpected_keys") or () if k not in description.mtp_tensors and k.split(".")[-2:] != ["rotary_emb", "inv_freq"]]
+    # experts that transformers has merged go by the name of their module
+    mtp = {*description.mtp_tensors, *(n.partition(".experts.")[0] + ".experts" for n in description.mtp_tensors if ".experts." in n)}
+    unexpected = [k for k in info.get("unexpected_keys") or () if not mtp & {k, k.rpartition(".")[0]} and k.split(".")[-2:] != ["rotary_emb", "inv_freq"]]
     tied = bool(source.config.get("tie_word_embeddings", (source.config.get("text_config") or {}).get("tie_word_embeddings", False)))
     missing = [k for k in info.get("missing_keys") or () if not (tied and k.endswith("lm_head.weight"))]
     mismatched = info.get("mismatched_keys") or ()
@@ -224,6 +226,8 @@ def _install(folder: Path, model: PreTrainedModel, host: PluginHost) -> list[str
         plugin = pass_id.partition(".")[0]
         if plugin not in host.loaded and plugin in OFFICIAL:
             host.load([plugin])
+        if plugin not in host.loaded:
+            raise ModelError(280, record.name, f"{pass_id:.100} is of a plugin that is not loaded", plugins_hint(folder))
         pass_class = host.registry.find_pass(pass_id, f"{record.name}: {pass_id}")
         if not issubclass(pass_class, RuntimePass):
             raise ModelError(93, record.name, f"{pass_id} is no runtime pass")

@@ -17,6 +17,7 @@ from .errors import ModelError
 from .exporters import Exporter, builtin_exporters
 from .io.checkpoint import Checkpoint, TensorInfo, TensorSpec, torch_dtype
 from .io.writer import spec_bytes
+from .records import plugins_hint
 from .schemes import Quantized, Scheme
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def open_any(folder: Path | str, exporters: Iterable[type[Exporter]] | None = No
     method = config.get("quant_method")
     known = {e.quant_method: e for e in (builtin_exporters() if exporters is None else exporters)}
     if not isinstance(method, str) or method not in known:
-        raise ModelError(57, str(folder), f"is quantized with {method!r:.100}, which no loaded exporter reads", f"known here: {', '.join(sorted(known))}")
+        hint = plugins_hint(checkpoint.folder, f"known here: {', '.join(sorted(known))}")
+        raise ModelError(57, str(folder), f"is quantized with {method!r:.100}, which no loaded exporter reads", hint)
     exporter = known[method]()
     modules: dict[str, tuple[str, ...]] = {}
     for name in infos:
@@ -195,7 +197,7 @@ def open_any(folder: Path | str, exporters: Iterable[type[Exporter]] | None = No
 
 def describe_source(source: Source, layouts: Iterable[Layout]) -> Description:
     """Match a source against the known architectures."""
-    return describe(find_layout(source.config, layouts), source.config, source.shapes, source.dtypes)
+    return describe(find_layout(source.config, layouts, plugins_hint(source.checkpoint.folder)), source.config, source.shapes, source.dtypes)
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

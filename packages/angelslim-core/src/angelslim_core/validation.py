@@ -14,12 +14,15 @@ from .source import Source, describe_source, open_any
 from .workdir import sha256
 
 
-def validate(out: str | Path, base: str | Path | None = None, *, run: bool = False, progress: Progress = silent) -> dict[str, Any]:
+def validate(
+    out: str | Path, base: str | Path | None = None, *, run: bool = False, progress: Progress = silent, host: PluginHost | None = None
+) -> dict[str, Any]:
     """Check a folder.
 
     Args:
         base: its source; adds SQNR and cosine per linear, and missing or extra tensors.
         run: also load it and generate; with `base` also KL on a sample of the base.
+        host: holds third parties' plugins that know the folder.
 
     Returns:
         `ok`, `problems`, and as asked `linears` [{name, sqnr_db, cosine}], `sample`, `kl`.
@@ -27,12 +30,12 @@ def validate(out: str | Path, base: str | Path | None = None, *, run: bool = Fal
     folder = Path(out)
     problems: list[str] = []
     found: dict[str, Any] = {"ok": False, "problems": problems}
-    host = PluginHost()
+    host = host or PluginHost()
     try:
         source = open_any(folder, host.registry.exporters.values())
         records = read_records(folder)
     except AngelslimError as error:
-        problems.append(str(error))
+        problems.append(f"{error}; {error.hint}" if error.hint else str(error))
         return found
     problems += _checksums(folder)
     problems += _numbers(source, progress)
@@ -44,7 +47,7 @@ def validate(out: str | Path, base: str | Path | None = None, *, run: bool = Fal
         found["linears"], more = _compare(source, open_any(resolve(base), host.registry.exporters.values()), ledger, host, progress)
         problems += more
     if run and not problems:
-        found.update(_run(folder, base, problems))
+        found.update(_run(folder, base, problems, host))
     found["ok"] = not problems
     return found
 
@@ -129,7 +132,7 @@ def _compare(source: Source, base: Source, ledger: dict[str, Any], host: PluginH
     return rows, problems
 
 
-def _run(folder: Path, base: str | Path | None, problems: list[str]) -> dict[str, Any]:
+def _run(folder: Path, base: str | Path | None, problems: list[str], host: PluginHost) -> dict[str, Any]:
     """Load, write 32 tokens greedily, and compare with the base on tokens the base wrote."""
     import torch
 
@@ -138,7 +141,7 @@ def _run(folder: Path, base: str | Path | None, problems: list[str]) -> dict[str
 
     found: dict[str, Any] = {}
     try:
-        loaded = load_model(folder)
+        loaded = load_model(folder, host=host)
     except ModelError as error:
         problems.append(f"does not load: {error}")
         return found
@@ -149,7 +152,7 @@ def _run(folder: Path, base: str | Path | None, problems: list[str]) -> dict[str
         written = model.generate(ids, max_new_tokens=32, do_sample=False)[0]
     found["sample"] = tokenizer.decode(written, skip_special_tokens=True) if tokenizer is not None else written.tolist()
     if base is not None:
-        reference = load_model(resolve(base)).model
+        reference = load_model(resolve(base), host=host).model
         with torch.no_grad():
             own = reference.generate(ids, max_new_tokens=64, do_sample=False)
         numbers = compare(model, reference, own)

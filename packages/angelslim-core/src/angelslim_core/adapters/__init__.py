@@ -26,8 +26,11 @@ def model_type(config: Mapping[str, Any]) -> str:
     return found
 
 
-def find_layout(config: Mapping[str, Any], layouts: Iterable[Layout]) -> Layout:
+def find_layout(config: Mapping[str, Any], layouts: Iterable[Layout], hint: str = "") -> Layout:
     """The table of a model's architecture.
+
+    Args:
+        hint: what to do where there is none, instead of adding one.
 
     Raises:
         ModelError: no table serves it; names the file to add.
@@ -42,9 +45,8 @@ def find_layout(config: Mapping[str, Any], layouts: Iterable[Layout]) -> Layout:
         known = sorted({t for layout in layouts for t in layout.model_types})
         close = difflib.get_close_matches(name, known, 1)
         like = f"; like {close[0]}?" if close else ""
-        raise ModelError(
-            29, "config.json", f"unknown architecture {name[:100]!r}", f"add a Layout in angelslim_core/adapters/{name[:60]}.py or in a plugin{like}"
-        )
+        hint = hint or f"add a Layout in angelslim_core/adapters/{name[:60]}.py or in a plugin{like}"
+        raise ModelError(29, "config.json", f"unknown architecture {name[:100]!r}", hint)
     return found[0]
 
 

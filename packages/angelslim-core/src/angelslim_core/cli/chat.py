@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from .common import host_of, plugins_option
+
 
 @click.command("chat")
 @click.argument("out")
@@ -11,11 +13,12 @@ import click
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer, tokens.")
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-def chat(out: str, prompt: str | None, max_new_tokens: int, temperature: float, device: str) -> None:
+@plugins_option
+def chat(out: str, prompt: str | None, max_new_tokens: int, temperature: float, device: str, plugins: list[str]) -> None:
     """Talk to a model folder; runtime policies of the artifact are installed."""
     from ..conversation import Conversation
 
-    talk = Conversation(out, device)
+    talk = Conversation(out, device, host=host_of(plugins))
     if not talk.template:
         click.echo("the model has no chat template; continuing the prompt as plain text", err=True)
     if prompt is not None:

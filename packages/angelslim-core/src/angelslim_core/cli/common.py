@@ -8,9 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from ..plugins import PluginHost
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,6 +27,15 @@ def plugins_option(function: Function) -> Function:
     """Add `--plugins a,b`, parsed into a list."""
     split = lambda ctx, param, value: [n for n in (value or "").split(",") if n]  # noqa: E731
     return click.option("--plugins", callback=split, metavar="A,B", help="Plugins to load.")(function)
+
+
+def host_of(plugins: Sequence[str]) -> PluginHost:
+    """A host with these plugins loaded."""
+    from ..plugins import PluginHost
+
+    host = PluginHost()
+    host.load(plugins)
+    return host
 
 
 def emit(document: dict[str, Any]) -> None:

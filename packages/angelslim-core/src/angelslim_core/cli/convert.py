@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import emit, json_option, progress, size
+from .common import emit, host_of, json_option, plugins_option, progress, size
 
 
 @click.command("convert")
@@ -12,8 +12,9 @@ from .common import emit, json_option, progress, size
 @click.argument("out")
 @click.option("--to", required=True, metavar="LAYOUT", help="compressed-tensors, gptq, awq, fp8, modelopt, or gguf (OUT is then a file).")
 @click.option("--type", "kind", metavar="TYPE", help="For gguf: auto (default), f16, bf16, q8_0, q4_0, q4_1, tq1_0, tq2_0.")
+@plugins_option
 @json_option
-def convert(folder: str, out: str, to: str, kind: str | None, as_json: bool) -> None:
+def convert(folder: str, out: str, to: str, kind: str | None, plugins: list[str], as_json: bool) -> None:
     """Write a model in another layout, its codes unchanged; what the layout cannot hold is refused.
 
     From compressed-tensors, GPTQ, AWQ, Model Optimizer or block FP8 into one another, or any of them or a plain model
@@ -22,7 +23,7 @@ def convert(folder: str, out: str, to: str, kind: str | None, as_json: bool) -> 
     from ..conversion import convert as run
 
     with progress("converting") as report:
-        found = run(folder, out, to, kind, progress=report)
+        found = run(folder, out, to, kind, progress=report, host=host_of(plugins))
     if as_json:
         emit(found)
         return

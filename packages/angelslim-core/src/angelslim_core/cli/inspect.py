@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import click
 
-from .common import emit, json_option, size
+from .common import emit, host_of, json_option, plugins_option, size
 
 
 @click.command("inspect")
 @click.argument("model")
+@plugins_option
 @json_option
-def inspect_(model: str, as_json: bool) -> None:
+def inspect_(model: str, plugins: list[str], as_json: bool) -> None:
     """Describe a model from its headers: nothing is loaded."""
     from ..inspection import inspect_model
 
-    found = inspect_model(model)
+    found = inspect_model(model, host=host_of(plugins))
     if as_json:
         emit(found)
         return

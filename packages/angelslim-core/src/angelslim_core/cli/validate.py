@@ -6,20 +6,21 @@ import sys
 
 import click
 
-from .common import emit, json_option, progress, table
+from .common import emit, host_of, json_option, plugins_option, progress, table
 
 
 @click.command("validate")
 @click.argument("out")
 @click.option("--base", metavar="M", help="The source: adds SQNR and cosine per linear.")
 @click.option("--run", "run_it", is_flag=True, help="Also load it, generate, and with --base measure KL on what it writes.")
+@plugins_option
 @json_option
-def validate(out: str, base: str | None, run_it: bool, as_json: bool) -> None:
+def validate(out: str, base: str | None, run_it: bool, plugins: list[str], as_json: bool) -> None:
     """Check an output folder: headers, checksums, ledger, finite numbers."""
     from ..validation import validate as check
 
     with progress("validating") as report:
-        found = check(out, base, run=run_it, progress=report)
+        found = check(out, base, run=run_it, progress=report, host=host_of(plugins))
     if as_json:
         emit(found)
     else:
