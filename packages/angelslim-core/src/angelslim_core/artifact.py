@@ -67,6 +67,7 @@ def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any
         "source": shards,
         "config": hashlib.sha256(json.dumps(plan.source.config, sort_keys=True).encode()).hexdigest(),
         "recipe": recipe,
+        "schemes": hashlib.sha256(json.dumps({n: s.as_dict() for n, s in plan.schemes.items()}, sort_keys=True).encode()).hexdigest(),
         "calibration tokens": context.samples.fingerprint if context.samples else None,
         "seed": context.seed,
         "versions": versions(),

@@ -144,6 +144,13 @@ class Skeleton:
             if module is not self.layers:
                 module.to(device)
 
+    def fill_head(self, device: str) -> None:
+        """Load what makes logits: the head, or the embedding that is tied to it."""
+        stored = next((s.tensor for s in self.description.sites if s.role == "head"), None)
+        weight = self.source.read(stored) if stored else self.model.get_input_embeddings().weight
+        head = self.model.get_output_embeddings()
+        head.weight = self.torch.nn.Parameter(weight.to(device, self.dtype), requires_grad=False)
+
     def fill_layer(self, index: int, device: str) -> nn.Module:
         """One decoder layer on `device`, routed experts as separate linears, its tensors fresh from the source."""
         from .unfuse import unfuse

@@ -1,14 +1,15 @@
 """The four kinds of pass. The kind says what a pass may see, so that the pipeline can bound memory.
 
 A pass is a class with an `id`, a docstring (its first line is the summary) and a nested `Config`; it is returned from
-the hook `angelslim_register_passes`. It holds no state but its config.
+the hook `angelslim_register_passes`. It holds no state but its config and what it settled from headers.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -34,9 +35,12 @@ class Kind(str, Enum):
 
 
 class PassConfig(BaseModel):
-    """Options of a pass: typed, documented, unknown names refused."""
+    """Options of a pass: typed, documented, unknown names refused.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    A field of type `Path` is a file: a relative one counts from the recipe, and records hold its name only.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), json_encoders={Path: lambda path: path.name})
 
 
 class Pass(ABC):
@@ -83,6 +87,22 @@ class Pass(ABC):
 
 class WeightPass(Pass):
     """What tensor and layer passes share: they decide from headers alone how each linear will be stored."""
+
+    def settle(self, sites: Sequence[Site], source: Source) -> WeightPass:
+        """The pass for these linears, all that its step treats; called before `scheme`, reads no weight.
+
+        Raises:
+            PlanError: the options do not fit the model.
+        """
+        return self
+
+    def open_questions(self) -> list[str]:
+        """What only the run can decide, a line each, for `--dry-run`."""
+        return []
+
+    def findings(self) -> Mapping[str, Any]:
+        """Numbers about the step as a whole, for the report."""
+        return {}
 
     def scheme(self, site: Site) -> Scheme | None:
         """How `site` will be stored, or None if its weight keeps shape and dtype.
@@ -148,6 +168,13 @@ class LayerPass(WeightPass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def measure(self, sites: Sequence[Site], context: Context) -> LayerPass:
+        """The pass with what it must learn of the model before schemes are final; called once, before the sweep.
+
+        Whatever takes long is kept under `context.workdir / "measured"`, where a resumed run finds it.
+        """
+        return self
 
     @abstractmethod
     def run(self, layer: Layer) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from .errors import ModelError, NumericError, ResourceError, UsageError
 from .io.checkpoint import Checkpoint, read_header
 from .io.hub import resolve
 from .io.writer import disk_errors
-from .passes import ModelPass, Pass, RuntimePass, SourcePass
+from .passes import LayerPass, ModelPass, Pass, RuntimePass, SourcePass, WeightPass
 from .plan import Plan, Step, make_plan
 from .plugins import PluginHost, required_plugins
 from .recipe import Recipe, bind_options, load_recipe, steps_from_use
@@ -182,13 +182,14 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         )  # fmt: skip
         context.warnings += plan.warnings
         if recipe.calibration and any(p.needs_calibration for p in prepared.passes):
-            _calibrate(prepared, context)
+            calibrate(prepared, context)
         journal = workdir.begin(fingerprint(plan, host, context))
         timer = _Timer(host, context)
         trained = _train(prepared, context, workdir, timer)
         if trained is not None:
             plan = trained
             context.source, context.description = plan.source, plan.description
+        plan = _measure(prepared, plan, context, timer)
         for step in plan.steps:
             if hasattr(step.pass_, "prepare"):
                 step.pass_.prepare(context)
@@ -209,6 +210,9 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         metrics.update(write_shards(plan, context, workdir, journal, files))
         timer.share([s for s in plan.steps if not isinstance(s.pass_, RuntimePass | ModelPass)], time.perf_counter() - streaming)
         timer.reports.update({s.index: plan.source.reports[s.pass_.id] for s in plan.steps if isinstance(s.pass_, SourcePass)})
+        for step in plan.steps:
+            if isinstance(step.pass_, WeightPass):
+                timer.reports[step.index] = {**timer.reports.get(step.index, {}), **step.pass_.findings()}
         passes = [timer.entry(s, metrics) for s in plan.steps]
         after = sum(p.stat().st_size for p in workdir.stage.glob("*.safetensors"))
         before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())
@@ -282,7 +286,21 @@ def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer
     return make_plan(prepared.recipe, prepared.passes, source, description, prepared.host.registry.exporters)
 
 
-def _calibrate(prepared: Prepared, context: Context) -> None:
+def _measure(prepared: Prepared, plan: Plan, context: Context, timer: _Timer) -> Plan:
+    """The plan after every layer pass has learned of the model what decides its schemes."""
+    passes = [s.pass_ for s in plan.steps]
+    for step in plan.layer_steps:
+        pass_ = step.pass_
+        assert isinstance(pass_, LayerPass)
+        if type(pass_).measure is not LayerPass.measure:
+            passes[step.index] = timer.run(step, lambda step=step, pass_=pass_: pass_.measure(step.sites, context))  # type: ignore[misc]
+    if all(new is s.pass_ for new, s in zip(passes, plan.steps, strict=True)):
+        return plan
+    return make_plan(prepared.recipe, passes, plan.source, plan.description, prepared.host.registry.exporters)
+
+
+def calibrate(prepared: Prepared, context: Context) -> None:
+    """Load the calibration samples that the recipe names into `context`."""
     from .calibration.data import load_samples, self_samples
     from .loading import load_model, load_tokenizer
 

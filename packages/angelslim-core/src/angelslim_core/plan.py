@@ -129,7 +129,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     """
     _check_order(recipe, passes)
     description = _for_layout(description, exporters.get(recipe.export.format))
-    steps = [Step(i, p, tuple(_targets(recipe, i, p, description, source)) if isinstance(p, WeightPass) else ()) for i, p in enumerate(passes)]
+    steps = [_step(recipe, i, p, description, source) for i, p in enumerate(passes)]
     schemes = _schemes(recipe, steps)
     _check_fused(description, schemes)
     exporter = _exporter(recipe, schemes, exporters)
@@ -137,6 +137,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
     plan = Plan(recipe, source, description, steps, units, shards, schemes, left_alone(source, description, schemes), exporter, {}, 0)
     plan.warnings += source.warnings
+    plan.problems += [line for s in steps if isinstance(s.pass_, WeightPass) for line in s.pass_.open_questions()]
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
     plan.peak_ram_bytes = _peak_ram(plan)
@@ -181,6 +182,13 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
         if isinstance(pass_, SourcePass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
             raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
+
+
+def _step(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> Step:
+    if not isinstance(pass_, WeightPass):
+        return Step(index, pass_)
+    sites = tuple(_targets(recipe, index, pass_, description, source))
+    return Step(index, pass_.settle(sites, source), sites)
 
 
 def _targets(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> list[Site]:

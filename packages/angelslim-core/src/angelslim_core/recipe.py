@@ -131,6 +131,8 @@ class Recipe(_Model):
     _name: str = PrivateAttr("recipe")
     _positions: dict[tuple[str | int, ...], tuple[int, int]] = PrivateAttr(default_factory=dict)
     _overridden: dict[str, str] = PrivateAttr(default_factory=dict)
+    _home: Path | None = PrivateAttr(None)
+    _path_options: set[tuple[int, str]] = PrivateAttr(default_factory=set)
 
     def where(self, path: str) -> str:
         """Place of a value for messages: file, line and column, or the --set that gave it."""
@@ -165,7 +167,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise _first(error, name, (), positions, overridden, Recipe) from error
-    recipe._name, recipe._positions, recipe._overridden = name, positions, overridden
+    recipe._name, recipe._positions, recipe._overridden, recipe._home = name, positions, overridden, home
     if recipe.gates is not None and recipe.eval is None:
         raise RecipeError(12, recipe.where("gates"), "gates need an `eval` section to measure", "add `eval: {text: FILE}`")
     return recipe
@@ -182,10 +184,28 @@ def bind_options(index: int, recipe: Recipe, pass_class: type[Pass]) -> PassConf
     Raises:
         RecipeError: an unknown or impossible option, with its place.
     """
+    options = dict(recipe.steps[index].options)
+    for name in _path_options(pass_class):
+        if isinstance(options.get(name), str):
+            options[name] = _option_path(recipe, index, name, options[name])
     try:
-        return pass_class.Config.model_validate(recipe.steps[index].options)
+        return pass_class.Config.model_validate(options)
     except ValidationError as error:
         raise _first(error, recipe._name, ("steps", index, "with"), recipe._positions, recipe._overridden, pass_class.Config) from error
+
+
+def _path_options(pass_class: type[Pass]) -> list[str]:
+    return [name for name, field in pass_class.Config.model_fields.items() if Path in (field.annotation, *get_args(field.annotation))]
+
+
+def _option_path(recipe: Recipe, index: int, name: str, value: str) -> str:
+    """A file that a step names; in a recipe file a relative one counts from the file, given by --set from where the command runs."""
+    where = f"steps[{index}].with.{name}"
+    if "://" in value:
+        raise RecipeError(291, recipe.where(where), "is a URL; recipes name local files only")
+    recipe._path_options.add((index, name))
+    given = any(where == path or where.startswith((f"{path}.", f"{path}[")) for path in recipe._overridden)
+    return value if given or recipe._home is None else str(recipe._home / value)
 
 
 def shipped() -> dict[str, str]:
@@ -216,6 +236,8 @@ def to_yaml(recipe: Recipe) -> str:
     for section, key in _PATH_FIELDS:
         if data.get(section, {}).get(key):
             data[section][key] = Path(data[section][key]).name
+    for index, key in recipe._path_options:
+        data["steps"][index]["with"][key] = Path(data["steps"][index]["with"][key]).name
     return yaml.safe_dump(data, sort_keys=False)
 
 

@@ -18,7 +18,7 @@ from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
 from .io.writer import ShardWriter, fsync_folder
 from .layer import Layer, LayerBatch
 from .model import Skeleton
-from .passes import LayerPass, TensorPass
+from .passes import LayerPass, Pass, TensorPass
 from .schemes import Quantized
 from .stream import check_finite, encode
 from .workdir import Workdir, sha256
@@ -79,6 +79,24 @@ def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
     finally:
         skeleton.backbone.layers = layers
     return captured
+
+
+def logits_of(skeleton: Skeleton, input_ids_N: Tensor, hidden_NH: Tensor) -> Tensor:
+    """[N, V]: what the model makes of the last layer's outputs; gradients reach them.
+
+    Args:
+        input_ids_N: any tokens; they count for nothing.
+    """
+    from torch import nn
+
+    layers = skeleton.layers
+    stand_ins = [_recorder(layer, []) for layer in layers]
+    stand_ins[-1].register_forward_hook(lambda *_: hidden_NH[None])
+    skeleton.backbone.layers = nn.ModuleList(stand_ins)
+    try:
+        return skeleton.model(input_ids=input_ids_N[None], use_cache=False).logits[0]  # type: ignore[no-any-return]
+    finally:
+        skeleton.backbone.layers = layers
 
 
 def run_sweep(
@@ -155,7 +173,7 @@ def _run_layer(
     for step in steps:
         layer.sites = tuple(s for s in step.sites if s.layer == index)
         if layer.sites:
-            reports[str(step.index)] = run_pass(step, lambda step=step: _run_step(step, layer, context))  # type: ignore[misc]
+            reports[str(step.index)] = run_pass(step, lambda step=step: run_on_layer(step.pass_, layer))  # type: ignore[misc]
     outputs: dict[str, Tensor] = {}
     metrics: dict[str, Any] = {}
     for site, (result, weight) in layer.quantized.items():
@@ -172,8 +190,8 @@ def _run_layer(
     return {"layer": index, "file": file, "sha256": hashes[0], "acts": acts, "acts_sha256": hashes[1], "metrics": metrics, "reports": reports}
 
 
-def _run_step(step: Step, layer: Layer, context: Context) -> Mapping[str, Any]:
-    pass_ = step.pass_
+def run_on_layer(pass_: Pass, layer: Layer) -> Mapping[str, Any]:
+    """Run a layer or tensor pass on `layer.sites`; returns numbers for the report."""
     if isinstance(pass_, LayerPass):
         return dict(pass_.run(layer))
     assert isinstance(pass_, TensorPass)
@@ -181,7 +199,7 @@ def _run_step(step: Step, layer: Layer, context: Context) -> Mapping[str, Any]:
     for site in layer.sites:
         groups.setdefault(site.fused if pass_.joins_fused and site.fused else site.name, []).append(site)
     for members in groups.values():
-        for site, result in pass_.apply({s: layer.linear(s).weight.data for s in members}, context).items():
+        for site, result in pass_.apply({s: layer.linear(s).weight.data for s in members}, layer.context).items():
             if isinstance(result, Quantized):
                 layer.store(site, result)
             else:

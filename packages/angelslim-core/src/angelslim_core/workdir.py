@@ -102,7 +102,7 @@ class Workdir:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # keep only what another try can build on
-        begun = any((self.path / name).exists() for name in ("journal.jsonl", "trained"))
+        begun = any((self.path / name).exists() for name in ("journal.jsonl", "trained", "measured"))
         resumable = isinstance(error, _Unfinished) or (begun and isinstance(error, StoppedError | ResourceError | KeyboardInterrupt))
         if kind is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)  # before another run may take the lock
