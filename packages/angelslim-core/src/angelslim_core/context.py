@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import StoppedError
+from .parallel import Group
 
 if TYPE_CHECKING:
     from .adapters.base import Description
@@ -42,6 +43,7 @@ class Context:
         stop_requested: asked between items; true ends the run safely, so that it can be resumed.
         warnings: one line each, shown to the user and kept in the artifact.
         fallbacks: one line for each thing that was done in another way than asked; their number is reported.
+        group: the processes of the run; what a pass gathers over calibration batches must be reduced over them.
     """
 
     source: Source
@@ -55,6 +57,7 @@ class Context:
     stop_requested: Callable[[], bool] = never
     warnings: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
+    group: Group = field(default_factory=Group)
 
     def check_stop(self, where: str) -> None:
         """Raise StoppedError if the run was asked to stop."""

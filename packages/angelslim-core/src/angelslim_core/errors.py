@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -99,3 +100,10 @@ class StoppedError(AngelslimError):
     """The run was stopped safely; the same command goes on where it stopped."""
 
     family, exit_code = "STP", 75
+
+
+def error_from(document: Mapping[str, str]) -> AngelslimError:
+    """The error that `as_dict` described, in another process."""
+    families = {c.family: c for c in (AngelslimError, *AngelslimError.__subclasses__())}
+    _, family, number = document["code"].split("-")
+    return families[family](int(number), document["where"], document["what"], document["hint"])

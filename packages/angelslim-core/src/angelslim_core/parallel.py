@@ -1,0 +1,172 @@
+"""Several processes of one run, as torchrun starts them: each takes a share of the calibration batches.
+
+Whatever they must agree on goes through a `Group`. Before each exchange the processes tell each other whether they are
+well, so that an error of one ends all, with its message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import AngelslimError, ResourceError, UsageError, error_from
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# the first process writes the output while the others wait; torchrun ends them all if one dies
+_PATIENCE = timedelta(days=30)
+
+
+class Group:
+    """The processes of a run; this class is the group of one.
+
+    Attributes:
+        rank: number of this process; the first, 0, writes the output.
+        size: number of processes.
+    """
+
+    rank = 0
+    size = 1
+
+    def reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
+        """Sum or maximum over the processes, which must all call it in the same order; may be done in place."""
+        return tensor
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """This process's share of the rows."""
+        return tensor
+
+    def join(self, tensor: Tensor, rows: int) -> Tensor:
+        """All rows again, of which each process has its `own` share."""
+        return tensor
+
+    def share(self, value: Any) -> Any:
+        """The first process's value (JSON) in all processes."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values (JSON) of all processes, by rank."""
+        return [value]
+
+
+class Joined(Group):
+    """Processes that exchange through torch.distributed: gloo, and NCCL for what lies on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if device == "cuda":
+            local, have = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if local >= have:
+                raise UsageError(300, "torchrun", f"{local + 1} processes or more on a machine with {have} GPUs", "give --nproc-per-node at most their number")
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._dist, self._torch = dist, torch
+        self._over = False
+
+    def reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
+        tensor = tensor.contiguous()
+        with self._exchange():
+            self._dist.all_reduce(tensor, self._dist.ReduceOp.SUM if op == "sum" else self._dist.ReduceOp.MAX)
+        return tensor
+
+    def own(self, tensor: Tensor) -> Tensor:
+        return tensor.tensor_split(self.size)[self.rank]
+
+    def join(self, tensor: Tensor, rows: int) -> Tensor:
+        torch = self._torch
+        parts = []
+        with self._exchange():
+            for rank in range(self.size):
+                count = rows // self.size + (rank < rows % self.size)
+                part = tensor.contiguous() if rank == self.rank else tensor.new_empty(count, *tensor.shape[1:])
+                self._dist.broadcast(part.view(torch.uint8) if part.dim() else part, rank)
+                parts.append(part)
+        return torch.cat(parts)
+
+    def share(self, value: Any) -> Any:
+        return self._gather(value if self.rank == 0 else None)[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        return self._gather(value)
+
+    def _gather(self, value: Any) -> list[Any]:
+        data = json.dumps(value).encode()
+        with self._exchange():
+            return [json.loads(part) for part in self._bytes(data)]
+
+    def _bytes(self, data: bytes) -> list[bytes]:
+        torch = self._torch
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(data)
+        self._dist.all_reduce(lengths)
+        found = []
+        for rank, length in enumerate(lengths.tolist()):
+            part = torch.zeros(length, dtype=torch.uint8)
+            if rank == self.rank and data:
+                part = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if length:
+                self._dist.broadcast(part, rank)
+            found.append(bytes(part.numpy().tobytes()))
+        return found
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """An exchange in which all processes take part, if all are well."""
+        try:
+            problems = self._bytes(b"")
+            if not any(problems):
+                yield
+                return
+        except RuntimeError as error:  # a connection that broke
+            self._over = True
+            raise ResourceError(300, "torchrun", "another process of this run ended without a word", "its own output may say why") from error
+        self._over = True
+        raise error_from(json.loads(next(p for p in problems if p)))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """An error that ends this process ends the others at their next exchange."""
+        try:
+            yield
+        except Exception as error:
+            if not self._over:
+                bug = AngelslimError(301, f"process {self.rank}", f"{type(error).__name__}: {error}", "this is a bug of ours")
+                known = error if isinstance(error, AngelslimError) else bug
+                with suppress(RuntimeError):  # nobody may be left to hear it
+                    self._bytes(json.dumps(known.as_dict()).encode())
+            raise
+        finally:
+            self._dist.destroy_process_group()
+
+
+def of_several() -> bool:
+    """Whether this process is one of several that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the run."""
+    return not of_several() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Group]:
+    """The processes of this run; an error inside ends all of them.
+
+    Args:
+        device: "cpu" or "cuda"; every process takes the GPU of its own number.
+    """
+    if not of_several():
+        yield Group()
+        return
+    group = Joined(device)
+    with group._telling():
+        yield group
