@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import angelslim_quant.plugin as plugin
-from angelslim_core import ModelPass, PluginHost, compress, hookimpl, load
+from angelslim_core import ModelPass, PluginHost, compress, hookimpl
 from angelslim_core.cli.main import main
 from angelslim_core.errors import PlanError
 from angelslim_core.loading import load_model
@@ -24,7 +24,7 @@ EXACT = sorted(set(TINY) - {"gemma3_text"})
 
 
 def logits(folder):
-    model, _ = load(folder, "cpu")
+    model = load_model(folder, "cpu", emulate=False).model
     with torch.no_grad():
         return model(IDS).logits.float()
 

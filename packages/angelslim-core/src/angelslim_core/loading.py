@@ -58,11 +58,14 @@ def load(path: str | Path, device: str = "auto", plugins: tuple[str, ...] = ()) 
     return loaded.model, loaded.tokenizer
 
 
-def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | None = None) -> Loaded:
+def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | None = None, emulate: bool = True) -> Loaded:
     """Load any folder this toolkit can read, in its stored dtype.
 
     transformers reads what it can read exactly; otherwise weights are dequantized by our own reader, and `backend`
     says so.
+
+    Args:
+        emulate: linears that our own reader dequantized round their inputs as engines do, which stops gradients.
 
     Raises:
         ModelError: invalid, unknown, or a tensor is missing, unexpected or of a wrong shape.
@@ -73,7 +76,7 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     description = describe_source(source, host.registry.layouts)
     where = pick_device(device)
     backend = "transformers" if reads_natively(source, description) else OWN_READER
-    model = _from_transformers(source, description, native=backend == "transformers")
+    model = _from_transformers(source, description, native=backend == "transformers", emulate=emulate)
     model.to(where).eval()
     policies = _install(folder, model, host)
     tokenizer = load_tokenizer(folder) if source.checkpoint.has_tokenizer else None
@@ -95,7 +98,7 @@ def reads_natively(source: Source, description: Description) -> bool:
     return source.exporter.name == "compressed-tensors" and not wide and all(s.weights.symmetric for s in source.quantized.values())
 
 
-def _from_transformers(source: Source, description: Description, native: bool) -> PreTrainedModel:
+def _from_transformers(source: Source, description: Description, native: bool, emulate: bool) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -139,7 +142,7 @@ def _from_transformers(source: Source, description: Description, native: bool) -
     finally:
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)
-    if not native:
+    if emulate and not native:
         _round_inputs(model, source, description, input_scales)
     return model
 

@@ -266,7 +266,7 @@ def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer
 
     folder = workdir.path / "trained"
     if not (folder / "config.json").is_file():
-        loaded = load_model(prepared.source.checkpoint.folder, prepared.device, host=prepared.host)
+        loaded = load_model(prepared.source.checkpoint.folder, prepared.device, host=prepared.host, emulate=False)
         devices = [torch.cuda.current_device()] if prepared.device == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(context.seed)

@@ -112,7 +112,7 @@ def scale_values(scale: Tensor) -> Tensor:
     import torch
 
     if scale.dtype == torch.uint8:
-        return torch.ldexp(torch.ones((), device=scale.device), scale.int() - 127)
+        return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
     return scale.float()
 
 

@@ -30,11 +30,16 @@ def grouped_scheme(site: Site, config: GroupedConfig) -> Scheme:
         PlanError: `group_size` does not divide the inputs; names sizes that do.
     """
     bits, group_size, symmetric = config.bits, config.group_size, config.symmetric
+    check_group(site, group_size)
+    name = f"int{bits} g{group_size} {'sym' if symmetric else 'asym'}"
+    return Scheme(name, Grid(bits, "int", "group", group_size, symmetric=symmetric, scale_dtype=site.scale_dtype or site.dtype), exporters=group_layouts(bits))
+
+
+def check_group(site: Site, group_size: int) -> None:
+    """Raise PlanError unless groups divide a linear's inputs; names sizes that do."""
     columns = site.shape[1]
     if columns % group_size:
         fitting = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if columns % g == 0]
         raise PlanError(
             30, site.name, f"its {columns} inputs are no multiple of group_size {group_size}", f"sizes that divide it: {', '.join(map(str, fitting))}"
         )
-    name = f"int{bits} g{group_size} {'sym' if symmetric else 'asym'}"
-    return Scheme(name, Grid(bits, "int", "group", group_size, symmetric=symmetric, scale_dtype=site.scale_dtype or site.dtype), exporters=group_layouts(bits))

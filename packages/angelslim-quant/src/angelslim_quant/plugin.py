@@ -23,10 +23,15 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.int4_rtn import INT4RTN
     from .passes.int8_dynamic import INT8Dynamic
     from .passes.learned_rounding import LearnedRounding
+    from .passes.mxfp4 import MXFP4
+    from .passes.mxfp8 import MXFP8
+    from .passes.nvfp4 import NVFP4
     from .passes.rotate import Rotate
     from .passes.smooth import Smooth
+    from .passes.w4a8_fp8 import W4A8FP8
+    from .passes.w4a8_int8 import W4A8Int8
 
-    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ, AWQ, Smooth, LearnedRounding, Rotate]
+    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ, AWQ, Smooth, LearnedRounding, Rotate, NVFP4, MXFP4, MXFP8, W4A8FP8, W4A8Int8]
 
 
 @hookimpl

@@ -6,16 +6,10 @@ import torch
 from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
+from angelslim_core.rounding import E4M3_MAX, cast_e4m3
 from angelslim_core.schemes import Grid, against
 
 from .amax import amax_of
-
-E4M3_MAX = 448.0
-
-
-def cast_e4m3(x: Tensor) -> Tensor:
-    """Round to nearest even E4M3 value, saturating at +-448."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def scale_of(amax: Tensor, grid: Grid) -> Tensor:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from angelslim_core.passes import LayerPass
-from angelslim_core.schemes import Quantized, Scheme
+from angelslim_core.passes import LayerPass, PassConfig
+from angelslim_core.schemes import Grid, Quantized, Scheme
 
 from ..grouped import GroupedConfig, grouped_scheme
 from ..stages import by_input, stages
@@ -24,14 +24,18 @@ if TYPE_CHECKING:
 SHRINKS = tuple(1 - i / 40 for i in range(1, 17))
 
 
-class CompensatedConfig(GroupedConfig):
-    """Options of GPTQ and its kin."""
+class CompensationConfig(PassConfig):
+    """Options of GPTQ and its kin that do not say what is stored."""
 
     damping: float = Field(0.01, gt=0, le=1, description="Part of the Hessian's mean diagonal that is added to it.")
     act_order: bool = Field(True, description="Round inputs of large second moment first; groups stay in place, no g_idx is stored.")
     scale_search: bool = Field(True, description="Shrink each group's range where that lowers its error, weighted by the Hessian's diagonal.")
     token_weights: bool = Field(True, description="Errors count less on tokens whose residual stream is large, as the norms after it divide by it.")
     true_sequential: bool = Field(True, description="Collect inputs anew after each stage of the layer (q k v, o, gate up, down).")
+
+
+class CompensatedConfig(CompensationConfig, GroupedConfig):
+    """Options of GPTQ and its kin with weight-only grids."""
 
 
 def token_weights(hidden_NH: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ class GPTQ(LayerPass):
         import torch
 
         from ..numerics.compensate import compensate
-        from ..numerics.integer import column_rounder, quantize, range_of, scale_of, search_range
+        from ..numerics.integer import column_rounder, quantize
 
         scheme = self.scheme(members[0])
         grid = scheme.weights
@@ -99,15 +103,12 @@ class GPTQ(LayerPass):
         if not moments.rows:
             layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
             report["experts_rounded_to_nearest"] += 1
-            codes, scale, zero = quantize(weight, grid)
+            codes, scale, zero = quantize(weight, grid, *self.scales(weight, grid, None))
             before = weight.float()
         else:
             hessian = moments.hessian
-            if self.config.scale_search:
-                scale, zero = search_range(weight, grid, hessian.diagonal(), SHRINKS)
-            else:
-                scale, zero = scale_of(*range_of(weight, grid), grid)
-            few = moments.rows < 2 * self.config.group_size
+            scale, zero = self.scales(weight, grid, hessian.diagonal())
+            few = moments.rows < 2 * (grid.group_size or 0)
             codes, before, raised = compensate(
                 weight,
                 hessian,
@@ -123,6 +124,14 @@ class GPTQ(LayerPass):
             start = rows.stop
             zeros = None if zero is None else zero[rows].contiguous()
             self.finish(layer, site, Quantized(scheme, codes[rows].contiguous(), scale[rows].contiguous(), zeros), before[rows])
+
+    def scales(self, weight_OI: Tensor, grid: Grid, importance_I: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of whatever shares one; `importance_I` weighs squared errors, None if nothing is known of the inputs."""
+        from ..numerics.integer import range_of, scale_of, search_range
+
+        if importance_I is not None and self.config.scale_search:
+            return search_range(weight_OI, grid, importance_I, SHRINKS)
+        return scale_of(*range_of(weight_OI, grid), grid)
 
     def finish(self, layer: Layer, site: Site, result: Quantized, before_OI: Tensor) -> None:
         """Store one linear; `before_OI` rounds to its codes."""
