@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .activations import Stored
 from .adapters.base import Site
 from .schemes import Quantized
 
@@ -17,23 +17,37 @@ if TYPE_CHECKING:
     from .context import Context
 
 
-@dataclass
+class _States:
+    """An attribute that holds a tensor, or one in a file, which each access reads."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, batch: LayerBatch, owner: type | None = None) -> Any:
+        value = batch.__dict__[self._name]
+        return value.read() if isinstance(value, Stored) else value
+
+    def __set__(self, batch: LayerBatch, value: Tensor | Stored | None) -> None:
+        batch.__dict__[self._name] = value
+
+
 class LayerBatch:
     """One captured batch: what a layer is called with.
 
-    Args:
+    Attributes:
         hidden: [B, T, H], stored dtype, on the CPU between calls.
         mask: [B, T] bool, False on padding.
         kwargs: the layer's other arguments (masks, position embeddings).
         reference: [B, T, H], what the unchanged model feeds the layer, or None if no step needs it.
         target: [B, T, H], what the unchanged layer makes of `reference`, or None.
+        number: which batch of the calibration samples it is.
     """
 
-    hidden: Tensor
-    mask: Tensor
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    reference: Tensor | None = None
-    target: Tensor | None = None
+    hidden, reference, target = _States(), _States(), _States()
+
+    def __init__(self, hidden: Tensor | None, mask: Tensor, kwargs: dict[str, Any] | None = None, number: int = 0) -> None:
+        self.hidden, self.mask, self.kwargs, self.number = hidden, mask, kwargs or {}, number
+        self.reference = self.target = None
 
 
 class _SeenError(Exception):

@@ -144,6 +144,12 @@ class Skeleton:
             if module is not self.layers:
                 module.to(device)
 
+    def drop_backbone(self) -> None:
+        """Free what is around the layers."""
+        for module in self.backbone.children():
+            if module is not self.layers:
+                module.to("meta")
+
     def fill_head(self, device: str) -> None:
         """Load what makes logits: the head, or the embedding that is tied to it."""
         stored = next((s.tensor for s in self.description.sites if s.role == "head"), None)

@@ -6,12 +6,14 @@ by recorders. Each layer then runs on the outputs of the layers before it as the
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .activations import Interned
 from .adapters.base import Site
 from .calibration.data import batches
 from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
@@ -55,18 +57,21 @@ def _recorder(original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) ->
 
 
 def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
-    """Per layer the calibration batches; hidden states are those of layer 0, the other arguments each layer's own."""
+    """Per layer this process's calibration batches; hidden states are those of layer 0, the other arguments each layer's own."""
     import torch
     from torch import nn
 
     assert context.samples is not None
     seen: list[tuple[Tensor, dict[str, Any]]] = []
+    interned = Interned()
     layers = skeleton.layers
     skeleton.backbone.layers = nn.ModuleList([_recorder(layer, seen) for layer in layers])
     captured: list[list[LayerBatch]] = [[] for _ in layers]
     try:
         with torch.no_grad():
-            for batch in batches(context.samples.ids, context.batch_size, 0):
+            for number, batch in enumerate(batches(context.samples.ids, context.batch_size, 0)):
+                if number % context.group.size != context.group.rank:
+                    continue
                 seen.clear()
                 padded = not bool(batch.mask.all())
                 skeleton.backbone(
@@ -75,7 +80,7 @@ def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
                     use_cache=False,
                 )
                 for index, (hidden, kwargs) in enumerate(seen):
-                    captured[index].append(LayerBatch(hidden.cpu(), batch.mask, kwargs))
+                    captured[index].append(LayerBatch(hidden.cpu(), batch.mask, interned(kwargs), number))
     finally:
         skeleton.backbone.layers = layers
     return captured
@@ -112,6 +117,9 @@ def run_sweep(
     skeleton = Skeleton(plan.source, plan.description)
     skeleton.fill_backbone(context.device)
     captured = capture(skeleton, context)
+    skeleton.drop_backbone()
+    for batch in itertools.chain.from_iterable(captured[1:]):
+        batch.hidden = None
     if any(isinstance(s.pass_, LayerPass) and s.pass_.needs_reference for s in plan.steps):
         for batch in captured[0]:
             batch.reference = batch.hidden
