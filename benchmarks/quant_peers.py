@@ -45,7 +45,7 @@ ROWS = {
     "w4 g64 gptaq": Row("offgrid", (("quant.gptaq", G64),)),
     "w4 g64 awq asym": Row("offgrid", (("quant.awq", G64),), "awq"),
     "w4 g64 gptaq asym": Row("offgrid", (("quant.gptaq", G64, "symmetric=false"),)),
-    "nvfp4 weight-only": Row("offgrid", (("quant.nvfp4", "activations=false"),), "nvfp4a16"),
+    "nvfp4 weight-only": Row("offgrid", (("quant.nvfp4", "weight_only=true"),), "nvfp4a16"),
 }
 
 

@@ -180,7 +180,7 @@ def test_runtime_policies_are_left_and_installed(tiny, tmp_path):
     assert loaded.policies == ["toy.bias"]
     with torch.no_grad():
         assert torch.allclose(loaded.model(ids).logits, load(tiny())[0](ids).logits * 3)
-    with pytest.raises(RecipeError, match=r"toy\.bias"):  # a stranger's policy is not loaded unasked
+    with pytest.raises(ModelError, match=r"toy\.bias"):  # a stranger's policy is not loaded unasked
         load(tmp_path / "o")
 
 

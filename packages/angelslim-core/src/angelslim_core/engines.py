@@ -1,13 +1,16 @@
 """Which engine loads which stored scheme: a table, with what each line rests on.
 
-`verdicts` is a prediction from headers, made before any work; a scheme the table does not know is not ok.
+`verdicts` is a prediction from headers, before any engine runs; a scheme the table does not know is not ok.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from .adapters.base import Description
+    from .exporters import Exporter
     from .plan import Plan
     from .schemes import Scheme
 
@@ -26,6 +29,14 @@ class Row(NamedTuple):
     ok: bool
     why: str = ""
     aligned: bool = False
+
+
+class Folder(NamedTuple):
+    """What the verdicts go by, of a folder as it lies."""
+
+    exporter: Exporter | None
+    schemes: Mapping[str, Scheme]
+    description: Description
 
 
 _EMULATED = Row(True, "verified on 5.23, emulated; BF16 models")
@@ -93,12 +104,12 @@ def kind(scheme: Scheme) -> str:
     return f"w{grid.bits}a{inputs.bits}-float-{'dynamic' if inputs.dynamic else 'static'}"
 
 
-def verdicts(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Engine -> {ok, why} for what the plan will write."""
+def verdicts(plan: Plan | Folder) -> dict[str, dict[str, Any]]:
+    """Engine -> {ok, why} for what the plan will write, or a folder holds."""
     return {engine: _verdict(engine, plan) for engine in ENGINES}
 
 
-def _verdict(engine: str, plan: Plan) -> dict[str, Any]:
+def _verdict(engine: str, plan: Plan | Folder) -> dict[str, Any]:
     if engine == "llama.cpp":
         return {"ok": False, "why": "reads GGUF only, which `angelslim convert OUT FILE --to gguf` makes of Llama, Qwen2 and Qwen3 models"}
     if plan.exporter is None:

@@ -200,5 +200,5 @@ class Skeleton:
 
 
 def compute_dtype(source: Source, description: Description) -> str:
-    """Dtype in which the model computes: that of its first linear."""
-    return next(s.dtype for s in description.sites if s.layer is not None)
+    """Dtype in which the model computes: that of its first linear; routers, which may be wider, do not count."""
+    return next(s.dtype for s in description.sites if s.layer is not None and s.role != "other")

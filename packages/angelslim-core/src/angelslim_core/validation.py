@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .context import Progress, silent
+from .engines import Folder, verdicts
 from .errors import AngelslimError, ModelError
 from .io.hub import resolve
 from .plugins import PluginHost
 from .records import RECORDS, read_records
 from .source import Source, describe_source, open_any
+from .stored_checks import StoredChecks
 from .workdir import sha256
+
+if TYPE_CHECKING:
+    from .adapters.base import Site
+
+# suffixes of the tensors that hold scales
+SCALES = frozenset(
+    {"weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale", "scales", "k_scale", "v_scale"}
+)
 
 
 def validate(
@@ -25,7 +36,9 @@ def validate(
         host: holds third parties' plugins that know the folder.
 
     Returns:
-        `ok`, `problems`, and as asked `linears` [{name, sqnr_db, cosine}], `sample`, `kl`.
+        `ok`, `problems`, `engines` {name: {ok, why}}; of a quantized folder `unquantized` [{name, role, ignored}] and
+        `readers` {linears, second, differ}: how many linears were read twice, whether the second reader knows the
+        layout, and where the two differ; as asked `linears` [{name, sqnr_db, cosine}], `sample`, `kl`.
     """
     folder = Path(out)
     problems: list[str] = []
@@ -33,19 +46,32 @@ def validate(
     host = host or PluginHost()
     try:
         source = open_any(folder, host.registry.exporters.values())
+        description = describe_source(source, host.registry.layouts)
         records = read_records(folder)
     except AngelslimError as error:
         problems.append(f"{error}; {error.hint}" if error.hint else str(error))
         return found
     problems += _checksums(folder)
     problems += _numbers(source, progress)
-    problems += _shared_scales(source, host)
     if "ledger" in records:
         problems += _ledger(records["ledger"], source)
-    if base is not None:
-        ledger = {n: e for n, e in records.get("ledger", {}).items() if isinstance(e, dict)}
-        found["linears"], more = _compare(source, open_any(resolve(base), host.registry.exporters.values()), ledger, host, progress)
-        problems += more
+    found["engines"] = verdicts(Folder(source.exporter, source.quantized, description))
+    checks = StoredChecks(source, description)
+    ledger = {n: e for n, e in records.get("ledger", {}).items() if isinstance(e, dict)}
+    base_source = open_any(resolve(base), host.registry.exporters.values()) if base is not None else None
+    sites = {s.name: s for s in describe_source(base_source, host.registry.layouts).sites} if base_source else None
+    if source.exporter is not None:
+        checks.shared()
+        checks.kv_cache()
+        found["unquantized"] = checks.left_alone()
+        # a weight in another basis cannot be compared with the base's
+        rotated = frozenset(n for n, s in (sites or {}).items() if ledger.get(s.tensor, {}).get("transformed"))
+        checks.read(sites, base_source, rotated, progress)
+        found["readers"] = {"linears": len(source.quantized), "second": checks.second.knows, "differ": checks.differ}
+    problems += checks.problems
+    if base_source is not None and sites is not None:
+        found["linears"] = checks.rows
+        problems += _accounted(source, base_source, sites, ledger)
     if run and not problems:
         found.update(_run(folder, base, problems, host))
     found["ok"] = not problems
@@ -68,7 +94,7 @@ def _checksums(folder: Path) -> list[str]:
 
 
 def _numbers(source: Source, progress: Progress) -> list[str]:
-    """Finite weights; finite scales that are not zero."""
+    """Finite weights; finite scales that are positive."""
     import torch
 
     problems = []
@@ -79,24 +105,11 @@ def _numbers(source: Source, progress: Progress) -> list[str]:
             value = value.float() if value.element_size() == 1 else value
             if not bool(torch.isfinite(value).all()):
                 problems.append(f"{name}: holds NaN or Inf")
-            elif "scale" in name.rsplit(".", 1)[-1] and bool((value == 0).any()):
-                problems.append(f"{name}: a scale is zero")
+            elif name.rpartition(".")[2] in SCALES and bool((value <= 0).any()):
+                problems.append(f"{name}: a scale is not positive")
+        elif value.dtype == torch.uint8 and name.rpartition(".")[2] in SCALES and bool((value == 255).any()):
+            problems.append(f"{name}: an exponent is NaN")
         progress(done, len(tensors), name)
-    return problems
-
-
-def _shared_scales(source: Source, host: PluginHost) -> list[str]:
-    """Linears that engines run as one matmul must agree on per-tensor scales."""
-    first: dict[str, Any] = {}
-    problems = []
-    for site in describe_source(source, host.registry.layouts).sites:
-        scheme = source.quantized.get(site.name)
-        if scheme is None or site.fused is None or scheme.weights.strategy != "tensor":
-            continue
-        quantized = source.read_quantized(site.name)
-        scales = [float(t) for t in (quantized.scale, quantized.input_scale) if t is not None]
-        if first.setdefault(site.fused, scales) != scales:
-            problems.append(f"{site.name}: its scales differ from those of its fused set")
     return problems
 
 
@@ -106,30 +119,15 @@ def _ledger(ledger: dict[str, Any], source: Source) -> list[str]:
     return [f"{name}: the ledger says it was kept, and it is not here" for name in gone]
 
 
-def _compare(source: Source, base: Source, ledger: dict[str, Any], host: PluginHost, progress: Progress) -> tuple[list[dict[str, Any]], list[str]]:
-    from .stream import sqnr_db
-
-    rows, problems = [], []
-    sites = {s.name: s for s in describe_source(base, host.registry.layouts).sites}
-    # a weight in another basis cannot be compared with the base's
-    modules = [n for n in source.quantized if n in sites and not ledger.get(sites[n].tensor, {}).get("transformed")]
-    for done, name in enumerate(modules, 1):
-        site = sites[name]
-        weight = base.read(site.tensor, site.part)
-        quantized = source.read_quantized(name)
-        if tuple(weight.shape) != tuple(quantized.codes.shape):
-            problems.append(f"{name}: has shape {list(quantized.codes.shape)}, the base {list(weight.shape)}")
-            continue
-        restored, reference = quantized.dequantize().flatten(), weight.float().flatten()
-        norm = float(restored.norm() * reference.norm())
-        rows.append({"name": name, "sqnr_db": sqnr_db(weight, quantized), "cosine": float(restored @ reference) / norm if norm else 1.0})
-        progress(done, len(modules), name)
+def _accounted(source: Source, base: Source, sites: Mapping[str, Site], ledger: Mapping[str, Any]) -> list[str]:
+    """Nothing is here that the base lacks, and nothing of the base is missing."""
     added = {name for name, entry in ledger.items() if entry.get("transformed")} - base.dtypes.keys()
-    problems += [f"{name}: quantized here, unknown in the base" for name in source.quantized if name not in sites and f"{name}.weight" not in added]
+    problems = [f"{name}: quantized here, unknown in the base" for name in source.quantized if name not in sites and f"{name}.weight" not in added]
     stacked = {s.tensor for s in sites.values() if s.part}
     dropped = {name for name, entry in ledger.items() if entry.get("fate") == "dropped"}
-    problems += [f"{name}: in the base, missing here" for name in base.dtypes if name not in source.dtypes and name not in stacked and name not in dropped]
-    return rows, problems
+    return problems + [
+        f"{name}: in the base, missing here" for name in base.dtypes if name not in source.dtypes and name not in stacked and name not in dropped
+    ]
 
 
 def _run(folder: Path, base: str | Path | None, problems: list[str], host: PluginHost) -> dict[str, Any]:

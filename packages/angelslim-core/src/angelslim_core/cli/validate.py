@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from typing import Any
 
 import click
 
@@ -16,7 +18,10 @@ from .common import emit, host_of, json_option, plugins_option, progress, table
 @plugins_option
 @json_option
 def validate(out: str, base: str | None, run_it: bool, plugins: list[str], as_json: bool) -> None:
-    """Check an output folder: headers, checksums, ledger, finite numbers."""
+    """Check a folder: headers, checksums, ledger, finite numbers, equal scales where engines need them, the ignore list.
+
+    Every quantized linear is read twice, by its layout's reader and by a second one that shares no code with it.
+    """
     from ..validation import validate as check
 
     with progress("validating") as report:
@@ -32,6 +37,7 @@ def validate(out: str, base: str | None, run_it: bool, plugins: list[str], as_js
                 [(r["name"], f"{r['sqnr_db']:.2f}" if r["sqnr_db"] is not None else "exact", f"{r['cosine']:.6f}") for r in worst],
                 ("worst linears", "SQNR dB", "cosine"),
             )
+        _show_stored(found)
         if found.get("sample"):
             click.echo(f"it writes: {found['sample']}")
         if found.get("kl") is not None:
@@ -39,3 +45,15 @@ def validate(out: str, base: str | None, run_it: bool, plugins: list[str], as_js
         click.echo("ok" if found["ok"] else f"not ok: {len(found['problems'])} problem(s)")
     if not found["ok"]:
         sys.exit(8)
+
+
+def _show_stored(found: dict[str, Any]) -> None:
+    if "readers" in found:
+        readers = found["readers"]
+        second = f"{len(readers['differ'])} differ" if readers["second"] else "no second reader knows this layout"
+        click.echo(f"quantized linears: {readers['linears']}, read twice: {second}")
+        left = Counter((row["role"], row["ignored"]) for row in found["unquantized"])
+        parts = [f"{count} {role}{'' if ignored else ' (not in the ignore list)'}" for (role, ignored), count in sorted(left.items())]
+        click.echo(f"stayed unquantized: {', '.join(parts) or 'none'}")
+    if "engines" in found:
+        table([(name, "yes" if v["ok"] else "no", v["why"]) for name, v in found["engines"].items()], ("engine", "loads it", "why"))

@@ -39,19 +39,25 @@ class Smooth(LayerPass):
         folds, _ = folds_of(layer)
         if self.config.feeds == "norms":
             folds = [f for f in folds if layer.module.get_parameter(f"{f.fold.source}.weight").dim() == 1]
-        peaks: dict[Site, Tensor] = {}
-        rows: dict[Site, list[Tensor]] = {fold.sites[0]: [] for fold in folds}
-        share = -(-ROWS // len(layer.batches))
+        group, device = layer.context.group, layer.context.device
+        share = -(-ROWS // int(group.reduce(torch.tensor(len(layer.batches)))))
+        first = {fold.sites[0]: fold for fold in folds}
+        peaks = {site: torch.zeros(site.shape[1], device=device) for site in first}
+        # allocated at once: small pieces kept between large ones that are freed would scatter the heap
+        rows = {site: torch.empty(share * len(layer.batches), site.shape[1], dtype=layer.linear(site).weight.dtype, device=device) for site in first}
+        kept = dict.fromkeys(first, 0)
 
         def see(site: Site, x_NI: Tensor) -> None:
-            peak = x_NI.abs().amax(0).float() if x_NI.shape[0] else x_NI.new_zeros(x_NI.shape[1]).float()
-            peaks[site] = torch.maximum(peaks[site], peak) if site in peaks else peak
-            rows[site].append(x_NI[:: max(1, x_NI.shape[0] // share)][:share].clone())
+            if x_NI.shape[0]:
+                peaks[site] = torch.maximum(peaks[site], x_NI.abs().amax(0).float())
+                some = x_NI[:: max(1, x_NI.shape[0] // share)][:share]
+                rows[site][kept[site] : kept[site] + some.shape[0]] = some
+                kept[site] += some.shape[0]
 
-        layer.observe(see, sites=rows)
+        layer.observe(see, sites=first)
         smoothed = 0
-        for fold in folds:
-            s_C = self._choose(layer, fold, peaks[fold.sites[0]], torch.cat(rows[fold.sites[0]]))
+        for site, fold in first.items():
+            s_C = self._choose(layer, fold, group.reduce(peaks[site], "max"), rows[site][: kept[site]])
             if s_C is not None:
                 layer.scale(fold.fold, s_C)
                 smoothed += 1
@@ -61,21 +67,20 @@ class Smooth(LayerPass):
         """The scale of a feed [C], or None if leaving it alone is best."""
         import torch
 
-        weights = [layer.linear(site).weight.data.float() for site in fold.sites]
-        reach = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+        reach = torch.stack([layer.linear(site).weight.data.abs().amax(0).float() for site in fold.sites]).amax(0)
         peak_C, reach_C = fold.pool(peak_I, largest=True), fold.pool(reach, largest=True)
         if not self.config.search:
             return smoothing(peak_C, reach_C, self.config.alpha)
+        tried = [smoothing(peak_C, reach_C, strength) for strength in sorted({*STRENGTHS, self.config.alpha})]
+        scales = [torch.ones_like(peak_I), *(layer.spread(s_C, peak_I.numel()) for s_C in tried)]
+        losses = torch.zeros(len(scales), dtype=torch.float64)
         x = x_NI.float()
-        exact = [x @ w.T for w in weights]
-        best, chosen = _loss(x, weights, exact), None
-        for strength in sorted({*STRENGTHS, self.config.alpha}):
-            s_C = smoothing(peak_C, reach_C, strength)
-            s_I = layer.spread(s_C, x.shape[1])
-            found = _loss(x / s_I, [w * s_I for w in weights], exact)
-            if found < best:
-                best, chosen = found, s_C
-        return chosen
+        for site in fold.sites:  # one at a time: their outputs together are large
+            weight = layer.linear(site).weight.data.float()
+            exact = x @ weight.T
+            losses += torch.tensor([_loss(x / s_I, weight * s_I, exact) for s_I in scales], dtype=torch.float64)
+        best = int(layer.context.group.reduce(losses).argmin())
+        return tried[best - 1] if best else None
 
 
 def smoothing(peak_C: Tensor, reach_C: Tensor, alpha: float) -> Tensor:
@@ -83,12 +88,12 @@ def smoothing(peak_C: Tensor, reach_C: Tensor, alpha: float) -> Tensor:
     return (peak_C.clamp_min(1e-8).pow(alpha) / reach_C.clamp_min(1e-8).pow(1 - alpha)).clamp(1e-6, 1e6)
 
 
-def _loss(x_NI: Tensor, weights: list[Tensor], exact: list[Tensor]) -> float:
+def _loss(x_NI: Tensor, weight_OI: Tensor, exact_NO: Tensor) -> float:
     """Squared error of the outputs when rows of both sides are rounded to 8 bits."""
-    rounded = _int8_rows(x_NI)
-    return sum(float((rounded @ _int8_rows(w).T).sub_(y).square_().sum()) for w, y in zip(weights, exact, strict=True))
+    return float((_int8_rows(x_NI) @ _int8_rows(weight_OI).T).sub_(exact_NO).square_().sum())
 
 
 def _int8_rows(x: Tensor) -> Tensor:
+    """The rows of `x`, which is overwritten, rounded."""
     scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
-    return (x / scale).round_().mul_(scale)
+    return x.div_(scale).round_().mul_(scale)
