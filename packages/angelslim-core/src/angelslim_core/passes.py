@@ -101,7 +101,11 @@ class WeightPass(Pass):
         return []
 
     def findings(self) -> Mapping[str, Any]:
-        """Numbers about the step as a whole, for the report."""
+        """Numbers about the step as a whole, for the report.
+
+        Under `curves` it may give curves to be drawn: `{title, x, y, points: [[x, y], ...]}`, x and y being labels, and
+        with `mark: [x, y]` the point that was chosen.
+        """
         return {}
 
     def scheme(self, site: Site) -> Scheme | None:

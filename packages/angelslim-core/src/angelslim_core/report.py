@@ -36,6 +36,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } svg { max-width: 1
 {% else %}<tr><th>perplexity, KL</th><td>not measured by the run</td></tr>{% endif %}
 </table>
 {{ a.plot }}
+{% for plot in a.curves %}{{ plot }}{% endfor %}
 <h3>Engines, from the headers</h3>
 <table>{% for engine, v in a.engines.items() %}<tr><th>{{ engine }}</th><td class="{{ '' if v.ok else 'no' }}">{{ "loads it" if v.ok else "does not load it" }}</td><td>{{ v.why }}</td></tr>{% endfor %}</table>
 {% if a.notes %}<h3>Fallbacks and warnings</h3><ul>{% for note in a.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
@@ -67,6 +68,7 @@ def write_report(folders: Sequence[Path], target: Path, title: str = "AngelSlim 
     artifacts = [_artifact(Path(folder)) for folder in folders]
     for artifact in artifacts:
         artifact["plot"] = Markup(_error_plot(artifact["linears"])) if artifact["linears"] else ""
+        artifact["curves"] = [Markup(_curve(curve)) for curve in artifact["curves"]]
     plots = [Markup(_size_plot(artifacts))] if len(artifacts) > 1 else []
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     write_text(target, page.render(title=title, artifacts=artifacts, plots=plots, summary=list(summary), note=note))
@@ -83,7 +85,8 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "bytes_before": metrics["bytes_before"],
         "bytes_after": metrics["bytes_after"],
         "seconds": metrics["seconds"],
-        "passes": metrics["passes"],
+        "passes": [{"id": p["id"], "metrics": {k: v for k, v in p["metrics"].items() if k != "curves"}} for p in metrics["passes"]],
+        "curves": [curve for p in metrics["passes"] for curve in p["metrics"].get("curves", [])],
         "evaluation": metrics.get("evaluation"),
         "linears": metrics.get("linears", {}),
         "notes": [*metrics.get("fallbacks", []), *metrics.get("warnings", [])],
@@ -108,7 +111,7 @@ def _svg(draw: Any, width: float = 8, height: float = 2.8) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context({"svg.hashsalt": "angelslim", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "angelslim", "font.size": 9, "text.parse_math": False}):
         figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
         draw(axes)
         buffer = io.StringIO()
@@ -136,6 +139,22 @@ def _error_plot(linears: Mapping[str, Any]) -> str:
         axes.legend(ncols=4, fontsize=7)
 
     return _svg(draw)
+
+
+def _curve(curve: Mapping[str, Any]) -> str:
+    """A curve that a pass found, as `WeightPass.findings` says."""
+
+    def draw(axes: Any) -> None:
+        x, y = zip(*curve["points"], strict=True)
+        axes.plot(x, y, marker=".", linewidth=1)
+        if "mark" in curve:
+            axes.plot(*curve["mark"], marker="o", markersize=9, fillstyle="none", color="#aa3377", linestyle="none", label="chosen")
+            axes.legend(fontsize=8)
+        axes.set_title(curve["title"])
+        axes.set_xlabel(curve["x"])
+        axes.set_ylabel(curve["y"])
+
+    return _svg(draw, height=3.4)
 
 
 def _size_plot(artifacts: Sequence[Mapping[str, Any]]) -> str:
