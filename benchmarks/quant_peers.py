@@ -1,11 +1,14 @@
 """Calibrated schemes against their peers: quality, time and memory, each as a whole process on one machine.
 
     python benchmarks/quant_peers.py --model MODEL --offgrid OFFGRID --text TEXT --work FOLDER \
-        --peer-python LLMCOMPRESSOR_ENV/bin/python --out benchmarks/results/quant_peers.json
+        --llmcompressor LLMCOMPRESSOR_ENV/bin/python --autoround AUTOROUND_ENV/bin/python \
+        --gptqmodel GPTQMODEL_ENV/bin/python --out benchmarks/results/quant_peers.json
 
 Calibrates on windows of the second half of TEXT and scores windows from its start. 8-bit schemes run on MODEL, 4 bits
 on OFFGRID (an ordinary model; MODEL's own weights lie on a 4-bit grid). The programs take turns, one run each; both
-folders are read by the same evaluation. `--only` names rows; finished rows of an existing result are kept.
+folders are read by the same evaluation. `--only` names rows and `--by` programs; what an existing result holds stays,
+unless a row was measured with other settings. A run that fails leaves its error, and the others go on. A program
+without a Python of its environment is left out.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from typing import Any, NamedTuple
 
 from measure import angelslim, environment, folder_mb, measure, table, versions, warm_cache, write
 
-PACKAGES = ["torch", "transformers", "compressed-tensors", "llmcompressor", "angelslim-core", "angelslim-quant"]
 PEERS = Path(__file__).with_name("peers")
+SCRIPTS = {"llmcompressor": "llmcompressor_calibrated.py", "autoround": "autoround_quantize.py", "gptqmodel": "gptqmodel_quantize.py"}
+PACKAGES = ["torch", "transformers", "compressed-tensors", "llmcompressor", "auto-round", "gptqmodel", "angelslim-core", "angelslim-quant"]
+US = "angelslim"
 G64 = "group_size=64"
+MEASURED = {"kl": 4, "perplexity": 3, "weights_mb": 1, "wall_s": 0, "cpu_s": 0, "peak_rss_mb": 0}
 
 
 class Row(NamedTuple):
@@ -30,22 +36,28 @@ class Row(NamedTuple):
     Args:
         base: "model" or "offgrid".
         use: our passes with their options.
-        peer: method of the peer's script, or "" where a row stands alone.
+        peers: (program, method of its script).
     """
 
     base: str
     use: tuple[tuple[str, ...], ...]
-    peer: str = ""
+    peers: tuple[tuple[str, str], ...] = ()
 
 
 ROWS = {
-    "int8 smooth": Row("model", (("quant.smooth",), ("quant.int8_dynamic",)), "smooth"),
-    "fp8 static": Row("model", (("quant.fp8_static",),), "fp8_static"),
-    "w4 g64 gptq": Row("offgrid", (("quant.gptq", G64),), "gptq"),
-    "w4 g64 gptaq": Row("offgrid", (("quant.gptaq", G64),)),
-    "w4 g64 awq asym": Row("offgrid", (("quant.awq", G64),), "awq"),
+    "int8 smooth": Row("model", (("quant.smooth",), ("quant.int8_dynamic",)), (("llmcompressor", "smooth"),)),
+    "fp8 static": Row("model", (("quant.fp8_static",),), (("llmcompressor", "fp8_static"),)),
+    "fp8 cache per tensor": Row("model", (("quant.kv_fp8",),), (("llmcompressor", "kv_fp8"),)),
+    "fp8 cache per head": Row("model", (("quant.kv_fp8", "granularity=head"),), (("llmcompressor", "kv_fp8_head"),)),
+    "w4 g64 gptq": Row("offgrid", (("quant.gptq", G64),), (("llmcompressor", "gptq"), ("llmcompressor", "gptq_no_order"), ("gptqmodel", "w4"))),
+    "w4 g64 gptaq": Row("offgrid", (("quant.gptaq", G64),), (("gptqmodel", "gptaq"),)),
     "w4 g64 gptaq asym": Row("offgrid", (("quant.gptaq", G64, "symmetric=false"),)),
-    "nvfp4 weight-only": Row("offgrid", (("quant.nvfp4", "weight_only=true"),), "nvfp4a16"),
+    "w4 g64 awq asym": Row("offgrid", (("quant.awq", G64),), (("llmcompressor", "awq"), ("autoround", "awq"))),
+    "w4 g64 learned rounding": Row("offgrid", (("quant.learned_rounding", G64),), (("autoround", "w4"),)),
+    "w4 g64 learned rounding asym": Row("offgrid", (("quant.learned_rounding", G64, "symmetric=false"),), (("autoround", "w4_asym"),)),
+    "w4 g64 rotated learned rounding": Row("offgrid", (("quant.rotate",), ("quant.learned_rounding", G64))),
+    "nvfp4": Row("offgrid", (("quant.nvfp4",),), (("llmcompressor", "nvfp4"), ("autoround", "nvfp4"))),
+    "nvfp4 weight-only": Row("offgrid", (("quant.nvfp4", "weight_only=true"),), (("llmcompressor", "nvfp4a16"),)),
 }
 
 
@@ -59,59 +71,84 @@ def ours(row: Row, model: str, out: Path, given: argparse.Namespace) -> list[str
     return angelslim(*command)
 
 
-def theirs(row: Row, model: str, out: Path, given: argparse.Namespace) -> list[str]:
-    """The peer's command line."""
-    script = [given.peer_python, str(PEERS / "llmcompressor_calibrated.py"), model, str(out), row.peer]
-    return [*script, "--text", str(given.calibration), "--samples", str(given.samples), "--tokens", str(given.tokens)]
+def theirs(program: str, method: str, model: str, out: Path, given: argparse.Namespace) -> list[str]:
+    """A peer's command line."""
+    script = [getattr(given, program), str(PEERS / SCRIPTS[program]), model, str(out), method]
+    script += ["--text", str(given.calibration), "--samples", str(given.samples), "--tokens", str(given.tokens)]
+    return script + (["--iterations", str(given.iterations)] if program == "autoround" else [])
 
 
 def side(command: list[str], model: str, out: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Run one program and score what it saved."""
+    """Run one program and score what it saved; or the last line of the error it ended with."""
     shutil.rmtree(out, ignore_errors=True)
-    run = measure(command, environment(given.threads))
     scored = angelslim("eval", str(out), "--base", model, "--text", given.text, "--windows", str(given.windows), "--length", str(given.length), "--json")
-    document = json.loads(measure(scored, environment(given.threads)).stdout)
+    try:
+        run = measure(command, environment(given.threads))
+        size = round(folder_mb(out), 2)
+        document = json.loads(measure(scored, environment(given.threads)).stdout)
+    except RuntimeError as error:
+        return {"error": str(error).strip().splitlines()[-1][:300]}
+    finally:
+        if not given.keep:
+            shutil.rmtree(out, ignore_errors=True)
     found = {key: round(getattr(run, key), 2) for key in ("wall_s", "cpu_s", "peak_rss_mb")}
-    found |= {key: document[key] for key in ("perplexity", "base_perplexity", "kl", "top1_agreement", "backend")}
-    found["weights_mb"] = round(folder_mb(out), 2)
-    shutil.rmtree(out)
-    return found
+    found |= {key: document[key] for key in ("perplexity", "base_perplexity", "kl", "kl_stderr", "top1_agreement", "backend")}
+    return {**found, "weights_mb": size}
+
+
+def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Ours to the best peer's, figure by figure."""
+    us, peers = sides.get(US, {}), [s for by, s in sides.items() if by != US and "kl" in s]
+    if not peers or "kl" not in us:
+        return {}
+    return {key: round(us[key] / min(peer[key] for peer in peers), 3) for key in ("kl", "wall_s", "cpu_s", "peak_rss_mb")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "offgrid", "text", "work", "peer-python", "out"):
+    for name in ("model", "offgrid", "text", "work", "out"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--only", default=",".join(ROWS))
+    for name in SCRIPTS:
+        parser.add_argument(f"--{name}", metavar="PYTHON", help=f"Python of an environment with {name}")
+    parser.add_argument("--only", default=",".join(ROWS), help="names of rows, separated by commas")
+    parser.add_argument("--by", default=",".join((US, *SCRIPTS)), help="programs to run")
+    parser.add_argument("--iterations", type=int, default=200, help="of auto-round; its default")
     for name, default in (("samples", 64), ("tokens", 512), ("windows", 32), ("length", 1024), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--keep", action="store_true", help="leave the folders in --work")
     given = parser.parse_args()
     work, result = Path(given.work), Path(given.out)
     work.mkdir(parents=True, exist_ok=True)
     text = Path(given.text).read_text(encoding="utf-8")
     given.calibration = work / "calibration.txt"
     given.calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
-    rows: dict[str, Any] = json.loads(result.read_text())["rows"] if result.is_file() else {}
+    programs = [program for program in given.by.split(",") if program == US or getattr(given, program)]
+    used = {program: versions(sys.executable if program == US else getattr(given, program), PACKAGES) for program in programs}
+    sample = {key: getattr(given, key) for key in ("samples", "tokens", "windows", "length", "threads")} | {"text": Path(given.text).name}
+    document = json.loads(result.read_text()) if result.is_file() else {"versions": {}, "rows": {}}
+    rows: dict[str, Any] = document["rows"]
     for name in given.only.split(","):
         row = ROWS[name]
         model = getattr(given, row.base)
         warm_cache(Path(model))
-        rows[name] = {"base": row.base, "angelslim": side(ours(row, model, work / "ours", given), model, work / "ours", given)}
-        if row.peer:
-            rows[name]["llmcompressor"] = side(theirs(row, model, work / "theirs", given), model, work / "theirs", given)
-        sample = {key: getattr(given, key) for key in ("samples", "tokens", "windows", "length", "threads")}
-        used = {"peer": versions(given.peer_python, PACKAGES), "ours": versions(sys.executable, PACKAGES)}
-        write(result, {"sample": {**sample, "text": Path(given.text).name}, "versions": used, "rows": rows})
-    lines = [
-        [
-            name,
-            by,
-            *(f"{r[key]:.{digits}f}" for key, digits in (("kl", 4), ("perplexity", 3), ("weights_mb", 1), ("wall_s", 0), ("cpu_s", 0), ("peak_rss_mb", 0))),
-        ]
-        for name, sides in rows.items()
-        for by, r in sides.items()
-        if isinstance(r, dict)
-    ]
+        if rows.get(name, {}).get("sample") != sample:
+            rows[name] = {"base": row.base, "sample": sample, "sides": {}}
+        for program, method in ((US, ""), *row.peers):
+            if program not in programs:
+                continue
+            by = f"{program} {method}".strip()
+            out = work / f"{name} {by}".replace(" ", "-")
+            command = ours(row, model, out, given) if program == US else theirs(program, method, model, out, given)
+            settings = {"iterations": given.iterations} if program == "autoround" else {}
+            rows[name]["sides"][by] = {**settings, **side(command, model, out, given)}
+            rows[name]["ratio"] = ratios(rows[name]["sides"])
+            ordered = {known: rows[known] for known in ROWS if known in rows}
+            write(result, {"versions": {**document["versions"], **used}, "rows": ordered})
+    lines = []
+    for name, row_found in json.loads(result.read_text())["rows"].items():
+        for by, r in row_found["sides"].items():
+            lines.append([name, by, *([f"{r[key]:.{digits}f}" for key, digits in MEASURED.items()] if "kl" in r else [r["error"], *[""] * 5])])
+        lines.append([name, "ratio", *(f"{row_found['ratio'][key]:.2f}" if key in row_found["ratio"] else "" for key in MEASURED)])
     table(lines, ["scheme", "by", "KL", "perplexity", "MB", "wall s", "CPU s", "RSS MB"])
 
 

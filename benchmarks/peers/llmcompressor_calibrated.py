@@ -1,67 +1,75 @@
 """Calibrated quantization as a user of llm-compressor writes it; run by quant_peers.py in that library's own environment.
 
-python llmcompressor_calibrated.py MODEL OUT gptq|awq|smooth|fp8_static|nvfp4a16 --text TEXT --samples 64 --tokens 512
+python llmcompressor_calibrated.py MODEL OUT METHOD --text TEXT --samples 64 --tokens 512
+
+METHODS lists them. AWQ needs a patch to run without a GPU: the library pins the memory of what it caches even where there
+is no accelerator, and dies of it.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.modifiers.awq import AWQModifier
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from windows import add_options, cut
 
 
-def recipe(method: str, group_size: int, grid: int) -> list[Any]:
-    """The library's modifiers for one method."""
+def w4(group_size: int, symmetric: bool) -> dict[str, Any]:
+    """INT4 weights in groups."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": symmetric}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
 
-    def w4(symmetric: bool) -> dict[str, Any]:
-        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": symmetric}
-        return {"group_0": {"targets": ["Linear"], "weights": weights}}
 
-    match method:
-        case "gptq":
-            groups = w4(True)
-            groups["group_0"]["weights"]["actorder"] = "weight"
-            return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
-        case "awq":
-            return [AWQModifier(config_groups=w4(False), ignore=["lm_head"], n_grid=grid)]
-        case "smooth":
-            return [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
-        case "fp8_static":
-            return [QuantizationModifier(targets="Linear", scheme="FP8", ignore=["lm_head"])]
-        case "nvfp4a16":
-            return [QuantizationModifier(targets="Linear", scheme="NVFP4A16", ignore=["lm_head"])]
-    raise ValueError(method)
+def preset(scheme: str) -> QuantizationModifier:
+    """One of the library's named schemes."""
+    return QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
+
+
+def kv_cache(strategy: str) -> QuantizationModifier:
+    """FP8 KV cache, weights as they are."""
+    scheme = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
+    return QuantizationModifier(targets=[], ignore=[], kv_cache_scheme=scheme)
+
+
+# method -> the library's modifiers
+METHODS: dict[str, Callable[[argparse.Namespace], list[Any]]] = {
+    "gptq": lambda given: [GPTQModifier(**w4(given.group_size, True), actorder="weight")],
+    "gptq_no_order": lambda given: [GPTQModifier(**w4(given.group_size, True), actorder=None)],
+    "awq": lambda given: [AWQModifier(n_grid=given.grid), QuantizationModifier(**w4(given.group_size, False))],
+    "smooth": lambda _: [SmoothQuantModifier(smoothing_strength=0.5), preset("W8A8")],
+    "fp8_static": lambda _: [preset("FP8")],
+    "nvfp4": lambda _: [preset("NVFP4")],
+    "nvfp4a16": lambda _: [preset("NVFP4A16")],
+    "kv_fp8": lambda _: [kv_cache("tensor")],
+    "kv_fp8_head": lambda _: [kv_cache("attn_head")],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("out")
-    parser.add_argument("method", choices=["gptq", "awq", "smooth", "fp8_static", "nvfp4a16"])
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("method", choices=METHODS)
+    add_options(parser)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--grid", type=int, default=5, help="AWQ's grid; the library's default 20 takes four times as long on a CPU")
     given = parser.parse_args()
-    if not torch.cuda.is_available():  # the library pins memory even where there is no accelerator, and dies of it
+    if not torch.cuda.is_available():
         torch.Tensor.pin_memory = lambda self, *_: self
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    ids = tokenizer(Path(given.text).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    windows = [ids[i * given.tokens : (i + 1) * given.tokens] for i in range(given.samples)]
-    rows = Dataset.from_list([{"input_ids": w, "attention_mask": [1] * len(w)} for w in windows])
+    rows = Dataset.from_list([{"input_ids": w, "attention_mask": [1] * len(w)} for w in cut(tokenizer, given)])
     oneshot(
-        model=model, recipe=recipe(given.method, given.group_size, given.grid), dataset=rows, max_seq_length=given.tokens,
+        model=model, recipe=METHODS[given.method](given), dataset=rows, max_seq_length=given.tokens,
         num_calibration_samples=given.samples, shuffle_calibration_samples=False,
     )  # fmt: skip
     model.save_pretrained(given.out, save_compressed=True)
