@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import click
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 HOOK_VERSION = 1
+# reserved plugin ids -> the distribution each belongs to
+OFFICIAL: Mapping[str, str] = {name: f"angelslim-{name}" for name in ("quant", "specdec", "sparseattn", "mmprune", "distill")}
 
 hookspec = pluggy.HookspecMarker("angelslim")
 hookimpl = pluggy.HookimplMarker("angelslim")

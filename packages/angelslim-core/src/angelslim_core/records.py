@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
+from .hookspecs import OFFICIAL
 from .io.strict_json import read_json
 
 RECORDS = "angelslim"
@@ -19,8 +20,6 @@ def read_records(folder: Path) -> dict[str, Any]:
 
 def plugins_hint(folder: Path, otherwise: str = "") -> str:
     """Which option loads the third parties' plugins that a folder's records name, or `otherwise` if they name none."""
-    from .plugins import OFFICIAL
-
     try:
         named = read_json(folder / RECORDS / "provenance.json").get("plugins")
     except ModelError:
