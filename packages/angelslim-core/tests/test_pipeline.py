@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
@@ -223,6 +224,19 @@ def test_rules_that_match_nothing(tiny, tmp_path):
     run(tiny(), tmp_path / "o", "quant.int8_dynamic", overrides=["steps[0].ignore=['re:.*mlp.gate']", "steps[0].optional=true"])
 
 
+def test_errors_about_the_model_name_their_place_in_the_recipe(tiny, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    for step, place in (
+        ("    targets: [mlp, nothing_like_this]\n", "r.yaml:3:5 steps[0].targets"),
+        ("    with: {group_size: 48}\n", "r.yaml:2:5 steps[0]"),
+    ):
+        recipe.write_text(f"steps:\n  - use: quant.int4_rtn\n{step}")
+        with pytest.raises(PlanError) as caught:
+            prepare(tiny(), recipe=recipe)
+        assert caught.value.where == place
+    assert "down_proj" in caught.value.what and "64" in caught.value.hint
+
+
 def test_head_is_quantized_only_when_named(tiny, tmp_path):
     run(tiny(), tmp_path / "o", "quant.int8_dynamic", overrides=["steps[0].targets=[head]"])
     assert tensors(tmp_path / "o")["lm_head.weight"].dtype == torch.int8
@@ -353,7 +367,20 @@ def test_gates_publish_nothing(tiny, tmp_path, text):
         compress(tiny(), out=tmp_path / "o", recipe={**recipe, "gates": {"max_kl": 1e-9}})
     assert caught.value.exit_code == 8 and {p.name for p in tmp_path.iterdir()} == {"text.txt"}
     result = compress(tiny(), out=tmp_path / "o", recipe={**recipe, "gates": {"min_top1": 0.0}})
-    assert "KL(base, output)" in (tmp_path / "o/README.md").read_text() and result.metrics["kl"] > 0
+    assert "standard error" in (tmp_path / "o/README.md").read_text() and result.metrics["kl"] > 0
+    compress(tiny(), out=tmp_path / "one", recipe={**recipe, "eval": {"text": str(text), "windows": 1, "length": 16}})
+    assert "15 tokens, transformers" in (tmp_path / "one/README.md").read_text()  # one window has no standard error
+
+
+def test_what_the_evaluation_needs_is_checked_before_work(tiny, tiny_copy, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(Double, "apply", lambda *arguments: pytest.fail("work began"))
+    bare = tiny_copy()
+    (bare / "tokenizer.json").unlink()
+    (bare / "tokenizer_config.json").unlink()
+    for model, file, length, says in ((tiny(), "none.txt", 16, "No such file"), (tiny(), tmp_path, 16, "no text file"), (tiny(), text, 9999, "less than one"), (bare, text, 16, "no tokenizer")):  # fmt: skip
+        with pytest.raises(RecipeError, match=says):
+            run(model, tmp_path / "o", "toy.double", overrides=[f"eval.text={file}", f"eval.length={length}"])
+    assert {p.name for p in tmp_path.iterdir()} == {"text.txt", "model"}
 
 
 def test_engines_are_asked_before_work(tiny, tmp_path):
@@ -368,6 +395,8 @@ def test_memory_limit_is_checked_before_work(tiny, tmp_path):
     with pytest.raises(ResourceError, match="RAM"):
         run(tiny(), tmp_path / "o", "quant.int8_dynamic", overrides=["runtime.max_ram=1MB"])
     assert not list(tmp_path.iterdir())
+    (problem,) = prepare(tiny(), ["quant.int8_dynamic"], overrides=["runtime.max_ram=1MB"]).plan.problems
+    assert "RAM" in problem
 
 
 def test_running_out_of_memory_keeps_the_work(tiny, tmp_path, monkeypatch):
@@ -443,6 +472,18 @@ def test_output_folder_holds_what_it_should(tiny_copy, tmp_path):
     assert "auto_map" not in written
     everything = "".join((tmp_path / "o" / n).read_text() for n in names if not n.endswith(".safetensors"))
     assert str(tmp_path) not in everything
+
+
+def test_the_card_names_base_model_and_licence(tiny_copy, tmp_path, monkeypatch):
+    folder = tiny_copy()
+    monkeypatch.setattr("angelslim_core.pipeline.resolve", lambda model: folder)
+    for card, licence in (("---\nlicense: apache-2.0\n---\n# x\n", "apache-2.0"), ("license: mit\n", None), ("---\nlicense: [a]\n---\n", None)):
+        (folder / "README.md").write_text(card)
+        run("owner/name", tmp_path / "o", "quant.int8_dynamic", replace=True)
+        _, head, _ = (tmp_path / "o/README.md").read_text().split("---", 2)
+        head = yaml.safe_load(head)
+        assert head["base_model"] == "owner/name" and head.get("license") == licence
+    assert yaml.safe_load((tmp_path / "o/angelslim/recipe.yaml").read_text())["model"] == {"path": "owner/name"}
 
 
 def test_plugins_can_watch_and_edit(tiny, tmp_path):

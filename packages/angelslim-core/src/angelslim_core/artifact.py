@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -198,6 +199,8 @@ def card(artifact: Artifact, before: int, after: int, evaluation: Mapping[str, A
     if plan.recipe.model.path and "/" in plan.recipe.model.path and not Path(plan.recipe.model.path).exists():
         head["base_model"] = plan.recipe.model.path
         name = plan.recipe.model.path
+    if licence := _licence(plan.source.checkpoint.folder / "README.md"):
+        head["license"] = licence
     rows = [f"| weights | {after / 1e6:.1f} MB, {after / before:.3f} of {before / 1e6:.1f} MB |"]
     for step in artifact.passes:
         if "sqnr_db_mean" in step["metrics"]:
@@ -205,7 +208,8 @@ def card(artifact: Artifact, before: int, after: int, evaluation: Mapping[str, A
             rows.append(f"| {step['id']} | {m['linears']} linears, weight SQNR {m['sqnr_db_mean']:.2f} dB on average, {m['sqnr_db_min']:.2f} dB at worst |")
     if evaluation:
         e = evaluation
-        rows.append(f"| KL(base, output) | {e['kl']:.4f} nats per token, {e['tokens']} tokens, standard error {e['kl_stderr']:.4f}, {e['backend']} |")
+        spread = f", standard error {e['kl_stderr']:.4f}" if e["kl_stderr"] is not None else ""  # one window has none
+        rows.append(f"| KL(base, output) | {e['kl']:.4f} nats per token, {e['tokens']} tokens{spread}, {e['backend']} |")
         rows.append(f"| perplexity | {e['perplexity']:.3f}, base {e['base_perplexity']:.3f} |")
         rows.append(f"| same first choice | {100 * e['top1_agreement']:.2f} % of tokens |")
     else:
@@ -223,6 +227,16 @@ def card(artifact: Artifact, before: int, after: int, evaluation: Mapping[str, A
     if notes:
         parts.append("## Fallbacks and warnings\n\n" + "\n".join(notes))
     return "\n\n".join(parts) + "\n"
+
+
+def _licence(card: Path) -> str | None:
+    """The licence that a model card's head names."""
+    try:
+        head = card.read_bytes()[:65536].decode("utf-8", "replace").split("---", 2)
+    except OSError:
+        return None
+    match = re.search(r"^license:[ ]*([\w.+-]{1,60})[ ]*$", head[1], re.MULTILINE) if len(head) == 3 and not head[0].strip() else None
+    return match and match[1]
 
 
 def _plain(text: str) -> str:

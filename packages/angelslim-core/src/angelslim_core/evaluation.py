@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .context import Progress, silent
-from .errors import NumericError, UsageError
+from .errors import NumericError, RecipeError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .io.checkpoint import Checkpoint
     from .plugins import PluginHost
+    from .recipe import Recipe
 
 ROWS = 256
 
@@ -47,19 +49,48 @@ def evaluate(
     from .loading import load_model
 
     loaded = load_model(resolve(out), device, host=host)
-    if loaded.tokenizer is None:
-        raise UsageError(30, str(out), "has no tokenizer, so no text can be evaluated")
-    ids = cut_windows(loaded.tokenizer, _read_text(Path(text)), windows, length, str(text))
+    ids = text_windows(loaded.tokenizer, out, text, windows, length)
     reference = load_model(resolve(base), device, host=host).model if base is not None else None
     numbers = compare(loaded.model, reference, ids, progress)
     return {**numbers, "windows": ids.shape[0], "length": ids.shape[1], "backend": loaded.backend}
 
 
+def check_evaluation(recipe: Recipe, source: Checkpoint) -> None:
+    """What a recipe's evaluation needs, which comes last, is checked before the work that it would throw away.
+
+    Raises:
+        RecipeError: the text cannot be used.
+    """
+    from .loading import load_tokenizer
+
+    if recipe.eval is None:
+        return
+    tokenizer = load_tokenizer(source.folder) if source.has_tokenizer else None
+    try:
+        text_windows(tokenizer, source.folder, recipe.eval.text, recipe.eval.windows, recipe.eval.length)
+    except UsageError as error:
+        raise RecipeError(400, recipe.where("eval"), f"{error.where} {error.what}", error.hint) from error
+
+
+def text_windows(tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, text: str | Path, windows: int, length: int) -> Tensor:
+    """The windows [W, T] of a text file that `evaluate` scores.
+
+    Raises:
+        UsageError: the folder has no tokenizer, or the text is missing or too short.
+    """
+    if tokenizer is None:
+        raise UsageError(30, str(folder), "has no tokenizer, so no text can be evaluated")
+    return cut_windows(tokenizer, _read_text(Path(text)), windows, length, str(text))
+
+
 def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a device or a pipe may never end
+        raise UsageError(402, str(path), "is no text file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(31, str(path), f"cannot be read as text: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(31, str(path), f"cannot be read as text: {why}") from error
 
 
 def cut_windows(tokenizer: PreTrainedTokenizerBase, text: str, num: int, length: int, where: str) -> Tensor:

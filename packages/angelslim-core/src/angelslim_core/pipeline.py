@@ -15,6 +15,7 @@ from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
 from .device import device_name, peak_ram_bytes, pick_device
 from .errors import ModelError, NumericError, ResourceError, UsageError
+from .evaluation import check_evaluation
 from .io.checkpoint import Checkpoint, read_header
 from .io.hub import resolve
 from .io.writer import disk_errors
@@ -148,6 +149,8 @@ def prepare(
         chosen = pick_device(bound.runtime.device)
     if seed is not None:
         bound = bound.model_copy(update={"runtime": bound.runtime.model_copy(update={"seed": seed})})
+    # the recipe in the records names the model that was used
+    bound = bound.model_copy(update={"model": bound.model.model_copy(update={"path": str(path)})})
     source = open_source(resolve(path), host.registry.exporters.values())
     source, description = _rewritten(source, passes, host, chosen, bound.runtime.seed)
     if any(p.needs_calibration for p in passes) and bound.calibration is None:
@@ -176,6 +179,7 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         raise ResourceError(4, recipe.where("runtime.max_ram"), f"the plan needs about {plan.peak_ram_bytes} bytes of RAM, {limit} are allowed")
     with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir, _memory(plan), disk_errors(prepared.out, plan.bytes_after):
         _check_disk(plan, workdir)
+        check_evaluation(recipe, prepared.source.checkpoint)
         context = Context(
             prepared.source, prepared.description, prepared.device, recipe.runtime.seed, workdir.path,
             batch_size=recipe.calibration.batch_size if recipe.calibration else 1, progress=progress, stop_requested=stop,
@@ -347,7 +351,7 @@ def _gates(recipe: Recipe, evaluation: Mapping[str, Any]) -> None:
         value = evaluation[name]
         if not (value <= limit if better == "<=" else value >= limit):
             raise NumericError(
-                5, recipe.where("gates"), f"{name} is {value:.4f}, the gate asks for {better} {limit}", "nothing was written; choose a milder scheme"
+                5, recipe.where("gates"), f"{name} is {value:.4g}, the gate asks for {better} {limit}", "nothing was written; choose a milder scheme"
             )
 
 

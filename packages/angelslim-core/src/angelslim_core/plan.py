@@ -6,7 +6,8 @@ two steps that quantize one linear, engines that will refuse the result.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,9 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
     plan.peak_ram_bytes = _peak_ram(plan)
+    limit = recipe.runtime.max_ram_bytes
+    if limit is not None and plan.peak_ram_bytes > limit:
+        plan.problems.append(f"about {plan.peak_ram_bytes} bytes of RAM are needed, runtime.max_ram allows {limit}")
     plan.engines = verdicts(plan)
     for engine in recipe.export.engines:
         verdict = plan.engines.get(engine)
@@ -188,7 +192,18 @@ def _step(recipe: Recipe, index: int, pass_: Pass, description: Description, sou
     if not isinstance(pass_, WeightPass):
         return Step(index, pass_)
     sites = tuple(_targets(recipe, index, pass_, description, source))
-    return Step(index, pass_.settle(sites, source), sites)
+    with _placed(recipe, index):
+        return Step(index, pass_.settle(sites, source), sites)
+
+
+@contextmanager
+def _placed(recipe: Recipe, index: int) -> Iterator[None]:
+    """Errors of a pass about a linear also say where its step stands in the recipe."""
+    try:
+        yield
+    except PlanError as error:
+        where = recipe.where(f"steps[{index}]")
+        raise PlanError(error.number, where, f"{error.where}: {error.what}" if error.where else error.what, error.hint) from error
 
 
 def _targets(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> list[Site]:
@@ -199,7 +214,7 @@ def _targets(recipe: Recipe, index: int, pass_: Pass, description: Description, 
         found = {s.name for selector in pass_.default_targets for s in select(usable, [selector], where, optional=True)}
         chosen = [s for s in usable if s.name in found]
     else:
-        chosen = select(usable, step.targets, where, step.optional)
+        chosen = select(usable, step.targets, recipe.where(f"steps[{index}].targets"), step.optional)
     tied = set(_tied_head(source, description))
     rules = [rule for rule in step.ignore if rule not in tied]
     ignored = {s.name for s in select(usable, rules, recipe.where(f"steps[{index}].ignore"), step.optional)}
@@ -226,7 +241,8 @@ def _schemes(recipe: Recipe, steps: Sequence[Step]) -> dict[str, Scheme]:
                         f"{step.pass_.id} and {first.pass_.id} (step {first.index}) both set {claim} of {site.name}",
                         "give the steps disjoint `targets`",
                     )
-            scheme = step.pass_.scheme(site)
+            with _placed(recipe, step.index):
+                scheme = step.pass_.scheme(site)
             if scheme is not None:
                 schemes[site.name] = scheme
     return schemes

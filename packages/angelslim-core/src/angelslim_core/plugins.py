@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -20,12 +20,11 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError
-from .hookspecs import HOOK_VERSION
+from .errors import AngelslimError, PluginError
+from .hookspecs import HOOK_VERSION, OFFICIAL
 from .registry import Registry
 
 GROUP = "angelslim"
-OFFICIAL: Mapping[str, str] = {name: f"angelslim-{name}" for name in ("quant", "specdec", "sparseattn", "mmprune", "distill")}
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class PluginHost:
         wanted = inspect.signature(function).parameters
         try:
             return function(**{k: v for k, v in arguments.items() if k in wanted})
-        except PluginError:
+        except AngelslimError:
             raise
         except Exception as error:
             raise PluginError(12, name, f"{hook} failed: {type(error).__name__}: {error}") from error

@@ -234,8 +234,9 @@ def to_yaml(recipe: Recipe) -> str:
     """The recipe as it was run, for the artifact: paths shortened to names, so that no machine's layout is published."""
     data = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     for section, key in _PATH_FIELDS:
-        if data.get(section, {}).get(key):
-            data[section][key] = Path(data[section][key]).name
+        value = data.get(section, {}).get(key)
+        if value and (section != "model" or Path(value).exists()):  # what is no folder is a hub id
+            data[section][key] = Path(value).absolute().name
     for index, key in recipe._path_options:
         data["steps"][index]["with"][key] = Path(data["steps"][index]["with"][key]).name
     return yaml.safe_dump(data, sort_keys=False)

@@ -1,3 +1,15 @@
 """The plugin of distillation. It registers nothing yet, and naming it where it would have to do something is an error."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from angelslim_core import hookimpl
+from angelslim_core.errors import RecipeError
+
 ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_default_steps() -> list[dict[str, Any]]:
+    raise RecipeError(401, "distill", "has no default preset, since distillation needs a teacher; it registers no passes yet", "leave it out of --plugins")

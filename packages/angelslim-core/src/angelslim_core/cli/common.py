@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,6 +50,17 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit in ("B", "kB") else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.2f} TB"
+
+
+def show_evaluation(found: Mapping[str, Any]) -> None:
+    """What `evaluate` measured."""
+    spread = f" +- {found['perplexity_stderr']:.3f}" if found["perplexity_stderr"] is not None else ""
+    click.echo(f"perplexity {found['perplexity']:.3f}{spread}, {found['tokens']} tokens, {found['windows']} x {found['length']}, {found['backend']}")
+    if "kl" in found:
+        spread = f" +- {found['kl_stderr']:.4f}" if found["kl_stderr"] is not None else ""
+        click.echo(
+            f"base {found['base_perplexity']:.3f}, KL(base, out) {found['kl']:.4f}{spread} nats per token, same first choice {100 * found['top1_agreement']:.2f} %"
+        )
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:

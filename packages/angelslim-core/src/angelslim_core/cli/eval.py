@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .common import emit, host_of, json_option, plugins_option, progress
+from .common import emit, host_of, json_option, plugins_option, progress, show_evaluation
 
 
 @click.command("eval")
@@ -25,10 +25,4 @@ def eval_(out: str, base: str | None, text: str, windows: int, length: int, devi
     if as_json:
         emit(found)
         return
-    spread = f" +- {found['perplexity_stderr']:.3f}" if found["perplexity_stderr"] is not None else ""
-    click.echo(f"perplexity {found['perplexity']:.3f}{spread}, {found['tokens']} tokens, {found['windows']} x {found['length']}, {found['backend']}")
-    if base:
-        spread = f" +- {found['kl_stderr']:.4f}" if found["kl_stderr"] is not None else ""
-        click.echo(
-            f"base {found['base_perplexity']:.3f}, KL(base, out) {found['kl']:.4f}{spread} nats per token, same first choice {100 * found['top1_agreement']:.2f} %"
-        )
+    show_evaluation(found)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .common import emit, json_option, plugins_option, progress, size, table
+from .common import emit, json_option, plugins_option, progress, show_evaluation, size, table
 
 
 @click.command("run")
@@ -57,6 +57,8 @@ def run(
         metrics = step["metrics"]
         quality = f", {metrics['linears']} linears, SQNR {metrics['sqnr_db_mean']:.1f} dB" if "sqnr_db_mean" in metrics else ""
         click.echo(f"{step['id']}: {step['seconds']:.1f} s{quality}")
+    if "perplexity" in done["metrics"]:
+        show_evaluation(done["metrics"])
     ratio = done["bytes_after"] / done["bytes_before"]
     click.echo(
         f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {size(done['peak_ram_bytes'])}"
