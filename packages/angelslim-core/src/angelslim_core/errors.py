@@ -104,6 +104,7 @@ class StoppedError(AngelslimError):
 
 def error_from(document: Mapping[str, str]) -> AngelslimError:
     """The error that `as_dict` described, in another process."""
-    families: dict[str, type[AngelslimError]] = {c.family: c for c in (AngelslimError, *AngelslimError.__subclasses__())}
+    classes: list[type[AngelslimError]] = [AngelslimError, *AngelslimError.__subclasses__()]
+    families = {c.family: c for c in classes}
     _, family, number = document["code"].split("-")
     return families[family](int(number), document["where"], document["what"], document["hint"])
