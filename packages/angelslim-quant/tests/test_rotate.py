@@ -16,7 +16,7 @@ from angelslim_core.source import open_any, open_source
 from angelslim_core.testing.conformance import check_pass
 from angelslim_core.testing.models import TINY, add_mtp, stack_experts
 from angelslim_core.validation import validate
-from angelslim_quant.numerics.hadamard import Rotation, factors, paley
+from angelslim_quant.numerics.hadamard import WILLIAMSON, Rotation, factors, paley, williamson
 from angelslim_quant.rotated import Change, rotate
 
 IDS = torch.arange(3, 99)[None]
@@ -47,7 +47,19 @@ def test_paley_matrices(order):
     assert torch.equal(matrix @ matrix.T, order * torch.eye(order))
 
 
-@pytest.mark.parametrize(("size", "block"), [(64, 64), (576, 576), (40, 40), (896, 896), (104, 104), (156, 4), (30, 2)])
+@pytest.mark.parametrize("order", sorted(WILLIAMSON))
+def test_williamson_matrices(order):
+    matrix = williamson(order)
+    assert set(matrix.unique().tolist()) == {-1.0, 1.0}
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order))
+
+
+@pytest.mark.parametrize("core", [1, 12, 20, 28, 36, 40, 52, 60, 108, 140, 156, 172])
+def test_every_core_times_a_power_of_two(core):
+    assert all(Rotation(core << k).block == core << k for k in range(8))
+
+
+@pytest.mark.parametrize(("size", "block"), [(64, 64), (576, 576), (40, 40), (896, 896), (104, 104), (156, 156), (188, 4), (30, 2)])
 @pytest.mark.parametrize("seed", [None, 7])
 def test_orthogonal(size, block, seed):
     rotation = Rotation(size, seed)
@@ -131,7 +143,7 @@ def test_stacked_experts(tiny_copy, tmp_path):
 
 
 def test_a_width_without_a_matrix_is_rotated_in_blocks(tiny, tmp_path):
-    model = tiny("llama", dtype="float32", hidden_size=92)  # no matrix of order 92 is built
+    model = tiny("llama", dtype="float32", hidden_size=188)  # no matrix of order 188 is built
     out = rotated(model, tmp_path / "out")
     assert_same_function(model, out)
     assert any("blocks of 4" in w for w in json.loads((out / "angelslim/metrics.json").read_text())["warnings"])

@@ -1,8 +1,8 @@
 """Hadamard matrices of many orders, and fast multiplication by them.
 
 An order n = K * 2^k is the Kronecker product of a matrix of order K, built after Paley from the squares of a finite
-field, and of Sylvester's of order 2^k. Where no K is found, the product is block-diagonal in blocks of the largest
-power of two that divides n.
+field or after Williamson from four circulants, and of Sylvester's of order 2^k. Where no K is found, the product is
+block-diagonal in blocks of the largest power of two that divides n.
 """
 
 from __future__ import annotations
@@ -15,6 +15,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from angelslim_core.transforms import sylvester
+
+# order -> first halves of the first rows of Williamson's four symmetric circulants, + for 1, for orders that Paley's
+# fields do not reach (N. J. A. Sloane's library of Hadamard matrices lists them)
+WILLIAMSON = {
+    92: ("+++-+++-+---", "+++---++-+-+", "+-++-++--+++", "++---+---+-+"),
+    116: ("++--+--+-+++-++", "++++-++-+---+++", "+-+---++--+-+++", "+++---++--+-+--"),
+    156: ("+++--+-+-----+--++--", "++++---+--++----+-+-", "+++--++-+---+-+--+--", "+---++-+-+-----+++-+"),
+    172: ("+---++--++++-+-+++-++-", "++-++++++----+-+--++-+", "+++-+-++--+-+-++++-+--", "++---++++-+--+--++----"),
+}
 # largest order built without a Kronecker product: beyond it a multiplication is no longer fast
 MAX_CORE = 1024
 
@@ -48,7 +58,7 @@ class Rotation:
         if left > 1:
             y = sylvester(left).to(y) @ y
         if core > 1:
-            y = paley(core).to(y).T @ y.reshape(-1, core, left * right)
+            y = (williamson if core in WILLIAMSON else paley)(core).to(y).T @ y.reshape(-1, core, left * right)
         return (y * self.block**-0.5).reshape(x.shape)
 
 
@@ -60,7 +70,7 @@ def factors(size: int) -> tuple[int, int, int]:
     core = 1
     if odd > 1:
         orders = (odd << i for i in range(2, even.bit_length()) if odd << i <= MAX_CORE)
-        core = next((order for order in orders if _prime_power(order)), 1)
+        core = next((order for order in orders if order in WILLIAMSON or _prime_power(order)), 1)
         even = size // core if core > 1 else even
     exponent = even.bit_length() - 1
     return core, 1 << exponent // 2, 1 << (exponent + 1) // 2
@@ -73,12 +83,17 @@ def signs(size: int, seed: int) -> Tensor:
 
 
 @lru_cache
-def sylvester(order: int) -> Tensor:
-    """Symmetric matrix of a power of two, entries +1 and -1, not scaled."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < order:
-        matrix = torch.kron(matrix, torch.tensor([[1.0, 1], [1, -1]]))
-    return matrix
+def williamson(order: int) -> Tensor:
+    """Williamson's matrix: H H^T = order * I, entries +1 and -1; a key of `WILLIAMSON`."""
+    halves = [torch.tensor([1.0 if sign == "+" else -1.0 for sign in half]) for half in WILLIAMSON[order]]
+    a, b, c, d = (_circulant(torch.cat([half, half[1:].flip(0)])) for half in halves)
+    return torch.cat([torch.cat(row, 1) for row in ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))])
+
+
+def _circulant(row: Tensor) -> Tensor:
+    """[n, n] of which each row is the one before, moved on by one."""
+    places = torch.arange(row.numel())
+    return row[(places[None] - places[:, None]) % row.numel()]
 
 
 @lru_cache
