@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from .io.checkpoint import TensorInfo, TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
 from .io.writer import ShardWriter, fsync_folder
-from .workdir import sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +48,17 @@ class Recording:
             self._writer = ShardWriter(self._temporary, {f"{b.number:06d}": TensorSpec(dtype, (*b.mask.shape, width)) for b in self._batches})
         self._writer.write(f"{number:06d}", hidden)
 
-    def finish(self) -> str:
-        """Put the file in its place; returns its sha256."""
+    def finish(self) -> None:
+        """Put the file in its place."""
         assert self._writer
         self._writer.finish()
         os.replace(self._temporary, self.path)
         fsync_folder(self.path.parent)
-        return sha256(self.path)
+
+    def close(self) -> None:
+        """Give up on the file."""
+        if self._writer:
+            self._writer.close()
 
 
 class Interned:

@@ -44,6 +44,7 @@ class Context:
         warnings: one line each, shown to the user and kept in the artifact.
         fallbacks: one line for each thing that was done in another way than asked; their number is reported.
         group: the processes of the run; what a pass gathers over calibration batches must be reduced over them.
+        spills: hidden states between layers stay in files.
     """
 
     source: Source
@@ -58,6 +59,7 @@ class Context:
     warnings: list[str] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     group: Group = field(default_factory=Group)
+    spills: bool = False
 
     def check_stop(self, where: str) -> None:
         """Raise StoppedError if the run was asked to stop."""

@@ -36,3 +36,15 @@ def device_name(device: str) -> str:
 def peak_ram_bytes() -> int:
     """Highest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of a GPU; torch reports the machine's as a RuntimeError."""
+    return isinstance(error, MemoryError) or is_on_gpu(error) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def is_on_gpu(error: BaseException) -> bool:
+    """Whether it was a GPU's memory that ran out."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)

@@ -53,6 +53,11 @@ class Group:
         """The values (JSON) of all processes, by rank."""
         return [value]
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error inside that ends this process ends the others at their next exchange."""
+        yield
+
 
 class Joined(Group):
     """Processes that exchange through torch.distributed: gloo, and NCCL for what lies on a GPU."""
@@ -62,10 +67,10 @@ class Joined(Group):
         import torch.distributed as dist
 
         if device == "cuda":
-            local, have = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-            if local >= have:
-                raise UsageError(300, "torchrun", f"{local + 1} processes or more on a machine with {have} GPUs", "give --nproc-per-node at most their number")
-            torch.cuda.set_device(local)
+            local, have = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+            if local > have:
+                raise UsageError(300, "torchrun", f"{local} processes on a machine with {have} GPUs", "give --nproc-per-node at most their number")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._dist, self._torch = dist, torch
@@ -132,18 +137,27 @@ class Joined(Group):
         raise error_from(json.loads(next(p for p in problems if p)))
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """An error that ends this process ends the others at their next exchange."""
+    def telling(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             if not self._over:
+                self._over = True
                 bug = AngelslimError(301, f"process {self.rank}", f"{type(error).__name__}: {error}", "this is a bug of ours")
                 known = error if isinstance(error, AngelslimError) else bug
                 with suppress(RuntimeError):  # nobody may be left to hear it
                     self._bytes(json.dumps(known.as_dict()).encode())
             raise
-        finally:
+
+    def leave(self, together: bool) -> None:
+        """End the connection.
+
+        Args:
+            together: once all have come here; torchrun ends the others as soon as one process has failed.
+        """
+        with suppress(RuntimeError):
+            if together:
+                self._bytes(b"")
             self._dist.destroy_process_group()
 
 
@@ -168,5 +182,13 @@ def joined(device: str) -> Iterator[Group]:
         yield Group()
         return
     group = Joined(device)
-    with group._telling():
-        yield group
+    try:
+        with group.telling():
+            yield group
+    except Exception:
+        group.leave(together=True)
+        raise
+    except BaseException:
+        group.leave(together=False)
+        raise
+    group.leave(together=True)

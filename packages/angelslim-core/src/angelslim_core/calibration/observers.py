@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,8 @@ from ..errors import NumericError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..parallel import Group
 
 Strategy = Literal["tensor", "channel", "group"]
 
@@ -54,6 +57,19 @@ class Observer(ABC):
         return self._result()
 
     @abstractmethod
+    def reduce(self, group: Group, columns: int) -> None:
+        """Make this what one observer of all processes' rows would be.
+
+        Args:
+            columns: I; a process may have seen no row.
+        """
+
+    def _reduce_rows(self, group: Group) -> None:
+        import torch
+
+        self.rows = int(group.reduce(torch.tensor(self.rows)))
+
+    @abstractmethod
     def _update(self, x_NI: Tensor, columns: Tensor) -> None:
         """Take finite rows and their absmax per column [I] into account."""
 
@@ -81,6 +97,13 @@ class AbsMax(Observer):
         if other._columns is not None:
             self.rows += other.rows
             self._take(other._columns)
+
+    def reduce(self, group: Group, columns: int) -> None:
+        import torch
+
+        self._reduce_rows(group)
+        if self.rows:
+            self._columns = group.reduce(torch.zeros(columns) if self._columns is None else self._columns.cpu(), "max")
 
     def _update(self, x_NI: Tensor, columns: Tensor) -> None:
         self._take(columns)
@@ -110,22 +133,30 @@ class Groupwise(AbsMax):
 class EMA(Observer):
     """Per-tensor absmax of each call, smoothed: m = b m + (1 - b) absmax, result m / (1 - b^calls).
 
-    It depends on the order of the calls and on what each holds, and so cannot be merged.
+    It depends on the order of the calls and on what each holds. Processes that take turns, as in the layer sweep, reduce
+    to what one process computes.
     """
 
     def __init__(self, momentum: float = 0.98) -> None:
         super().__init__()
         self.momentum = momentum
-        self._mean, self._calls = 0.0, 0
+        self._calls: list[float] = []
+
+    def reduce(self, group: Group, columns: int) -> None:
+        self._reduce_rows(group)
+        turns = itertools.zip_longest(*group.gather(self._calls))
+        self._calls = [call for turn in turns for call in turn if call is not None]
 
     def _update(self, x_NI: Tensor, columns: Tensor) -> None:
-        self._mean = self.momentum * self._mean + (1 - self.momentum) * float(columns.max())
-        self._calls += 1
+        self._calls.append(float(columns.max()))
 
     def _result(self) -> Tensor:
         import torch
 
-        return torch.tensor([self._mean / (1 - self.momentum**self._calls)], dtype=torch.float32)
+        mean = 0.0
+        for call in self._calls:
+            mean = self.momentum * mean + (1 - self.momentum) * call
+        return torch.tensor([mean / (1 - self.momentum ** len(self._calls))], dtype=torch.float32)
 
 
 class Histogram(Observer):
@@ -157,6 +188,14 @@ class Histogram(Observer):
         exponent = max(self._exponent, other._exponent)
         self._counts = _widen(self._counts, exponent - self._exponent) + _widen(other._counts, exponent - other._exponent)
         self._exponent, self._max, self.rows = exponent, max(self._max, other._max), self.rows + other.rows
+
+    def reduce(self, group: Group, columns: int) -> None:
+        import torch
+
+        self._reduce_rows(group)
+        widest, self._max = group.reduce(torch.tensor([self._exponent, self._max], dtype=torch.float64), "max").tolist()
+        self._counts = group.reduce(_widen(self._counts, int(widest) - self._exponent))
+        self._exponent = int(widest)
 
     def quantile(self, p: float) -> Tensor:
         """The p-quantile of |x| [1], within one bin of the exact one (ranks as torch.quantile interpolates them).

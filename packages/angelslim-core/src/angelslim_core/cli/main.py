@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from ..errors import AngelslimError, PluginError
+from ..parallel import is_first
 
 # name -> (module, attribute, help): the help is here so that listing commands imports none of them
 COMMANDS = {
@@ -118,6 +119,8 @@ def _guarded(arguments: list[str]) -> int:
     try:
         return cli.main(args=arguments, prog_name="angelslim", standalone_mode=False) or 0
     except AngelslimError as error:
+        if not is_first():
+            return error.exit_code
         return _show(error.code, error.where, error.what, error.hint, error.exit_code, as_json)
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "angelslim"

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..parallel import is_first
 from .common import emit, json_option, plugins_option, progress, show_evaluation, size, table
 
 
@@ -36,6 +37,8 @@ def run(
     from ..pipeline import compress, prepare
 
     arguments: dict[str, Any] = {"recipe": recipe, "plugins": plugins, "overrides": overrides, "seed": seed, "device": device}
+    if dry_run and not is_first():
+        return
     if dry_run:
         plan = prepare(model, use, out, **arguments).plan
         if as_json:
@@ -45,6 +48,8 @@ def run(
         return
     with _stoppable() as stop_requested, progress("compressing") as report:
         result = compress(model, use, out, replace=replace, progress=report, stop_requested=stop_requested, **arguments)
+    if not is_first():
+        return
     if as_json:
         emit(result.as_dict())
         return
@@ -76,7 +81,8 @@ def _stoppable() -> Iterator[Any]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
-        click.echo("stopping after the item at hand (Ctrl-C again to stop at once)", err=True)
+        if is_first():
+            click.echo("stopping after the item at hand (Ctrl-C again to stop at once)", err=True)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -7,14 +7,19 @@ Second moments of a linear's inputs x_1 .. x_n [I]: H = (2 / n) sum x x^T. Sourc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from angelslim_core.errors import NumericError
 
+if TYPE_CHECKING:
+    from angelslim_core.parallel import Group
+
 BLOCK = 128
+# rows taken into account at once, which bounds their fp32 copies
+ROWS = 1024
 # round_column(column of weights [O], index of the column) -> (codes [O], the values they stand for [O])
 RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -36,9 +41,11 @@ class Moments:
         Raises:
             NumericError: a value is not finite.
         """
-        if not x_NI.shape[0]:
-            return
-        x = x_NI.float()
+        for start in range(0, x_NI.shape[0], ROWS):
+            some = slice(start, start + ROWS)
+            self._add(x_NI[some].float(), None if reference_NI is None else reference_NI[some], None if weight_N is None else weight_N[some])
+
+    def _add(self, x: Tensor, reference_NI: Tensor | None, weight_N: Tensor | None) -> None:
         if not bool(torch.isfinite(x.sum())):
             raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
         self.rows += x.shape[0]
@@ -50,6 +57,23 @@ class Moments:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._second)
             self._drift.addmm_((reference_NI.float() - x).T, weighted)
+
+    def reduce(self, group: Group, columns: int, device: str, drifts: bool = False) -> None:
+        """Make these the moments of all processes' rows.
+
+        Args:
+            columns: I; a process may have seen no row.
+            device: where the others' moments are.
+            drifts: references are given.
+        """
+        if group.size == 1:
+            return
+        self.rows = int(group.reduce(torch.tensor(self.rows)))
+        if self.rows:
+            nothing = torch.zeros(columns, columns, device=device)
+            self._second = group.reduce(nothing.clone() if self._second is None else self._second)
+            if drifts:
+                self._drift = group.reduce(nothing if self._drift is None else self._drift)
 
     @property
     def hessian(self) -> Tensor:

@@ -45,19 +45,24 @@ class AWQ(LayerPass):
         return scheme if self.config.rounding == "nearest" else None
 
     def run(self, layer: Layer) -> dict[str, Any]:
+        import torch
+
         from ..numerics.compensate import Moments
 
         folds, alone = folds_of(layer)
         inputs = [*(fold.sites for fold in folds), *((site,) for site in alone)]
         moments = {sites[0]: Moments() for sites in inputs}
-        means: dict[Site, Tensor] = {}
+        group, device = layer.context.group, layer.context.device
+        means = {site: torch.zeros(site.shape[1], device=device) for site in moments}
 
         def see(site: Site, x_NI: Tensor) -> None:
             moments[site].add(x_NI)
-            total = x_NI.float().abs().sum(0)
-            means[site] = means[site] + total if site in means else total
+            means[site] += x_NI.abs().sum(0, dtype=torch.float32)
 
         layer.observe(see, sites=moments)
+        for site, found in moments.items():
+            found.reduce(group, site.shape[1], device)
+            means[site] = group.reduce(means[site])
         report = {"scaled_feeds": 0}
         importance: dict[Site, Tensor] = {}
         for fold in folds:

@@ -47,4 +47,5 @@ class GPTAQ(GPTQ):
                 sites=moments,
                 batches=[batch],
             )
+        self.reduce(layer, moments)
         return moments

@@ -13,6 +13,8 @@ from ..grouped import GroupedConfig, grouped_scheme
 from ..stages import by_input, stages
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from angelslim_core.adapters.base import Site
@@ -82,7 +84,13 @@ class GPTQ(LayerPass):
                 sites=moments,
                 batches=[batch],
             )
+        self.reduce(layer, moments)
         return moments
+
+    def reduce(self, layer: Layer, moments: Mapping[Site, Moments]) -> None:
+        """Make the moments those of all processes' batches."""
+        for site, found in moments.items():
+            found.reduce(layer.context.group, site.shape[1], layer.context.device, self.needs_reference)
 
     def weights(self, layer: Layer, batch: LayerBatch) -> Tensor | None:
         """How much the error on each real token counts: less where the residual stream is large, which norms divide by."""

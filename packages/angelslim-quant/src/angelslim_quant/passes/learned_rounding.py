@@ -12,6 +12,8 @@ from .gptaq import GPTAQ
 from .gptq import SHRINKS, CompensatedConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
@@ -55,7 +57,9 @@ class LearnedRounding(GPTAQ):
     def _train(self, layer: Layer) -> dict[str, Any]:
         import torch
 
-        started = _loss_over(layer, layer.batches)
+        group, own = layer.context.group, {batch.number: batch for batch in layer.batches}
+        sizes = dict(sorted(pair for part in group.gather([[n, batch.mask.shape[0]] for n, batch in own.items()]) for pair in part))
+        started = _loss_over(layer)
         rounders = {site: Rounder(self._before[site], layer.quantized[site][0]) for site in layer.sites}
         parameters = [p for r in rounders.values() for p in r.parameters]
         generator = torch.Generator().manual_seed(self.context_seed(layer))
@@ -65,11 +69,12 @@ class LearnedRounding(GPTAQ):
                 layer.context.check_stop(f"layer {layer.index}")
                 weights = {f"{layer.inner(s)}.weight": r.weight().to(layer.linear(s).weight.dtype) for s, r in rounders.items()}
                 leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
-                for batch in _draw(layer.batches, self.config.batch_size, generator):
-                    _loss(layer, batch, leaves)[0].backward()
-                grads = [leaves[n].grad for n in weights]
-                reached = [(w, g) for w, g in zip(weights.values(), grads, strict=True) if g is not None]  # experts no token reached have none
-                torch.autograd.backward([w for w, _ in reached], [g for _, g in reached])
+                for number in _draw(sizes, self.config.batch_size, generator):
+                    if number in own:
+                        _loss(layer, own[number], leaves)[0].backward()
+                # an expert no token reached has none
+                grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
+                torch.autograd.backward(list(weights.values()), [group.reduce(g.float()).to(g.dtype) for g in grads])
                 step = rate * (1 - iteration / self.config.iterations)
                 with torch.no_grad():
                     for parameter, low, high in parameters:
@@ -79,7 +84,7 @@ class LearnedRounding(GPTAQ):
         kept = {site: layer.quantized[site][0] for site in layer.sites}
         for site, rounder in rounders.items():
             layer.store(site, rounder.result())
-        ended = _loss_over(layer, layer.batches)
+        ended = _loss_over(layer)
         if not ended < started:  # NaN included
             layer.context.warnings.append(f"layer {layer.index}: training did not lower the error, its start is kept")
             for site, result in kept.items():
@@ -156,22 +161,25 @@ def _loss(layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = N
     return (error / target.square().mean(-1).clamp_min(1e-12)).mean(), error.shape[0]
 
 
-def _loss_over(layer: Layer, batches: Any) -> float:
+def _loss_over(layer: Layer) -> float:
+    """Mean over the real tokens of all batches."""
     import torch
 
     with torch.no_grad():
-        losses = [_loss(layer, batch) for batch in batches]
-    return sum(float(loss) * count for loss, count in losses) / sum(count for _, count in losses)
+        losses = [_loss(layer, batch) for batch in layer.batches]
+    sums = torch.tensor([sum(float(loss) * count for loss, count in losses), sum(count for _, count in losses)], dtype=torch.float64)
+    total, tokens = layer.context.group.reduce(sums).tolist()
+    return float(total / tokens)
 
 
-def _draw(batches: Any, samples: int, generator: torch.Generator) -> list[LayerBatch]:
-    """Batches in random order until they hold that many samples."""
+def _draw(sizes: Mapping[int, int], samples: int, generator: torch.Generator) -> list[int]:
+    """Numbers of batches in random order until they hold that many samples; `sizes` says how many each has."""
     import torch
 
-    drawn, held = [], 0
-    for index in torch.randperm(len(batches), generator=generator).tolist():
-        drawn.append(batches[index])
-        held += batches[index].hidden.shape[0]
+    numbers, drawn, held = list(sizes), [], 0
+    for index in torch.randperm(len(numbers), generator=generator).tolist():
+        drawn.append(numbers[index])
+        held += sizes[numbers[index]]
         if held >= samples:
             break
     return drawn
