@@ -133,6 +133,31 @@ def test_impossible_layer_count(tiny, count):
         describe_source(source, builtin_layouts())
 
 
+@pytest.mark.parametrize(
+    ("architecture", "key", "value", "says"),
+    [
+        ("llama", "hidden_size", 10**9, "hidden_size 1000000000"),
+        ("llama", "hidden_size", "a", "hidden_size 'a'"),
+        ("gemma3", "hidden_size", 32, "hidden_size 32"),
+        ("llama", "vocab_size", 255, "vocab_size 255"),
+        ("llama", "num_hidden_layers", 1, "says 1 layers"),
+    ],
+)
+def test_config_of_another_model(tiny, architecture, key, value, says):
+    source = open_source(tiny(architecture))
+    (source.config.get("text_config") or source.config)[key] = value
+    with pytest.raises(ModelError, match=says):
+        describe_source(source, builtin_layouts())
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.gate_proj.weight"])
+def test_a_shape_that_does_not_fit_its_neighbours(tiny, name):
+    source = open_source(tiny())
+    source.shapes[name] = tuple(n - 28 if n == 128 else n for n in source.shapes[name])
+    with pytest.raises(ModelError, match="does not fit"):
+        describe_source(source, builtin_layouts())
+
+
 def test_two_tables_for_one_architecture():
     with pytest.raises(PluginError, match="two adapters"):
         find_layout({"model_type": "llama"}, [*builtin_layouts(), *builtin_layouts()])

@@ -186,6 +186,7 @@ def describe(layout: Layout, config: Mapping[str, Any], shapes: Mapping[str, tup
         ModelError: layers missing, unknown weights inside a layer, an incomplete fused set, a wrong rank.
     """
     num_layers = _layer_count(layout, config)
+    config = {**config, **(config.get("text_config") or {})}
     block = next((b for b in layout.blocks if any(name.startswith(f"{b}.0.") for name in shapes)), None)
     if block is None:
         raise ModelError(20, "checkpoint", f"no tensor starts with {layout.blocks[0]}.0.", "the weights are not those of this config.json")
@@ -193,6 +194,8 @@ def describe(layout: Layout, config: Mapping[str, Any], shapes: Mapping[str, tup
     other, seen = _compile(layout.other), set()
     sites: list[Site] = []
     mtp: set[str] = set()
+    parts: set[str] = set()
+    beyond: dict[int, set[str]] = {}
     for name, shape in shapes.items():
         match = inside.fullmatch(name)
         if match is None:
@@ -205,8 +208,10 @@ def describe(layout: Layout, config: Mapping[str, Any], shapes: Mapping[str, tup
         layer, inner = int(match[1]), match[2]
         if layer >= num_layers:
             mtp.add(name)
+            beyond.setdefault(layer, set()).add(inner)
             continue
         seen.add(layer)
+        parts.add(inner)
         if inner in layout.stacked:
             sites += _stacked_sites(layout, f"{block}.{layer}.", layer, inner, name, shape, dtypes[name])
             continue
@@ -232,7 +237,35 @@ def describe(layout: Layout, config: Mapping[str, Any], shapes: Mapping[str, tup
             f"config.json says {num_layers} layers, but layer {missing[0]} has no tensor",
             "a shard is missing, or the config is of another model",
         )
+    for layer, inners in beyond.items():
+        if inners <= parts:  # a layer that predicts further tokens has weights that the others lack
+            raise ModelError(403, f"{block}.{layer}", f"is a layer, and config.json says {num_layers} layers", "the config is of another model")
+    _check_shapes(config, block, sites, shapes)
     return Description(layout, block, num_layers, tuple(_with_fused(layout, sites)), frozenset(mtp))
+
+
+# roles whose inputs, and whose outputs, are the hidden states
+_READ_HIDDEN = frozenset({"q", "k", "v", "q_a", "kv_a", "linear_in", "linear_in_z", "gate", "up", "shared_gate", "shared_up", "expert_gate", "expert_up"})
+_WRITE_HIDDEN = frozenset({"o", "linear_out", "down", "shared_down", "expert_down"})
+
+
+def _check_shapes(config: Mapping[str, Any], block: str, sites: Sequence[Site], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Widths of config.json against the headers, and of a feed-forward part's linears against each other."""
+    embedding = f"{block.rpartition('.')[0]}.embed_tokens.weight"
+    found = [(embedding, shapes[embedding], 0, "vocab_size")] if embedding in shapes else []
+    streamed = [s for s in sites if s.layer is not None and s.role in _READ_HIDDEN | _WRITE_HIDDEN]
+    found += [(s.name, s.shape, int(s.role in _READ_HIDDEN), "hidden_size") for s in streamed]
+    for name, shape, side, key in found:
+        if key in config and shape[side : side + 1] != (config[key],):
+            raise ModelError(404, name, f"has shape {list(shape)}, and config.json says {key} {config[key]!r:.50}", "the config is of another model")
+    inner: dict[tuple[Any, ...], tuple[str, int]] = {}
+    for s in sites:
+        kind, _, role = s.role.rpartition("_")
+        if s.layer is not None and role in ("gate", "up", "down"):
+            size = s.shape[role == "down"]
+            other, expected = inner.setdefault((s.layer, s.expert, kind), (s.name, size))
+            if size != expected:
+                raise ModelError(405, s.name, f"has shape {list(s.shape)}, which does not fit the {expected} channels of {other}", "fetch the model again")
 
 
 def _layer_count(layout: Layout, config: Mapping[str, Any]) -> int:
