@@ -42,9 +42,10 @@ class Artifact:
         path: the folder (the stage, until it is published).
         plan: what was planned.
         passes: per step `{id, seconds, metrics}`.
-        metrics: per linear numbers.
+        metrics: per linear `analysis.weight_numbers`.
         policies: `{pass, policy}` of runtime passes.
         context: warnings and fallbacks of the run.
+        analysis: what the report draws (`analysis.summarized`).
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Artifact:
     metrics: dict[str, Any]
     policies: list[dict[str, Any]]
     context: Context
+    analysis: dict[str, Any]
 
 
 def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any]:
@@ -140,6 +142,7 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
     write_json(records / "plan.json", plan.as_dict())
     write_json(records / "ledger.json", ledger(plan))
     write_json(records / "runtime.json", {"policies": artifact.policies})
+    write_text(records / "analysis.json", json.dumps(artifact.analysis, allow_nan=False) + "\n")
     write_json(
         records / "provenance.json", {"versions": versions(), "plugins": plugin_records(host), "device": artifact.context.device, "seed": artifact.context.seed}
     )
@@ -156,7 +159,7 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
             "bytes_before": before,
             "bytes_after": after,
             "seconds": round(time.perf_counter() - start, 3),
-            "linears": artifact.metrics,
+            "linears": {name: {"sqnr_db": numbers["sqnr_db"]} for name, numbers in artifact.metrics.items()},
             "evaluation": evaluation or None,
             "warnings": artifact.context.warnings,
             "fallbacks": artifact.context.fallbacks,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters.base import Description
+from .analysis import summarized, warnings_of
 from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
 from .device import device_name, peak_ram_bytes, pick_device
@@ -202,13 +203,13 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
             for s in plan.steps
             if isinstance(s.pass_, RuntimePass)
         ]
-        metrics, resumed, files = {}, 0, {}
+        metrics, resumed, files, layers = {}, 0, {}, {}
         if plan.layer_steps:
             from .sweep import run_sweep
 
             sweep = run_sweep(plan, context, workdir, journal, timer.run)
             metrics.update(sweep.metrics)
-            resumed, files = sweep.resumed_layers, sweep.files
+            resumed, files, layers = sweep.resumed_layers, sweep.files, sweep.analysis
             timer.reports.update({i: _merge(r) for i, r in sweep.reports.items()})
         streaming = time.perf_counter()
         metrics.update(write_shards(plan, context, workdir, journal, files))
@@ -220,7 +221,9 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         passes = [timer.entry(s, metrics) for s in plan.steps]
         after = sum(p.stat().st_size for p in workdir.stage.glob("*.safetensors"))
         before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())
-        artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context)
+        analysis = summarized(plan, metrics, layers)
+        context.warnings += warnings_of(analysis, plan)
+        artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context, analysis)
         evaluation = write_records(artifact, host, before, after, start)
         _verify(workdir.stage, plan)
         _gates(recipe, evaluation)

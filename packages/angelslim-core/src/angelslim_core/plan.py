@@ -141,6 +141,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     plan.problems += [line for s in steps if isinstance(s.pass_, WeightPass) for line in s.pass_.open_questions()]
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
+    _check_gates(plan)
     plan.peak_ram_bytes = _peak_ram(plan)
     limit = recipe.runtime.max_ram_bytes
     if limit is not None and plan.peak_ram_bytes > limit:
@@ -153,6 +154,16 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
         if not verdict["ok"]:
             raise EngineError(3, engine, f"will not load this result: {verdict['why']}", "change the scheme, or drop the engine from export.engines")
     return plan
+
+
+def _check_gates(plan: Plan) -> None:
+    gates, where = plan.recipe.gates, plan.recipe.where("gates.min_expert_tokens")
+    if gates is None or gates.min_expert_tokens is None:
+        return
+    if not any(site.expert is not None for site in plan.description.sites):
+        raise PlanError(390, where, "this model has no routed experts", "drop the gate")
+    if not plan.layer_steps:
+        raise PlanError(391, where, "no step is calibrated, so no token is routed", "drop the gate, or use a calibrated pass")
 
 
 def left_alone(source: Source, description: Description, quantized: Container[str]) -> list[str]:

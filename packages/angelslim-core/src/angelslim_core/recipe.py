@@ -82,10 +82,16 @@ class StepSection(_Model):
 
 
 class Gates(_Model):
-    """Limits on the evaluation; if one is not met, nothing is published."""
+    """Limits on the evaluation and on calibration; if one is not met, nothing is published."""
 
     max_kl: float | None = Field(None, ge=0, description="Largest mean KL(base, output), nats per token.")
     min_top1: float | None = Field(None, ge=0, le=1, description="Smallest share of tokens with the base's first choice.")
+    min_expert_tokens: int | None = Field(None, ge=1, description="Calibration tokens that the router must send to every expert, at least.")
+
+    @property
+    def needs_eval(self) -> bool:
+        """Whether a limit is on the evaluation."""
+        return self.max_kl is not None or self.min_top1 is not None
 
 
 class Evaluation(_Model):
@@ -124,7 +130,7 @@ class Recipe(_Model):
     runtime: Runtime = Field(default_factory=lambda: Runtime.model_validate({}), description="How to run.")
     calibration: Calibration | None = Field(None, description="Calibration data, for passes that need it.")
     steps: list[StepSection] = Field(min_length=1, max_length=100, description="Passes in order.")
-    gates: Gates | None = Field(None, description="Limits that must be met; needs `eval`.")
+    gates: Gates | None = Field(None, description="Limits that must be met; those on the output need `eval`.")
     eval: Evaluation | None = Field(None, description="Evaluate the output before it is published.")
     export: Export = Field(default_factory=lambda: Export.model_validate({}), description="The output.")
 
@@ -168,8 +174,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     except ValidationError as error:
         raise _first(error, name, (), positions, overridden, Recipe) from error
     recipe._name, recipe._positions, recipe._overridden, recipe._home = name, positions, overridden, home
-    if recipe.gates is not None and recipe.eval is None:
-        raise RecipeError(12, recipe.where("gates"), "gates need an `eval` section to measure", "add `eval: {text: FILE}`")
+    if recipe.gates is not None and recipe.gates.needs_eval and recipe.eval is None:
+        raise RecipeError(12, recipe.where("gates"), "max_kl and min_top1 need an `eval` section to measure", "add `eval: {text: FILE}`")
     return recipe
 
 

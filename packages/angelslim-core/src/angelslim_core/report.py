@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,28 +17,37 @@ _PAGE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0; text-align: left }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } svg { max-width: 100%; height: auto } .no { color: #a00 }
+h2 { margin-top: 3rem; border-bottom: 2px solid #1f4e79 } h3 { margin: 2rem 0 .2rem } p { margin: .2rem 0 .6rem } .about { color: #555; font-size: 13px }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { border-bottom: 1px solid #ddd; padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top }
+th { font-weight: 600 } .number { text-align: right; font-variant-numeric: tabular-nums } td { overflow-wrap: anywhere } .name { font-family: monospace; font-size: 13px }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } svg { display: block; max-width: 100%; height: auto } .no { color: #a00 }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% if summary %}<p>{{ note }}</p>
 <table><tr>{% for head in summary[0] %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for row in summary %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-{% for plot in plots %}{{ plot }}{% endfor %}
+{{ sizes }}
 {% for a in artifacts %}
 <h2>{{ a.name }}</h2>
 <table>
 <tr><th>weights</th><td>{{ "%.1f" | format(a.bytes_after / 1e6) }} MB of {{ "%.1f" | format(a.bytes_before / 1e6) }} MB</td></tr>
+{% if a.bits %}<tr><th>bits a weight</th><td>{{ "%.3f" | format(a.bits) }} in the linears of the decoder layers, scales included</td></tr>{% endif %}
 <tr><th>time</th><td>{{ "%.1f" | format(a.seconds) }} s</td></tr>
 {% for p in a.passes %}<tr><th>{{ p.id }}</th><td>{% for key, value in p.metrics.items() %}{{ key }} {{ value }}{{ ", " if not loop.last }}{% endfor %}</td></tr>{% endfor %}
 {% if a.evaluation %}{% for key, value in a.evaluation.items() %}<tr><th>{{ key }}</th><td>{{ value }}</td></tr>{% endfor %}
 {% else %}<tr><th>perplexity, KL</th><td>not measured by the run</td></tr>{% endif %}
 </table>
-{{ a.plot }}
-{% for plot in a.curves %}{{ plot }}{% endfor %}
+{% if a.notes %}<h3>Fallbacks and warnings</h3><ul>{% for note in a.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
+{% for plot in a.plots %}<h3>{{ plot.title }}</h3><p class="about">{{ plot.about }}</p>{{ plot.svg }}
+{% endfor %}
+{% if a.channels %}<h3>Outlier channels</h3><p class="about">Channels that stand out in most layers: largest value over that of the input's median channel.</p>
+<table><tr><th>input</th><th class="number">channel</th><th class="number">layers</th><th class="number">largest ratio</th><th class="number">at layer</th></tr>
+{% for c in a.channels %}<tr><td>{{ c.input }}</td><td class="number">{{ c.channel }}</td><td class="number">{{ c.layers }}</td><td class="number">{{ "%.1f" | format(c.ratio) }}</td><td class="number">{{ c.layer }}</td></tr>{% endfor %}</table>{% endif %}
+{% if a.worst %}<h3>Linears with the largest error</h3>
+<table><tr><th>linear</th><th class="number">SQNR, dB</th><th class="number">bits</th><th class="number">largest / rms weight</th><th class="number">scales</th><th class="number">input scale</th></tr>
+{% for w in a.worst %}<tr><td class="name">{{ w.name }}</td>{% for cell in w.cells %}<td class="number">{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 <h3>Engines, from the headers</h3>
 <table>{% for engine, v in a.engines.items() %}<tr><th>{{ engine }}</th><td class="{{ '' if v.ok else 'no' }}">{{ "loads it" if v.ok else "does not load it" }}</td><td>{{ v.why }}</td></tr>{% endfor %}</table>
-{% if a.notes %}<h3>Fallbacks and warnings</h3><ul>{% for note in a.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
 <h3>Recipe</h3><pre>{{ a.recipe }}</pre>
 <h3>Made with</h3>
 <table>{% for name, version in a.versions.items() %}<tr><th>{{ name }}</th><td>{{ version }}</td></tr>{% endfor %}
@@ -47,6 +55,9 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } svg { max-width: 1
 {% endfor %}
 </body></html>
 """
+# rows of the tables of worst linears and of outlier channels; an outlier channel is this many times the median one
+_ROWS = 12
+_OUTLIER = 10
 
 
 def write_report(folders: Sequence[Path], target: Path, title: str = "AngelSlim report", summary: Sequence[Mapping[str, str]] = (), note: str = "") -> None:
@@ -58,38 +69,51 @@ def write_report(folders: Sequence[Path], target: Path, title: str = "AngelSlim 
         note: one sentence above that table.
 
     Raises:
-        ModelError: a folder has no records.
+        ModelError: a folder has no records, or damaged ones.
         PluginError: matplotlib is not installed.
     """
     import jinja2
     from markupsafe import Markup
 
     _need_matplotlib()
-    artifacts = [_artifact(Path(folder)) for folder in folders]
-    for artifact in artifacts:
-        artifact["plot"] = Markup(_error_plot(artifact["linears"])) if artifact["linears"] else ""
-        artifact["curves"] = [Markup(_curve(curve)) for curve in artifact["curves"]]
-    plots = [Markup(_size_plot(artifacts))] if len(artifacts) > 1 else []
+    from .plots import size_plot
+
+    artifacts = []
+    for folder in map(Path, folders):
+        records = read_records(folder)
+        if "metrics" not in records or "plan" not in records:
+            raise ModelError(96, str(folder), f"has no records under {RECORDS}/", "reports are made of folders that `angelslim run` wrote")
+        try:
+            artifacts.append(_artifact(folder, records))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(391, str(folder), f"has records under {RECORDS}/ that are not as `angelslim run` writes them") from error
+    sizes = ""
+    if len(artifacts) > 1:
+        names = ["source", *(a["name"] for a in artifacts)]
+        sizes = size_plot(names, [n / 1e6 for n in (artifacts[0]["bytes_before"], *(a["bytes_after"] for a in artifacts))])
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
-    write_text(target, page.render(title=title, artifacts=artifacts, plots=plots, summary=list(summary), note=note))
+    write_text(target, page.render(title=title, artifacts=artifacts, sizes=Markup(sizes), summary=list(summary), note=note))
 
 
-def _artifact(folder: Path) -> dict[str, Any]:
-    records = read_records(folder)
-    if "metrics" not in records or "plan" not in records:
-        raise ModelError(96, str(folder), f"has no records under {RECORDS}/", "reports are made of folders that `angelslim run` wrote")
+def _artifact(folder: Path, records: Mapping[str, Any]) -> dict[str, Any]:
     metrics, plan, provenance = records["metrics"], records["plan"], records.get("provenance", {})
+    # folders of older runs hold less
+    analysis = {"linears": _from_names(metrics.get("linears", {})), "histograms": {}, "inputs": {}, "experts": {}} | records.get("analysis", {})
+    linears = analysis["linears"]
+    measured = [entry for entry in linears.values() if entry.get("weights")]
     recipe = folder / RECORDS / "recipe.yaml"
     return {
         "name": folder.resolve().name,
         "bytes_before": metrics["bytes_before"],
         "bytes_after": metrics["bytes_after"],
+        "bits": sum(e["bits"] * e["weights"] for e in measured) / sum(e["weights"] for e in measured) if measured else None,
         "seconds": metrics["seconds"],
-        "passes": [{"id": p["id"], "metrics": {k: v for k, v in p["metrics"].items() if k != "curves"}} for p in metrics["passes"]],
-        "curves": [curve for p in metrics["passes"] for curve in p["metrics"].get("curves", [])],
+        "passes": [{"id": p["id"], "metrics": {k: v for k, v in p["metrics"].items() if not isinstance(v, list)}} for p in metrics["passes"]],
         "evaluation": metrics.get("evaluation"),
-        "linears": metrics.get("linears", {}),
-        "notes": [*metrics.get("fallbacks", []), *metrics.get("warnings", [])],
+        "plots": _plots(metrics["passes"], analysis),
+        "channels": _outlier_channels(analysis["inputs"]),
+        "worst": _worst(linears),
+        "notes": [*_together(metrics.get("fallbacks", [])), *metrics.get("warnings", [])],
         "engines": plan["engines"],
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         "versions": provenance.get("versions", {}),
@@ -97,71 +121,83 @@ def _artifact(folder: Path) -> dict[str, Any]:
     }
 
 
+def _from_names(linears: Mapping[str, Any]) -> dict[str, Any]:
+    """Layer and role of linears that a run recorded without them."""
+    found = {}
+    for name, entry in linears.items():
+        match = re.search(r"\.layers\.(\d{1,4})\.", name)
+        found[name] = {"layer": int(match[1]) if match else None, "role": name.rpartition(".")[2], **entry}
+    return found
+
+
+def _plots(passes: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What there is to be drawn, each with a title, a sentence and SVG."""
+    from markupsafe import Markup
+
+    from . import plots
+
+    linears, inputs, experts = list(analysis["linears"].values()), analysis["inputs"], analysis["experts"]
+    found = []
+    for p in passes:
+        found += [("Choice", p["id"], plots.curve_plot(curve)) for curve in p["metrics"].get("curves", [])]
+    found.append(("Error", "Signal to quantization noise of weights: 6 dB are one bit.", plots.error_plot(linears)))
+    for p in passes:
+        lists = {k: v for k, v in p["metrics"].items() if isinstance(v, list) and v and all(isinstance(x, int | float) for x in v)}
+        if lists:
+            found.append((p["id"], "What the pass reports of each layer.", plots.lists_plot(lists)))
+    found += [
+        ("Bits", "As stored, with scales and zero points.", plots.bits_plot(linears)),
+        ("Scales", "A wide band means channels or groups of very different size; large input scales leave small inputs few bits.", plots.scale_plot(linears)),
+        ("Weights", "How magnitudes are spread in each layer, counts relative to the fullest bin.", plots.weight_plot(analysis["histograms"], linears)),
+        ("Inputs", "The same for what the quantized model feeds its linears on calibration text, padding left out.", plots.input_plot(inputs)),
+        ("Outliers of inputs", "How far the largest channel of an input lies above the median one.", plots.outlier_plot(inputs)),
+    ]
+    if experts:
+        lost = sum(not count for counts in experts.values() for count in counts)
+        few = min(count for counts in experts.values() for count in counts)
+        what = f"{lost} of {sum(map(len, experts.values()))} experts got no token (red)." if lost else f"Every expert got tokens, {few} at least."
+        found.append(("Experts", f"Calibration tokens that the router sent to each expert. {what}", plots.expert_plot(experts)))
+    return [{"title": title, "about": about, "svg": Markup(svg)} for title, about, svg in found if svg]
+
+
+def _outlier_channels(inputs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Channels far above the median of their input, those of most layers first; experts' own intermediates are left out."""
+    seen: dict[tuple[str, int], list[tuple[float, int]]] = {}
+    for layer, found in inputs.items():
+        for name, numbers in found.items():
+            for channel, ratio in (c for c in numbers["channels"] if len(c) == 2 and c[1] >= _OUTLIER):
+                seen.setdefault((name, channel), []).append((ratio, int(layer)))
+    ordered = sorted(seen.items(), key=lambda item: (-len(item[1]), -max(item[1])[0]))
+    return [
+        {"input": name, "channel": channel, "layers": len(where), "ratio": max(where)[0], "layer": max(where)[1]} for (name, channel), where in ordered[:_ROWS]
+    ]
+
+
+def _together(fallbacks: Sequence[str]) -> list[str]:
+    """What happened to many linears in one line."""
+    where: dict[str, list[str]] = {}
+    for line in fallbacks:
+        name, _, what = line.partition(": ")
+        where.setdefault(what, []).append(name)
+    return [f"{n[0]}: {what}" if len(n) == 1 else f"{len(n)} times {what}: {', '.join(n[:3])}{', ...' if len(n) > 3 else ''}" for what, n in where.items()]
+
+
+def _worst(linears: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The linears of least SQNR."""
+    rated = sorted((entry["sqnr_db"], name) for name, entry in linears.items() if entry.get("sqnr_db") is not None)
+    rows = []
+    for sqnr, name in rated[:_ROWS]:
+        entry = linears[name]
+        peak = f"{entry['amax'] / entry['rms']:.1f}" if entry.get("rms") else ""
+        least, _, largest = entry.get("scale", (0, 0, 0))
+        scales = "" if not largest else f"{largest:.3g}" if least == largest else f"{least:.3g} to {largest:.3g}"
+        bits = f"{entry['bits']:.3g}" if "bits" in entry else ""
+        rows.append({"name": name, "cells": [f"{sqnr:.2f}", bits, peak, scales, f"{entry['input_scale']:.3g}" if "input_scale" in entry else ""]})
+    return rows
+
+
 def _need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise PluginError(17, "report", "plots need matplotlib, which is not installed", "pip install 'angelslim-core[report]'") from None
-
-
-def _svg(draw: Any, width: float = 8, height: float = 2.8) -> str:
-    """SVG of what `draw(axes)` draws, without the header and metadata that do not belong inside a page."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context({"svg.hashsalt": "angelslim", "font.size": 9, "text.parse_math": False}):
-        figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-        draw(axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        pyplot.close(figure)
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    return text
-
-
-def _error_plot(linears: Mapping[str, Any]) -> str:
-    """Weight SQNR over layers, a line per kind of linear."""
-    series: dict[str, dict[int, list[float]]] = {}
-    for name, entry in linears.items():
-        match = re.search(r"\.layers\.(\d+)\.", name)
-        if match and isinstance(entry, dict) and isinstance(entry.get("sqnr_db"), int | float):
-            series.setdefault(name.rsplit(".", 1)[-1], {}).setdefault(int(match[1]), []).append(float(entry["sqnr_db"]))
-
-    def draw(axes: Any) -> None:
-        for kind, points in sorted(series.items()):
-            layers = sorted(points)
-            axes.plot(layers, [sum(points[i]) / len(points[i]) for i in layers], marker=".", linewidth=1, label=kind)
-        axes.set_xlabel("decoder layer")
-        axes.set_ylabel("weight SQNR, dB")
-        axes.legend(ncols=4, fontsize=7)
-
-    return _svg(draw)
-
-
-def _curve(curve: Mapping[str, Any]) -> str:
-    """A curve that a pass found, as `WeightPass.findings` says."""
-
-    def draw(axes: Any) -> None:
-        x, y = zip(*curve["points"], strict=True)
-        axes.plot(x, y, marker=".", linewidth=1)
-        if "mark" in curve:
-            axes.plot(*curve["mark"], marker="o", markersize=9, fillstyle="none", color="#aa3377", linestyle="none", label="chosen")
-            axes.legend(fontsize=8)
-        axes.set_title(curve["title"])
-        axes.set_xlabel(curve["x"])
-        axes.set_ylabel(curve["y"])
-
-    return _svg(draw, height=3.4)
-
-
-def _size_plot(artifacts: Sequence[Mapping[str, Any]]) -> str:
-    def draw(axes: Any) -> None:
-        names = ["source", *(a["name"] for a in artifacts)]
-        sizes = [artifacts[0]["bytes_before"] / 1e6, *(a["bytes_after"] / 1e6 for a in artifacts)]
-        axes.barh(names[::-1], sizes[::-1], color="#4477aa")
-        axes.set_xlabel("weights, MB")
-
-    return _svg(draw, height=0.5 + 0.4 * (len(artifacts) + 1))

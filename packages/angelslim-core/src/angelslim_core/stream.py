@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .analysis import weight_numbers
 from .errors import NumericError
 from .exporters import Exporter
 from .io.checkpoint import Checkpoint, read_header
@@ -33,7 +33,7 @@ def write_shards(plan: Plan, context: Context, workdir: Workdir, journal: Iterab
     Args:
         layers: output tensor -> file in which the layer sweep left it.
     Returns:
-        per quantized linear: `sqnr_db`.
+        `weight_numbers` of each quantized linear.
     """
     metrics: dict[str, Any] = {}
     finished = {e["shard"]: e for e in journal if "shard" in e}
@@ -148,7 +148,7 @@ def encode(site: Site, result: Quantized | Tensor, weight: Tensor, exporter: Exp
     """Tensors to be written for one linear, after a check of its numbers.
 
     Raises:
-        NumericError: a scale is zero or not finite, or nothing of the weight is left.
+        NumericError: a scale is zero or not finite, or the dequantized weight is not.
     """
     import torch
 
@@ -159,25 +159,9 @@ def encode(site: Site, result: Quantized | Tensor, weight: Tensor, exporter: Exp
     scale = result.scale.float()
     if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
         raise NumericError(1, site.name, "got a scale that is zero or not finite")
-    metrics[site.name] = {"sqnr_db": sqnr_db(weight.to(result.codes.device), result)}
-    return {f"{site.name}.{suffix}": tensor for suffix, tensor in exporter.pack(result).items()}
-
-
-def sqnr_db(weight: Tensor, quantized: Quantized) -> float | None:
-    """Signal to quantization noise, 10 log10(sum w^2 / sum (w - q)^2); None where there is no error or no signal.
-
-    Raises:
-        NumericError: the dequantized weight is not finite.
-    """
-    reference = weight.float()
-    signal = float(reference.square().sum())
-    error = quantized.dequantize().sub_(reference)
-    noise = float(error.square_().sum())
-    if not math.isfinite(noise):
-        raise NumericError(2, quantized.scheme.name, "a dequantized weight is not finite")
-    if not (noise > 0 and signal > 0 and math.isfinite(signal)):  # squares of huge weights overflow fp32
-        return None
-    return round(10 * math.log10(signal / noise), 3)
+    packed = exporter.pack(result)
+    metrics[site.name] = weight_numbers(weight.to(result.codes.device), result, packed)
+    return {f"{site.name}.{suffix}": tensor for suffix, tensor in packed.items()}
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .activations import Interned
+from .analysis import LayerInputs, check_experts
 from .adapters.base import Site
 from .calibration.data import batches
 from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
@@ -132,6 +133,7 @@ def run_sweep(
         first -= 1  # activations are kept for the newest layers only
     for index in range(first):
         sweep.take(workdir.path / finished[index]["file"], finished[index])
+        check_experts(plan.recipe, finished[index])
     sweep.resumed_layers = first
     if first:
         _load_hidden(workdir.path / finished[first - 1]["acts"], captured)
@@ -142,6 +144,7 @@ def run_sweep(
             entry = _run_layer(index, skeleton, plan, context, steps, captured, workdir, run_pass)
         workdir.record(**entry)
         sweep.take(workdir.path / entry["file"], entry)
+        check_experts(plan.recipe, entry)
         old = workdir.path / f"acts/{index - 2:05d}.safetensors"
         old.unlink(missing_ok=True)
         context.progress(index + 1, plan.description.num_layers, f"layer {index}")
@@ -154,6 +157,7 @@ class Sweep:
 
     files: dict[str, Path] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    analysis: dict[int, dict[str, Any]] = field(default_factory=dict)
     reports: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     resumed_layers: int = 0
 
@@ -161,6 +165,7 @@ class Sweep:
         """Add a finished layer's journal entry."""
         self.files.update(dict.fromkeys(read_header(path), path))
         self.metrics.update(entry["metrics"])
+        self.analysis[int(entry["layer"])] = entry["analysis"]
         for step, report in entry["reports"].items():
             self.reports.setdefault(int(step), []).append(report)
 
@@ -191,11 +196,16 @@ def _run_layer(
     for name, tensor in skeleton.layer_tensors(index, kept):  # read again: a pass may have written into the one it was given
         if not _same(kept[name].cpu(), tensor.to(kept[name].dtype)):
             outputs[prefix + name] = kept[name].cpu().contiguous()
-    _advance(layer, captured, index)
+    inputs = LayerInputs(layer)
+    with inputs.watched():
+        _advance(layer, captured, index, inputs)
     skeleton.drop_layer(index)
     file, acts = f"layers/{index:05d}.safetensors", f"acts/{index:05d}.safetensors"
     hashes = [_commit(workdir.path / file, outputs), _commit(workdir.path / acts, _hidden(captured, index))]
-    return {"layer": index, "file": file, "sha256": hashes[0], "acts": acts, "acts_sha256": hashes[1], "metrics": metrics, "reports": reports}
+    return {
+        "layer": index, "file": file, "sha256": hashes[0], "acts": acts, "acts_sha256": hashes[1],
+        "metrics": metrics, "analysis": inputs.numbers(), "reports": reports,
+    }  # fmt: skip
 
 
 def run_on_layer(pass_: Pass, layer: Layer) -> Mapping[str, Any]:
@@ -215,10 +225,10 @@ def run_on_layer(pass_: Pass, layer: Layer) -> Mapping[str, Any]:
     return {}
 
 
-def _advance(layer: Layer, captured: list[list[LayerBatch]], index: int) -> None:
+def _advance(layer: Layer, captured: list[list[LayerBatch]], index: int, inputs: LayerInputs) -> None:
     """Outputs of this layer become the inputs of the next."""
     for position, batch in enumerate(layer.batches):
-        out = layer.forward(batch).cpu()
+        out = inputs.forward(batch).cpu()
         check_finite(f"output of layer {index}", out)
         if index + 1 < len(captured):
             captured[index + 1][position].hidden = out

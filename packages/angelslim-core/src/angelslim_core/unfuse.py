@@ -30,7 +30,7 @@ class LinearExperts(nn.Module):
 
     Attributes:
         calibrate_all: send every token through every expert, so that hooks see them all; the output is unchanged.
-        token_mask: [tokens] bool, False on padding, which then is neither sent to all experts nor counted.
+        token_mask: [tokens] bool, False on padding, which then is neither shown to hooks nor counted.
         tokens_per_expert: [E] int64, real tokens routed to each expert since construction.
     """
 
@@ -61,15 +61,17 @@ class LinearExperts(nn.Module):
             self.tokens_per_expert[index] += counted.numel()
             if self.calibrate_all:
                 expert(hidden_states if real is None else hidden_states[real])
+            elif real is not None and counted.numel():
+                expert(hidden_states[counted])
             if tokens.numel():
-                result = self._quietly(expert, hidden_states[tokens]) * top_k_weights[tokens, slot, None]
+                result = self._routed(expert, hidden_states[tokens]) * top_k_weights[tokens, slot, None]
                 output.index_add_(0, tokens, result.to(output.dtype))
         return output
 
-    def _quietly(self, expert: nn.Module, x: Tensor) -> Tensor:
-        """The expert without its hooks where they have already seen every token."""
+    def _routed(self, expert: nn.Module, x: Tensor) -> Tensor:
+        """The expert's result, without its hooks where they have already seen what they should."""
         assert isinstance(expert, Expert)
-        if not self.calibrate_all:
+        if not self.calibrate_all and self.token_mask is None:
             return expert(x)
         linear = nn.functional.linear
         return linear(expert.act_fn(linear(x, expert.gate_proj.weight)) * linear(x, expert.up_proj.weight), expert.down_proj.weight)

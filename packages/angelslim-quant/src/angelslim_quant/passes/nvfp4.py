@@ -11,6 +11,7 @@ from angelslim_core.exporters.modelopt import nvfp4_scheme
 from angelslim_core.passes import LayerPass, Pass, PassConfig, TensorPass
 from angelslim_core.schemes import Quantized, Scheme
 
+from ..experts import input_ranges
 from ..microscaled import fits
 from ..stages import by_input, stages
 from .gptq import fitting, token_weights
@@ -32,6 +33,7 @@ class NVFP4Config(PassConfig):
     gptq: bool = Field(True, description="Make up for each column's rounding error in the columns after it, on calibration data.")
     scale_search: bool = Field(True, description="Take of each block's E4M3 scales near absmax / 6 the one of least error.")
     damping: float = Field(0.01, gt=0, le=1, description="Part of the Hessian's mean diagonal that is added to it.")
+    calibrate_all_experts: bool = Field(True, description="Every expert sees every token; else only those routed to it.")
 
 
 class NVFP4(LayerPass):
@@ -59,16 +61,19 @@ class NVFP4(LayerPass):
         return fits(site, nvfp4_scheme(not self.config.weight_only))
 
     def run(self, layer: Layer) -> dict[str, Any]:
-        report = {"hessian_dampings_raised": 0, "experts_rounded_to_nearest": 0}
+        report = {"hessian_dampings_raised": 0, "experts_rounded_to_nearest": 0, "input_scales_of_siblings": 0}
         for stage in stages(layer.sites, sequential=True):
-            moments, input_scales = self._collect(layer, by_input(stage))
+            moments, input_scales = self._collect(layer, by_input(stage), report)
             for members in by_input(stage):
                 self._solve(layer, members, moments[members[0]], input_scales.get(members[0]), report)
         return report
 
-    def _collect(self, layer: Layer, sets: list[list[Site]]) -> tuple[dict[Site, Moments], dict[Site, Tensor]]:
+    def _collect(self, layer: Layer, sets: list[list[Site]], report: dict[str, int]) -> tuple[dict[Site, Moments], dict[Site, Tensor]]:
         """Of the input of each set, by its first member: moments as engines see it, and the global scale."""
+        import torch
+
         from angelslim_core.emulation import round_input
+        from angelslim_core.rounding import E2M1_MAX, E4M3_MAX
 
         from ..numerics.compensate import Moments
         from ..numerics.microscale import global_scale_of
@@ -78,14 +83,18 @@ class NVFP4(LayerPass):
         grid = self.scheme(first[0]).input_activations
         input_scales: dict[Site, Tensor] = {}
         if grid:
-            amax: dict[Site, Tensor] = {}
+            device = layer.context.device
+            amax = {site: torch.zeros((), device=device) for site in first}
 
             def widen(site: Site, x_NI: Tensor) -> None:
-                seen = x_NI.abs().amax().float() if x_NI.numel() else x_NI.new_zeros(()).float()
-                amax[site] = seen if site not in amax else amax[site].maximum(seen)
+                if x_NI.numel():
+                    amax[site] = amax[site].maximum(x_NI.abs().amax())
 
-            layer.observe(widen, sites=first)
-            input_scales = {site: global_scale_of(found) for site, found in amax.items()}
+            layer.observe(widen, self.config.calibrate_all_experts, sites=first)
+            found = {site: float(layer.context.group.reduce(seen, "max")) for site, seen in amax.items()}
+            ranges, lent = input_ranges(layer, found, E2M1_MAX * E4M3_MAX)
+            report["input_scales_of_siblings"] += lent
+            input_scales = {site: global_scale_of(torch.tensor(largest, device=device)) for site, largest in ranges.items()}
         for batch in layer.batches:
             weight_N = token_weights(batch.hidden[batch.mask]).to(layer.context.device)
 
@@ -93,7 +102,9 @@ class NVFP4(LayerPass):
                 x = round_input(x_NI, grid, input_scales[site]) if grid else x_NI
                 moments[site].add(x, None, fitting(weight_N, x_NI))  # noqa: B023
 
-            layer.observe(see, sites=first, batches=[batch])
+            layer.observe(see, self.config.calibrate_all_experts, sites=first, batches=[batch])
+        for site, seen in moments.items():
+            seen.reduce(layer.context.group, site.shape[1], layer.context.device)
         return moments, input_scales
 
     def _solve(self, layer: Layer, members: list[Site], moments: Moments, input_scale: Tensor | None, report: dict[str, int]) -> None:
