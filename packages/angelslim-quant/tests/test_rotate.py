@@ -164,6 +164,25 @@ def test_images_enter_the_rotated_stream(tiny, tmp_path, architecture):
     assert kept and all(after.read(n).equal(before.read(n)) for n in kept)
 
 
+def test_logits_with_an_image(tiny_copy, tmp_path):
+    """Image features enter as embeddings and, after the first layers, are added to the stream (deepstack)."""
+    model = tiny_copy("qwen3_vl", dtype="float32")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7}))
+    out = rotated(model, tmp_path / "out", r4=True)
+    ids = torch.tensor([[20, 7, 5, 30, 31, 32]])
+    patches = torch.randn(4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+
+    def seen(folder, scale):
+        with torch.no_grad():
+            image = {"pixel_values": patches * scale, "image_grid_thw": torch.tensor([[1, 2, 2]]), "mm_token_type_ids": (ids == 5).int()}
+            return load_model(folder, "cpu").model(input_ids=ids, **image).logits
+
+    before = seen(model, 1)
+    assert float((before - seen(model, -1)).abs().max()) > 1e-2  # the image matters
+    assert torch.allclose(seen(out, 1), before, atol=1e-3 * float(before.abs().max()))
+
+
 def test_multi_token_prediction_is_left_out_with_a_reason(tiny, tiny_copy, tmp_path):
     model = tiny_copy("glm4_moe", dtype="float32")
     add_mtp(model)
@@ -229,6 +248,12 @@ def test_what_is_not_exact_is_refused(tiny, tmp_path):
     model = tiny("gemma3_text", dtype="float32")
     assert "post_attention_layernorm" in refused(model, "quant.rotate").where
     assert_same_function(model, rotated(model, tmp_path / "out", r1=False))
+    images = tiny("gemma3", dtype="float32")
+    assert "projector" in refused(images, "quant.rotate").where
+    out = rotated(images, tmp_path / "images", r1=False)
+    assert_same_function(images, out)
+    before, after = open_source(images), open_source(out)
+    assert all(after.read(n).equal(before.read(n)) for n in before.dtypes if "vision" in n or "projector" in n)
     latent = tiny("deepseek_v3", dtype="float32")
     assert "head by head" in refused(latent, {"use": "quant.rotate", "with": {"r1": False}}).what
 

@@ -21,6 +21,7 @@ from .io.writer import write_index, write_json, write_text
 from .model import sanitized
 from .recipe import to_yaml
 from .records import RECORDS
+from .transforms import transform_config
 from .workdir import sha256
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def ledger(plan: Plan) -> dict[str, Any]:
     fate: dict[str, Any] = {}
     transformed = {i for i, s in enumerate(plan.steps) if s.sites}
     for unit in plan.units:
-        for name in unit.tensors:
+        for name in (n for n in unit.tensors if n not in plan.source.matrices):
             schemes = sorted({plan.schemes[s.name].name for s in unit.sites if s.tensor == name and s.name in plan.schemes})
             changed = name in plan.source.changed
             if schemes:
@@ -180,7 +181,9 @@ def output_config(plan: Plan) -> dict[str, Any]:
     """The source's config with this output's quantization, without what reaches for code or other folders."""
     if plan.exporter is None:
         return sanitized(plan.source.config)
-    return quantized_config(plan.source.config, plan.description.layout, plan.exporter, plan.schemes, plan.ignore)
+    config = quantized_config(plan.source.config, plan.description.layout, plan.exporter, plan.schemes, plan.ignore)
+    config["quantization_config"].update(transform_config(plan.source.transforms))
+    return config
 
 
 def quantized_config(

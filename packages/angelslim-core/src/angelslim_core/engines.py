@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .exporters import Exporter
     from .plan import Plan
     from .schemes import Scheme
+    from .source import Source
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
 
@@ -37,6 +38,7 @@ class Folder(NamedTuple):
     exporter: Exporter | None
     schemes: Mapping[str, Scheme]
     description: Description
+    source: Source | None = None
 
 
 _EMULATED = Row(True, "verified on 5.23, emulated; BF16 models")
@@ -129,4 +131,25 @@ def _verdict(engine: str, plan: Plan | Folder) -> dict[str, Any]:
                 if rows % block[0] or columns % block[1]:
                     return {"ok": False, "why": f"{name} is {rows} x {columns}, no multiple of the {block[0]} x {block[1]} block"}
         notes.append(f"{scheme.name}: {row.why}" if row.why else scheme.name)
+    if plan.source and plan.source.transforms:
+        why = _no_transforms(engine, plan)
+        if why:
+            return {"ok": False, "why": f"transform_config: {why}"}
+        notes.append("transform_config: needs an NVIDIA GPU, no tensor parallelism; those kernels unverified, all else verified on 0.32")
     return {"ok": True, "why": "; ".join(notes)}
+
+
+def _no_transforms(engine: str, plan: Plan | Folder) -> str:
+    """Why an engine does not multiply inputs as a `transform_config` asks, "" if it does; read from its source code."""
+    assert plan.source
+    if engine == "transformers":
+        return "5.23 with compressed-tensors 0.20 leaves it out without a word, so outputs are garbage; angelslim load applies it"
+    if engine != "vllm":
+        return "not known to be applied"
+    for transform in plan.source.transforms:
+        for site in (s for s in plan.description.sites if transform.applies(s.name)):
+            if site.expert is not None:
+                return f"0.32 does not apply it to experts, such as {site.name}"
+            if f"{site.name}.bias" in plan.source.dtypes:
+                return f"0.32 does not apply it to linears with a bias, such as {site.name}"
+    return ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .activations import Stored
 from .adapters.base import Site
 from .schemes import Quantized
+from .transforms import transforms_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -120,7 +121,9 @@ class Layer:
                 source = feed.source.replace("{e}", str(expert))
                 readers = [r.replace("{e}", str(e)) for r in feed.readers for e in (named if "{e}" in r else [0])]
                 readers = [r for r in readers if f"{r}.weight" in present]
-                if f"{source}.weight" in present and readers:
+                # channels that are mixed on their way cannot be scaled one by one
+                mixed = any(transforms_of(self.module.get_submodule(r)) for r in readers)
+                if f"{source}.weight" in present and readers and not mixed:
                     found.append(Fold(source, tuple(readers), feed.block))
         return found
 

@@ -21,13 +21,15 @@ from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS, plugins_hint
 from .source import Source, describe_source, open_any, quantization_config
+from .transforms import install
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OWN_READER = "transformers, weights dequantized by AngelSlim"
+_TRANSFORMS = ", transform_config applied by AngelSlim"
 
 
 @dataclass
@@ -77,6 +79,8 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     where = pick_device(device)
     backend = "transformers" if reads_natively(source, description) else OWN_READER
     model = _from_transformers(source, description, native=backend == "transformers", emulate=emulate)
+    if source.transforms:
+        backend += _TRANSFORMS
     model.to(where).eval()
     policies = _install(folder, model, host)
     tokenizer = load_tokenizer(folder) if source.checkpoint.has_tokenizer else None
@@ -92,6 +96,8 @@ def reads_natively(source: Source, description: Description) -> bool:
     """
     if source.exporter is None:
         return True
+    if source.transforms:  # 5.23 with compressed-tensors 0.20 leaves them out without a word
+        return False
     if any(s.expert is not None and s.name in source.quantized for s in description.sites):
         return False
     wide = compute_dtype(source, description) != "BF16" and any(s.weights.scale_dtype in ("U8", "F8_E4M3") for s in source.quantized.values())
@@ -142,8 +148,10 @@ def _from_transformers(source: Source, description: Description, native: bool, e
     finally:
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)
+    linears = _Linears(model, description)
+    _transform(linears, source)
     if emulate and not native:
-        _round_inputs(model, source, description, input_scales)
+        _round_inputs(linears, source, input_scales)
     return model
 
 
@@ -160,35 +168,60 @@ def _dequantized(source: Source, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     return state, scales
 
 
-def _round_inputs(model: PreTrainedModel, source: Source, description: Description, scales: Mapping[str, Tensor | None]) -> None:
+class _Linears:
+    """The linears of a loaded model by their names in the checkpoint; routed experts are separated when one is asked for."""
+
+    def __init__(self, model: PreTrainedModel, description: Description) -> None:
+        self.model, self.description = model, description
+        _, self._layers = decoder_layers(model, description.num_layers)
+        self._sites = {s.name: s for s in description.sites}
+        self._separated: set[int] = set()
+
+    def __call__(self, name: str) -> nn.Module:
+        from .unfuse import unfuse
+
+        site = self._sites.get(name)
+        parent: Any = self.model
+        inner = name
+        if site is not None and site.layer is not None:
+            parent, inner = self._layers[site.layer], name.removeprefix(f"{self.description.block}.{site.layer}.")
+            if site.expert is not None and site.layer not in self._separated:
+                unfuse(parent, keep=True)
+                self._separated.add(site.layer)
+        try:
+            return parent.get_submodule(inner)  # type: ignore[no-any-return]
+        except AttributeError as error:
+            raise ModelError(261, name, "has inputs to treat, but the model transformers builds has no such linear") from error
+
+
+def _transform(linears: _Linears, source: Source) -> None:
+    """Let linears multiply their inputs and outputs as the checkpoint asks.
+
+    Raises:
+        ModelError: it asks for linears that are not there.
+    """
+    for transform in source.transforms:
+        names = [s.name for s in linears.description.sites if transform.applies(s.name)]
+        if not names:
+            raise ModelError(380, f"config.json: transform_config: {transform.name:.100}", f"applies to no linear of this model: {transform.targets!r:.200}")
+        for name in names:
+            install(linears(name), name, source.transforms)
+
+
+def _round_inputs(linears: _Linears, source: Source, scales: Mapping[str, Tensor | None]) -> None:
     """Let quantized linears round their inputs as an engine would.
 
     Raises:
         ModelError: how is not known, or transformers does not run the linear as a module of its own.
     """
     from .emulation import check_emulable, round_inputs
-    from .unfuse import unfuse
 
-    _, layers = decoder_layers(model, description.num_layers)
-    sites = {s.name: s for s in description.sites}
-    separated: set[int] = set()
     for name, scheme in source.quantized.items():
-        grid, site = scheme.input_activations, sites.get(name)
-        if grid is None or f"{name}.weight" in description.mtp_tensors:
+        grid = scheme.input_activations
+        if grid is None or f"{name}.weight" in linears.description.mtp_tensors:
             continue
         check_emulable(name, grid, scales[name])
-        parent: Any = model
-        inner = name
-        if site is not None and site.layer is not None:
-            parent, inner = layers[site.layer], name.removeprefix(f"{description.block}.{site.layer}.")
-            if site.expert is not None and site.layer not in separated:
-                unfuse(parent, keep=True)
-                separated.add(site.layer)
-        try:
-            linear = parent.get_submodule(inner)
-        except AttributeError as error:
-            raise ModelError(261, name, "has quantized inputs, but the model transformers builds has no such linear") from error
-        round_inputs(linear, grid, scales[name])
+        round_inputs(linears(name), grid, scales[name])
 
 
 def _check_loading(info: dict[str, Any], description: Description, source: Source) -> None:

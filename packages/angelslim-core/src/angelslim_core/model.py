@@ -13,6 +13,7 @@ from .adapters.base import Description
 from .errors import ModelError
 from .io.checkpoint import torch_dtype
 from .source import Source
+from .transforms import install
 
 if TYPE_CHECKING:
     import torch
@@ -164,6 +165,9 @@ class Skeleton:
         layer = self.layers[index]
         unfuse(layer)
         self._assign(layer, {n: t.to(device) for n, t in self.layer_tensors(index)})
+        prefix = f"{self.description.block}.{index}."
+        for site in (s for s in self.description.sites if s.layer == index and self.source.transforms):
+            install(layer.get_submodule(site.name.removeprefix(prefix)), site.name, self.source.transforms)
         return layer.to(device)
 
     def layer_tensors(self, index: int, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -174,7 +178,7 @@ class Skeleton:
             name = f"{site.name.removeprefix(prefix)}.weight"
             if names is None or name in names:
                 yield name, self.source.read(site.tensor, site.part)
-        covered = {s.tensor for s in sites}
+        covered = {s.tensor for s in sites} | self.source.matrices
         for stored in self.source.dtypes:
             name = stored.removeprefix(prefix)
             if name != stored and stored not in covered and (names is None or name in names):

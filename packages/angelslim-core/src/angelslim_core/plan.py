@@ -133,7 +133,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     steps = [_step(recipe, i, p, description, source) for i, p in enumerate(passes)]
     schemes = _schemes(recipe, steps)
     _check_fused(description, schemes)
-    exporter = _exporter(recipe, schemes, exporters)
+    exporter = _exporter(recipe, source, schemes, exporters)
     units = _units(source, description, steps, schemes, exporter)
     shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
     plan = Plan(recipe, source, description, steps, units, shards, schemes, left_alone(source, description, schemes), exporter, {}, 0)
@@ -269,13 +269,21 @@ def _check_fused(description: Description, schemes: Mapping[str, Scheme]) -> Non
             raise PlanError(9, site.name, f"would be stored otherwise than {other.name}, but engines run both as one matmul", "target or ignore them together")
 
 
-def _exporter(recipe: Recipe, schemes: Mapping[str, Scheme], exporters: Mapping[str, type[Exporter]]) -> Exporter | None:
+def _exporter(recipe: Recipe, source: Source, schemes: Mapping[str, Scheme], exporters: Mapping[str, type[Exporter]]) -> Exporter | None:
     wanted, where = recipe.export.format, recipe.where("export.format")
     if wanted != "auto" and wanted not in exporters:
         raise PlanError(10, where, f"no exporter {wanted!r}", f"known: {', '.join(sorted(exporters))}")
-    if not schemes:
-        return None
     distinct = list(dict.fromkeys(schemes.values()))
+    if not distinct and not source.transforms:
+        return None
+    layouts = [name for name, exporter in exporters.items() if exporter.transforms]
+    if source.transforms and wanted not in ("auto", *layouts):
+        hint = "export.format: compressed-tensors has, or drop what adds them (r4 of quant.rotate)"
+        raise PlanError(379, where, f"{wanted} has no place for matrices that linears multiply their inputs by", hint)
+    if source.transforms:
+        exporters = {name: exporters[name] for name in layouts}
+    if not distinct:
+        return exporters[layouts[0] if wanted == "auto" else wanted]()
     common = [e for e in distinct[0].exporters if all(e in s.exporters for s in distinct) and e in exporters]
     # several block sizes or schemes need a layout with groups
     if len(distinct) > 1 and "compressed-tensors" in common:

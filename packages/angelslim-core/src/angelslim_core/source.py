@@ -19,6 +19,7 @@ from .io.checkpoint import Checkpoint, TensorInfo, TensorSpec, torch_dtype
 from .io.writer import spec_bytes
 from .records import plugins_hint
 from .schemes import Quantized, Scheme
+from .transforms import Transform, read_transforms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,7 @@ class Source:
         shapes: logical tensor name -> shape.
         quantized: module -> scheme, for modules stored quantized.
         consumed: stored tensor -> logical tensor it was folded into.
+        transforms: what linears multiply their inputs or outputs by when the model runs.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +49,7 @@ class Source:
     quantized: dict[str, Scheme]
     consumed: dict[str, str]
     exporter: Exporter | None = None
+    transforms: tuple[Transform, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
@@ -71,6 +74,11 @@ class Source:
     def reports(self) -> dict[str, dict[str, Any]]:
         """Id of a pass that changes this source -> its numbers, `tensors` among them."""
         return {}
+
+    @property
+    def matrices(self) -> frozenset[str]:
+        """Tensors that hold matrices of `transforms`: no weights of the model."""
+        return frozenset(t.tensor for t in self.transforms if t.tensor)
 
     def scratch(self, name: str) -> int:
         """Bytes that `read` needs for a moment beyond the tensor it returns."""
@@ -114,15 +122,20 @@ class RewrittenSource(Source):
         config: config.json of the changed model.
         report: numbers for the records.
         warnings: one line each.
+        transforms: what linears then multiply their inputs by when the model runs.
     """
 
     def __init__(
         self, inner: Source, pass_id: str, changed: frozenset[str], *, added: Mapping[str, str], dropped: Mapping[str, str],
-        config: dict[str, Any], report: Mapping[str, Any], warnings: Iterable[str] = (),
+        config: dict[str, Any], report: Mapping[str, Any], warnings: Iterable[str] = (), transforms: tuple[Transform, ...] = (),
     ) -> None:  # fmt: skip
         names = {**{n: n for n in inner.dtypes if n not in dropped}, **added}
         super().__init__(inner.checkpoint, {n: inner.dtypes[o] for n, o in names.items()}, {n: inner.shapes[o] for n, o in names.items()}, {}, inner.consumed)
-        self.inner = inner
+        self.inner, self.transforms = inner, (*inner.transforms, *transforms)
+        self._matrices = {t.tensor: t for t in transforms if t.tensor}
+        for name, transform in self._matrices.items():
+            assert transform.size
+            self.dtypes[name], self.shapes[name] = _compute_dtype(config), (transform.size, transform.size)
         self._names, self._own, self._config = names, changed, config
         self._changed = inner.changed | changed
         self._dropped = {**inner.dropped, **dropped}
@@ -150,6 +163,8 @@ class RewrittenSource(Source):
         return self._reports
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
+        if name in self._matrices:
+            return self._matrices[name].matrix().to(torch_dtype(self.dtypes[name]))
         tensor = self.inner.read(self._names[name], part)
         return self.rewrite(name, tensor) if name in self._own else tensor
 
@@ -191,13 +206,20 @@ def open_any(folder: Path | str, exporters: Iterable[type[Exporter]] | None = No
     for name in infos:
         module, _, suffix = name.rpartition(".")
         modules[module] = (*modules.get(module, ()), suffix)
-    schemes = exporter.schemes(config, modules)
-    return _logical(checkpoint, exporter, schemes, modules)
+    if config.get("transform_config") and not exporter.transforms:
+        raise ModelError(379, str(folder), f"has a transform_config, which is not known of {method}")
+    transforms, matrices = read_transforms(config, checkpoint)
+    source = _logical(checkpoint, exporter, exporter.schemes(config, modules), modules)
+    source.transforms = transforms
+    for name in matrices:
+        source.dtypes.pop(name), source.shapes.pop(name)
+    return source
 
 
 def describe_source(source: Source, layouts: Iterable[Layout]) -> Description:
     """Match a source against the known architectures."""
-    return describe(find_layout(source.config, layouts, plugins_hint(source.checkpoint.folder)), source.config, source.shapes, source.dtypes)
+    layout = find_layout(source.config, layouts, plugins_hint(source.checkpoint.folder))
+    return describe(layout, source.config, {n: s for n, s in source.shapes.items() if n not in source.matrices}, source.dtypes)
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .transforms import transforms_of
+
 
 class Expert(nn.Module):
     """down(act(gate(x)) * up(x))."""
@@ -74,7 +76,10 @@ class LinearExperts(nn.Module):
         if not self.calibrate_all and self.token_mask is None:
             return expert(x)
         linear = nn.functional.linear
-        return linear(expert.act_fn(linear(x, expert.gate_proj.weight)) * linear(x, expert.up_proj.weight), expert.down_proj.weight)
+        inner = expert.act_fn(linear(x, expert.gate_proj.weight)) * linear(x, expert.up_proj.weight)
+        for transform in transforms_of(expert.down_proj):
+            inner = transform(inner)
+        return linear(inner, expert.down_proj.weight)
 
     def take(self, fused: nn.Module) -> None:
         """Use the weights of a fused module, without a copy."""

@@ -22,12 +22,14 @@ class Exporter(ABC):
         quant_method: `quantization_config.quant_method` in config.json.
         scale_suffix: suffix of the tensor that holds a weight's scales.
         scale_dtype: dtype the layout prescribes for scales of integer weights, None if it holds any.
+        transforms: its config can say what linears multiply their inputs and outputs by.
     """
 
     name: ClassVar[str]
     quant_method: ClassVar[str]
     scale_suffix: ClassVar[str] = "weight_scale"
     scale_dtype: ClassVar[str | None] = None
+    transforms: ClassVar[bool] = False
 
     @abstractmethod
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:

@@ -30,6 +30,7 @@ class CompressedTensors(Exporter):
 
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
+    transforms = True
 
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
         grid, stored = scheme.weights, storage_format(scheme)
@@ -106,7 +107,7 @@ class CompressedTensors(Exporter):
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in schemes.items():
             groups.setdefault(scheme, []).append(module)
-        formats = {storage_format(scheme) for scheme in groups}
+        formats = {storage_format(scheme) for scheme in groups} or {"dense"}
         return {
             "quant_method": self.quant_method,
             "quantization_status": "compressed",

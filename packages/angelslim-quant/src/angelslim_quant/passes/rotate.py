@@ -1,4 +1,4 @@
-"""Rotation: the residual stream and the value heads in a Hadamard basis, where outliers are spread over all channels."""
+"""Rotation: stream, value heads and inputs of `down` in a Hadamard basis, where outliers are spread over all channels."""
 
 from __future__ import annotations
 
@@ -14,30 +14,40 @@ from angelslim_core.passes import PassConfig, SourcePass
 if TYPE_CHECKING:
     from angelslim_core.adapters.base import Description, Site
     from angelslim_core.source import Source
+    from angelslim_core.transforms import Transform
 
     from ..rotated import Change
 
 # roles whose outputs are added to the residual stream, and roles that neither read nor write it
 WRITERS = frozenset({"o", "linear_out", "down", "shared_down", "expert_down"})
 INNER = frozenset({"q_b", "kv_b"})
+# role of what reads the channels between two linears of a feed-forward part -> roles of what writes them
+FEEDERS = {f"{part}down": (f"{part}gate", f"{part}up") for part in ("", "shared_", "expert_")}
 # keys of config.json that give the number of multi-token-prediction layers
 MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 class Rotate(SourcePass):
-    """Hadamard rotation of residual stream and value heads, folded into the weights; the model computes the same."""
+    """Hadamard rotation of residual stream, value heads and, while the model runs, inputs of `down`; it computes the same."""
 
     id = "quant.rotate"
 
     class Config(PassConfig):
         r1: bool = Field(True, description="Rotate the residual stream; norm weights are folded into what reads them, a tied head gets its own weight.")
         r2: bool = Field(True, description="Rotate the values of each attention head; layers with latent or gated attention are left as they are.")
+        r4: bool = Field(False, description="Rotate the inputs of `down`, which engines must do while the model runs: see Traps.")
+        r4_block_size: int | None = Field(None, ge=2, description="Inputs of `down` that are mixed with each other, all if not given.")
+        r4_zigzag: bool = Field(False, description="Before R4, deal the inputs of `down` to its blocks by size, so that each has as many large ones.")
         randomize: bool = Field(False, description="Random signs, from the run's seed, before each Hadamard matrix.")
 
         @model_validator(mode="after")
         def _something(self) -> Rotate.Config:
-            if not (self.r1 or self.r2):
-                raise ValueError("r1 and r2 are both off, so nothing would be rotated")
+            if not (self.r1 or self.r2 or self.r4):
+                raise ValueError("r1, r2 and r4 are all off, so nothing would be rotated")
+            if (self.r4_block_size or self.r4_zigzag) and not self.r4:
+                raise ValueError("r4_block_size and r4_zigzag need r4: true")
+            if self.r4_zigzag and not self.r4_block_size:
+                raise ValueError("r4_zigzag needs r4_block_size: in one block every order is as good")
             return self
 
     def rewrite(self, source: Source, description: Description, device: str, seed: int) -> Source:
@@ -47,11 +57,14 @@ class Rotate(SourcePass):
         if self.config.r1:
             plan.stream()
         if self.config.r2:
-            plan.values(required=not self.config.r1)
+            plan.values(required=not (self.config.r1 or self.config.r4))
+        if self.config.r4:
+            plan.inner(self.config.r4_block_size, self.config.r4_zigzag)
         layout = description.layout
         return RotatedSource(
             source, self.id, plan.changes(), norm_offset=layout.norm_offset, transposed=layout.stacked_transposed, device=device,
             added=plan.added, dropped=plan.dropped, config=plan.config, report=plan.report, warnings=plan.warnings,
+            transforms=tuple(plan.transforms),
         )  # fmt: skip
 
 
@@ -67,6 +80,7 @@ class _Planner:
         self.dropped: dict[str, str] = {}
         self.report: dict[str, Any] = {}
         self.warnings: list[str] = []
+        self.transforms: list[Transform] = []
         self._changes: dict[str, dict[str, Any]] = {}
 
     def changes(self) -> dict[str, Change]:
@@ -206,6 +220,73 @@ class _Planner:
         self.report["r2_layers"] = rotated
         if required and not rotated:
             raise PlanError(250, self.description.block, "no layer has values that can be rotated head by head", "set r1: true")
+
+    def inner(self, block_size: int | None, zigzag: bool) -> None:
+        """R4: the inputs of each `down`; the matrix meets them while the model runs.
+
+        Args:
+            block_size: order of the matrix, None for the width of each linear, or of its blocks where there is none.
+            zigzag: also put these channels in another order.
+        """
+        if self.source.transforms:
+            raise PlanError(381, self.source.transforms[0].name, "rotates the inputs of down already", "let one step say r4: true")
+        by_size: dict[int, list[Site]] = {}
+        for site in self.description.sites:
+            if site.role in FEEDERS and site.layer is not None:
+                by_size.setdefault(self._inner_size(site, block_size), []).append(site)
+        for size, sites in by_size.items():
+            self._online(f"R4_{size}" if len(by_size) > 1 else "R4", size, sites)
+        self.report.update(r4=sum(map(len, by_size.values())), r4_block=max(by_size))
+        if zigzag:
+            for site in (s for sites in by_size.values() for s in sites):
+                self._deal(site, block_size or 1)
+
+    def _inner_size(self, site: Site, block_size: int | None) -> int:
+        """Order of the matrix for a `down`."""
+        from ..numerics.hadamard import Rotation
+
+        width = site.shape[1]
+        size = block_size or Rotation(width).block
+        if width % size or Rotation(size).block != size:
+            fit = ", ".join(str(n) for n in range(2, width + 1) if width % n == 0 and Rotation(n).block == n)
+            raise PlanError(382, site.name, f"its {width} inputs have no Hadamard blocks of {size}", f"r4_block_size: {fit}" if fit else "set r4: false")
+        if size == 1:
+            raise PlanError(383, site.name, f"{width} channels have no Hadamard matrix", "set r4: false")
+        if size < width and not block_size:
+            self.warnings.append(f"quant.rotate: no Hadamard matrix of order {width} is known here, so inputs of {site.name} are rotated in blocks of {size}")
+        return size
+
+    def _online(self, name: str, size: int, sites: list[Site]) -> None:
+        from angelslim_core.transforms import Transform
+
+        from ..numerics.hadamard import Rotation
+
+        rotation = Rotation(size, self.seed)
+        layers: dict[str, list[int]] = {}
+        for site in sites:
+            self._change(site.tensor, inputs=rotation)
+            assert site.layer is not None
+            inside = site.name.removeprefix(f"{self.description.block}.{site.layer}.")
+            layers.setdefault(re.sub(r"(?<=experts\\\.)\d+", r"\\d+", re.escape(inside)), []).append(site.layer)
+        kind = self.description.block.rpartition(".")[2]
+        # engines know the layers under other prefixes
+        targets = [rf"re:(?:.*\.)?{kind}\.(?:{'|'.join(map(str, dict.fromkeys(found)))})\.{inside}$" for inside, found in layers.items()]
+        beside = {part for tensor in self.source.shapes for part in tensor.split(".")[:2]}
+        self.transforms.append(
+            Transform(
+                name, tuple(targets), size, lambda x, _: rotation(x), tuple(f"re:.*{tower}.*" for tower in self.layout.towers if tower in beside),
+                # Sylvester's matrix is known to engines, others are stored
+                tensor=None if size & (size - 1) == 0 and self.seed is None else f"{sites[0].name}.{name}_input.weight",
+            )
+        )  # fmt: skip
+
+    def _deal(self, site: Site, block_size: int) -> None:
+        """Put the inputs of a `down`, and the outputs of what feeds it, in the order of the sizes of its columns."""
+        feeders = {s.tensor: s for s in self.description.sites if s.layer == site.layer and s.expert == site.expert and s.role in FEEDERS[site.role]}
+        self._change(site.tensor, order=site.tensor, block=block_size)
+        for tensor, feeder in feeders.items():
+            self._change(tensor, order=site.tensor, block=block_size)
+            self._change(f"{feeder.name}.bias", order=site.tensor, block=block_size)
 
     def _change(self, name: str, **fields: Any) -> None:
         if name in self.source.shapes or name in self.added:
