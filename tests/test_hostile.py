@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -644,3 +645,40 @@ def test_recipes(tiny, run, case):
 @pytest.mark.parametrize("use", ["acme.round_to_grid", "os.system", "subprocess.run"])
 def test_recipes_load_official_plugins_only(tiny, run, use):
     assert run(tiny(), f"steps: [{{use: {use}}}]\n")[0] == 4
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("artifact") / "out"
+    compress(tiny(), [TENSOR], out)
+    return out
+
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("ledger.json", []), ("ledger.json", {"a": 1, "b": {"fate": 5}}), ("metrics.json", {"passes": 5}), ("metrics.json", {"passes": [1], "bytes_before": "a"}),
+        ("plan.json", {"engines": 5}), ("provenance.json", {"plugins": {"a": 1}, "versions": [1]}), ("runtime.json", {"policies": 5}),
+        ("runtime.json", {"policies": [5]}), ("runtime.json", {"policies": [{"pass": "os.system"}]}), ("SHA256SUMS", b"\xff\xfe"),
+        ("SHA256SUMS", b"ab  ../../etc/passwd\nno\ncd  a\x00b\n"), ("config", 5), ("config", {"config_groups": [1]}), ("config", {"config_groups": {"a": [1]}}),
+        ("config", {"config_groups": {"a": {**GROUP, "targets": 5}}}), ("config", {"config_groups": {"a": {**GROUP, "targets": ["re:("]}}}),
+        ("config", {"config_groups": {"a": GROUP}, "ignore": 5}), ("config", {"config_groups": {"a": GROUP}, "ignore": [[1]]}),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_an_artifact_of_a_stranger(artifact, tmp_path, file, content):
+    folder = shutil.copytree(artifact, tmp_path / "out")
+    if file == "config":
+        configured(folder, quantization_config={"quant_method": "compressed-tensors", **content} if isinstance(content, dict) else content)
+    else:
+        (folder / "angelslim" / file).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    loads = [["inspect"], ["chat", "--prompt", "a", "--max-new-tokens", "2"]]
+    for command, *more in (["validate"], *(loads if file in ("config", "runtime.json") else [["report", "-o", str(tmp_path / "r.html")]])):
+        try:
+            code = cli._guarded([command, str(folder), *more])
+        except SystemExit as ended:
+            code = ended.code
+        assert code in (0, 5, 8), command

@@ -257,7 +257,10 @@ def _install(folder: Path, model: PreTrainedModel, host: PluginHost) -> list[str
     if not record.is_file():
         return []
     installed = []
-    for entry in read_json(record).get("policies", []):
+    policies = read_json(record).get("policies", [])
+    if not isinstance(policies, list) or not all(isinstance(entry, dict) for entry in policies):
+        raise ModelError(409, record.name, "policies are no list of objects")
+    for entry in policies:
         pass_id = str(entry.get("pass"))
         plugin = pass_id.partition(".")[0]
         if plugin not in host.loaded and plugin in OFFICIAL:

@@ -88,11 +88,16 @@ def write_report(folders: Sequence[Path], target: Path, title: str = "AngelSlim 
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ModelError(391, str(folder), f"has records under {RECORDS}/ that are not as `angelslim run` writes them") from error
     sizes = ""
-    if len(artifacts) > 1:
-        names = ["source", *(a["name"] for a in artifacts)]
-        sizes = size_plot(names, [n / 1e6 for n in (artifacts[0]["bytes_before"], *(a["bytes_after"] for a in artifacts))])
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
-    write_text(target, page.render(title=title, artifacts=artifacts, sizes=Markup(sizes), summary=list(summary), note=note))
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
+    try:
+        if len(artifacts) > 1:
+            names = ["source", *(a["name"] for a in artifacts)]
+            sizes = size_plot(names, [n / 1e6 for n in (artifacts[0]["bytes_before"], *(a["bytes_after"] for a in artifacts))])
+        page = template.render(title=title, artifacts=artifacts, sizes=Markup(sizes), summary=list(summary), note=note)
+    except (jinja2.TemplateError, AttributeError, TypeError, ValueError) as error:
+        where = ", ".join(map(str, folders))
+        raise ModelError(406, where, f"has records under {RECORDS}/ of which no page can be made") from error
+    write_text(target, page)
 
 
 def _artifact(folder: Path, records: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,6 +229,10 @@ def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
             found = holder["quantization_config"]
             if not isinstance(found, dict):
                 raise ModelError(58, "config.json", "quantization_config is no object")
+            for key in ("ignore", "modules_to_not_convert"):
+                rules = found.get(key)
+                if rules is not None and not (isinstance(rules, list) and all(isinstance(rule, str) for rule in rules)):
+                    raise ModelError(407, "config.json", f"quantization_config: {key} is no list of names")
             return found
     return None
 

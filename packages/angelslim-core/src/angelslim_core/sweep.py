@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .activations import Interned
-from .analysis import LayerInputs, check_experts
 from .adapters.base import Site
+from .analysis import LayerInputs, check_experts
 from .calibration.data import batches
 from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
 from .io.writer import ShardWriter, fsync_folder

@@ -83,9 +83,9 @@ def _checksums(folder: Path) -> list[str]:
     if not record.is_file():
         return []
     problems = []
-    for line in record.read_text(encoding="utf-8").splitlines():
+    for line in record.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
-        path = folder / name
+        path = folder / name.replace("\0", "\ufffd")
         if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
             problems.append(f"{name}: listed in SHA256SUMS and missing")
         elif sha256(path) != digest:

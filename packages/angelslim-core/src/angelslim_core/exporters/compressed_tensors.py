@@ -125,7 +125,9 @@ class CompressedTensors(Exporter):
         groups = config.get("config_groups")
         if not isinstance(groups, dict):
             raise ModelError(46, _WHERE, "has no config_groups")
-        parsed = [(list(map(str, group.get("targets", []))), _parse(group)) for group in groups.values() if isinstance(group, dict)]
+        if not all(isinstance(group, dict) and isinstance(group.get("targets", []), list) for group in groups.values()):
+            raise ModelError(408, _WHERE, "a config group is no object with a list of targets")
+        parsed = [(list(map(str, group.get("targets", []))), _parse(group)) for group in groups.values()]
         found = {}
         for module, suffixes in modules.items():
             if "weight_scale" not in suffixes:
