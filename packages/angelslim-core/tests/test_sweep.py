@@ -76,6 +76,8 @@ def layer_of(folder, tokens=9, pad=0):
     skeleton.fill_backbone("cpu")
     captured = capture(skeleton, context)
     index = description.num_layers - 1
+    for batch, first in zip(captured[index], captured[0], strict=True):
+        batch.hidden = first.hidden
     layer = Layer(index, skeleton.fill_layer(index, "cpu"), f"{description.block}.{index}.", captured[index], context)
     layer.sites = tuple(s for s in description.sites if s.layer == index and s.role != "other")
     return layer

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import resource
+from pathlib import Path
 
 from .errors import UsageError
 
@@ -36,6 +40,25 @@ def device_name(device: str) -> str:
 def peak_ram_bytes() -> int:
     """Highest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def release_ram() -> None:
+    """Give freed memory back to the system, which glibc keeps otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def free_ram_bytes() -> int:
+    """Memory that this process may still take: of the machine, and of its control group (Linux)."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        available = min(available, limit - int(counts["anon"]))
+    return available
 
 
 def is_out_of_memory(error: BaseException) -> bool:

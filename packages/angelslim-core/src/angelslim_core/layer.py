@@ -45,10 +45,15 @@ class LayerBatch:
     """
 
     hidden, reference, target = _States(), _States(), _States()
+    _hidden: Tensor | Stored | None
 
     def __init__(self, hidden: Tensor | None, mask: Tensor, kwargs: dict[str, Any] | None = None, number: int = 0) -> None:
         self.hidden, self.mask, self.kwargs, self.number = hidden, mask, kwargs or {}, number
         self.reference = self.target = None
+
+    def fork(self) -> None:
+        """The unchanged model feeds the layer what the changed one does."""
+        self.reference = self._hidden
 
 
 class _SeenError(Exception):

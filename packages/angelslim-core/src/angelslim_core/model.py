@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -130,8 +130,12 @@ class Skeleton:
         self._prefix = description.block.rpartition(".")[0]
         self.torch = torch
 
-    def fill_backbone(self, device: str) -> None:
-        """Load what is around the layers: embeddings and final norm."""
+    def fill_backbone(self, device: str, tokens: Iterable[int] | None = None) -> None:
+        """Load what is around the layers: embeddings and final norm.
+
+        Args:
+            tokens: keep of the token embeddings these only, for captures.
+        """
         wanted = [n for n, _ in self.backbone.named_parameters() if not n.startswith("layers.")]
         wanted += [n for n in self.backbone.state_dict() if not n.startswith("layers.") and n not in wanted]
         state = {}
@@ -144,6 +148,14 @@ class Skeleton:
         for module in self.backbone.children():
             if module is not self.layers:
                 module.to(device)
+        if tokens is not None:
+            self._keep_tokens(self.torch.tensor(sorted(set(tokens)), device=device))
+
+    def _keep_tokens(self, tokens: torch.Tensor) -> None:
+        embedding = self.model.get_input_embeddings()
+        embedding.weight = self.torch.nn.Parameter(embedding.weight[tokens], requires_grad=False)
+        embedding.padding_idx = None  # it would count in the whole table
+        embedding.register_forward_pre_hook(lambda module, args: (self.torch.searchsorted(tokens, args[0]),))
 
     def drop_backbone(self) -> None:
         """Free what is around the layers."""

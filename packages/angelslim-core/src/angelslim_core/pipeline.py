@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description
 from .analysis import summarized, warnings_of
 from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
-from .device import device_name, peak_ram_bytes, pick_device
+from .device import device_name, is_out_of_memory, peak_ram_bytes, pick_device, release_ram
 from .errors import ModelError, NumericError, ResourceError, UsageError
 from .evaluation import check_evaluation
 from .io.checkpoint import Checkpoint, read_header
 from .io.hub import resolve
 from .io.writer import disk_errors
+from .parallel import Group, joined
 from .passes import LayerPass, ModelPass, Pass, RuntimePass, SourcePass, WeightPass
 from .plan import Plan, Step, make_plan
 from .plugins import PluginHost, required_plugins
@@ -27,6 +28,10 @@ from .recipe import Recipe, bind_options, load_recipe, steps_from_use
 from .source import Source, describe_source, open_source
 from .stream import write_shards
 from .workdir import Workdir
+
+if TYPE_CHECKING:
+    from .calibration.data import Samples
+    from .sweep import Sweep
 
 
 @dataclass
@@ -43,6 +48,9 @@ class Result:
     resumed_layers: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -178,39 +186,33 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
     limit = recipe.runtime.max_ram_bytes
     if limit is not None and plan.peak_ram_bytes > limit:
         raise ResourceError(4, recipe.where("runtime.max_ram"), f"the plan needs about {plan.peak_ram_bytes} bytes of RAM, {limit} are allowed")
-    with Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir, _memory(plan), disk_errors(prepared.out, plan.bytes_after):
-        _check_disk(plan, workdir)
-        check_evaluation(recipe, prepared.source.checkpoint)
-        context = Context(
-            prepared.source, prepared.description, prepared.device, recipe.runtime.seed, workdir.path,
-            batch_size=recipe.calibration.batch_size if recipe.calibration else 1, progress=progress, stop_requested=stop,
-        )  # fmt: skip
-        context.warnings += plan.warnings
-        if recipe.calibration and any(p.needs_calibration for p in prepared.passes):
-            calibrate(prepared, context)
-        journal = workdir.begin(fingerprint(plan, host, context))
-        timer = _Timer(host, context)
-        trained = _train(prepared, context, workdir, timer)
-        if trained is not None:
-            plan = trained
-            context.source, context.description = plan.source, plan.description
-        plan = _measure(prepared, plan, context, timer)
-        for step in plan.steps:
-            if hasattr(step.pass_, "prepare"):
-                step.pass_.prepare(context)
-        policies = [
-            {"pass": s.pass_.id, "policy": dict(timer.run(s, lambda s=s: s.pass_.policy(context)))}  # type: ignore[attr-defined,misc]
-            for s in plan.steps
-            if isinstance(s.pass_, RuntimePass)
-        ]
-        metrics, resumed, files, layers = {}, 0, {}, {}
-        if plan.layer_steps:
-            from .sweep import run_sweep
+    check_evaluation(recipe, prepared.source.checkpoint)
+    with joined(prepared.device) as group:
+        if group.rank:
+            with _memory(plan), disk_errors(prepared.out, plan.bytes_after):
+                context = _context(prepared, Path(group.share(None)), group, silent, stop)
+                _calibrated(prepared, context, None, _Timer(host, context))
+                return Result(**group.share(None))
+        result = _write(prepared, group, replace, progress, stop, start)
+        return Result(**group.share(vars(result) | {"path": str(result.path)}))
 
-            sweep = run_sweep(plan, context, workdir, journal, timer.run)
-            metrics.update(sweep.metrics)
-            resumed, files, layers = sweep.resumed_layers, sweep.files, sweep.analysis
-            timer.reports.update({i: _merge(r) for i, r in sweep.reports.items()})
+
+def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:
+    """The run, in the first of its processes."""
+    recipe, plan, host = prepared.recipe, prepared.plan, prepared.host
+    assert prepared.out is not None
+    with (
+        Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir,
+        group.telling(),  # before the work folder goes, in which the others write
+        _memory(plan),
+        disk_errors(prepared.out, plan.bytes_after),
+    ):
+        _check_disk(plan, workdir)
+        context = _context(prepared, Path(group.share(str(workdir.path))), group, progress, stop)
+        timer = _Timer(host, context)
+        plan, journal, policies, sweep = _calibrated(prepared, context, workdir, timer)
+        metrics, resumed, files, layers = dict(sweep.metrics), sweep.resumed_layers, sweep.files, sweep.analysis
+        timer.reports.update({i: _merge(r) for i, r in sweep.reports.items()})
         streaming = time.perf_counter()
         metrics.update(write_shards(plan, context, workdir, journal, files))
         timer.share([s for s in plan.steps if not isinstance(s.pass_, RuntimePass | ModelPass)], time.perf_counter() - streaming)
@@ -234,6 +236,47 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, resumed,
         {**summary(metrics), **evaluation}, plan.as_dict(),
     )  # fmt: skip
+
+
+def _context(prepared: Prepared, workdir: Path, group: Group, progress: Progress, stop: Callable[[], bool]) -> Context:
+    recipe, plan = prepared.recipe, prepared.plan
+    return Context(
+        prepared.source, prepared.description, prepared.device, recipe.runtime.seed, workdir,
+        batch_size=recipe.calibration.batch_size if recipe.calibration else 1, progress=progress, stop_requested=stop,
+        warnings=list(plan.warnings), group=group, spills=plan.spills,
+    )  # fmt: skip
+
+
+def _calibrated(prepared: Prepared, context: Context, workdir: Workdir | None, timer: _Timer) -> tuple[Plan, list[dict[str, Any]], list[dict[str, Any]], Sweep]:
+    """What all processes of a run do: whatever looks at the model as a whole or at calibration data.
+
+    Args:
+        workdir: of the first process; None in the others.
+
+    Returns:
+        the final plan, the journal of an unfinished run, the policies of runtime passes, what the sweep found.
+    """
+    from .sweep import Sweep, run_sweep
+
+    plan = prepared.plan
+    if prepared.recipe.calibration and any(p.needs_calibration for p in prepared.passes):
+        calibrate(prepared, context)
+    journal = workdir.begin(fingerprint(plan, prepared.host, context)) if workdir else []
+    trained = _train(prepared, context, timer)
+    if trained is not None:
+        plan = trained
+        context.source, context.description = plan.source, plan.description
+    plan = _measure(prepared, plan, context, timer)
+    for step in plan.steps:
+        if hasattr(step.pass_, "prepare"):
+            step.pass_.prepare(context)
+    policies = [
+        {"pass": s.pass_.id, "policy": dict(timer.run(s, lambda s=s: s.pass_.policy(context)))}  # type: ignore[attr-defined,misc]
+        for s in plan.steps
+        if isinstance(s.pass_, RuntimePass)
+    ]
+    sweep = run_sweep(plan, context, workdir, journal, timer.run) if plan.layer_steps else Sweep()
+    return plan, journal, policies, sweep
 
 
 class _Timer:
@@ -262,7 +305,7 @@ class _Timer:
         return {"id": step.pass_.id, "seconds": round(self.seconds.get(step.index, 0.0), 3), "metrics": {**summary(own), **self.reports.get(step.index, {})}}
 
 
-def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer) -> Plan | None:
+def _train(prepared: Prepared, context: Context, timer: _Timer) -> Plan | None:
     """Run the model passes on the whole model; the checkpoint they leave is the source of the other steps."""
     steps = [s for s in prepared.plan.steps if isinstance(s.pass_, ModelPass)]
     if not steps:
@@ -271,8 +314,8 @@ def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer
 
     from .loading import load_model
 
-    folder = workdir.path / "trained"
-    if not (folder / "config.json").is_file():
+    folder = context.workdir / "trained"
+    if context.group.rank == 0 and not (folder / "config.json").is_file():
         loaded = load_model(prepared.source.checkpoint.folder, prepared.device, host=prepared.host, emulate=False)
         devices = [torch.cuda.current_device()] if prepared.device == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -281,12 +324,13 @@ def _train(prepared: Prepared, context: Context, workdir: Workdir, timer: _Timer
                 pass_ = step.pass_
                 assert isinstance(pass_, ModelPass)
                 timer.reports[step.index] = dict(timer.run(step, lambda pass_=pass_: pass_.run(loaded.model, context)) or {})  # type: ignore[misc]
-        unfinished = workdir.path / "trained.tmp"
+        unfinished = context.workdir / "trained.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         loaded.model.save_pretrained(unfinished)
         for companion in prepared.source.checkpoint.companions:
             shutil.copy(companion, unfinished / companion.name)
         unfinished.rename(folder)
+    context.group.share(None)  # the others wait for it
     source = open_source(folder, prepared.host.registry.exporters.values())
     source.checkpoint.warnings = []
     source, description = _rewritten(source, prepared.passes, prepared.host, prepared.device, context.seed)
@@ -307,7 +351,25 @@ def _measure(prepared: Prepared, plan: Plan, context: Context, timer: _Timer) ->
 
 
 def calibrate(prepared: Prepared, context: Context) -> None:
-    """Load the calibration samples that the recipe names into `context`."""
+    """Load the calibration samples that the recipe names into `context`; the first process does so for all.
+
+    Raises:
+        UsageError: there are fewer batches than processes.
+    """
+    from .calibration.data import Samples
+
+    group = context.group
+    found = _samples(prepared, context.seed) if group.rank == 0 else Samples([])
+    release_ram()  # a tokenizer's
+    ids, warnings = group.share([found.ids, found.warnings])
+    context.samples = Samples(ids, warnings)
+    context.warnings += warnings
+    number = -(-len(ids) // context.batch_size)
+    if number < group.size:
+        raise UsageError(310, "torchrun", f"{group.size} processes share {number} batches of calibration samples", "lower calibration.batch_size")
+
+
+def _samples(prepared: Prepared, seed: int) -> Samples:
     from .calibration.data import load_samples, self_samples
     from .loading import load_model, load_tokenizer
 
@@ -322,8 +384,7 @@ def calibrate(prepared: Prepared, context: Context) -> None:
         loaded = load_model(folder, prepared.device, host=prepared.host)
         return self_samples(loaded.model, tokenizer, num, tokens, seed)
 
-    context.samples = load_samples(calibration, tokenizer, context.seed, generate)
-    context.warnings += context.samples.warnings
+    return load_samples(calibration, tokenizer, seed, generate)
 
 
 def _check_disk(plan: Plan, workdir: Workdir) -> None:
@@ -379,9 +440,7 @@ def _memory(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        import torch
-
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         what = f"memory ran out at {peak_ram_bytes()} bytes; the plan expected to need {plan.peak_ram_bytes}"
         raise ResourceError(2, str(plan.source.checkpoint.folder), what, "give it more memory and run the same command again") from error

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description, Site, select
+from .device import free_ram_bytes
 from .engines import verdicts
 from .errors import EngineError, PlanError
 from .exporters import Exporter
-from .io.checkpoint import FLOATS, TensorSpec
+from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
 from .passes import Kind, LayerPass, ModelPass, Pass, SourcePass, TensorPass, WeightPass
 from .schemes import Scheme
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .source import Source
 
-# resident memory of the interpreter with torch loaded, and of transformers on top, bytes (measured, CPU build)
+# resident memory of the interpreter with torch loaded, and of transformers with an empty model on top, bytes (measured, CPU build)
 BASE_RAM = 300 << 20
-MODEL_RAM = 350 << 20
+MODEL_RAM = 70 << 20
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Plan:
     exporter: Exporter | None
     engines: dict[str, dict[str, Any]]
     peak_ram_bytes: int
+    spills: bool = False
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -109,6 +111,7 @@ class Plan:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "peak_ram_bytes": self.peak_ram_bytes,
+            "hidden_states": "files" if self.spills else "memory",
             "shards": len(self.shards),
             "export": self.exporter.name if self.exporter else None,
             "engines": self.engines,
@@ -142,7 +145,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
     _check_gates(plan)
-    plan.peak_ram_bytes = _peak_ram(plan)
+    plan.peak_ram_bytes, plan.spills = _peak_ram(plan)
     limit = recipe.runtime.max_ram_bytes
     if limit is not None and plan.peak_ram_bytes > limit:
         plan.problems.append(f"about {plan.peak_ram_bytes} bytes of RAM are needed, runtime.max_ram allows {limit}")
@@ -351,8 +354,12 @@ def _towers(source: Source, description: Description) -> list[str]:
     return [f"re:.*{tower}.*" for tower in description.layout.towers if tower in beside]
 
 
-def _peak_ram(plan: Plan) -> int:
-    """Interpreter, the largest unit as read, in fp32 and twice as scratch, or the largest layer and the activations."""
+def _peak_ram(plan: Plan) -> tuple[int, bool]:
+    """Peak of memory, and whether hidden states between layers must stay in files for it.
+
+    It is that of the interpreter with the largest unit as read, in fp32 and twice as scratch, or of a layer pass: the
+    embedding, or the largest layer with second moments of its widest input and a batch's forward pass.
+    """
     source = plan.source
     largest = 0
     for unit in plan.units:
@@ -360,7 +367,7 @@ def _peak_ram(plan: Plan) -> int:
         copied = sum(spec_bytes(s) for s in unit.outputs.values())
         scratch = max((source.scratch(name) for name in unit.tensors), default=0)
         largest = max(largest, (read * 14 + copied if unit.steps else copied) + scratch)
-    peak = BASE_RAM + largest
+    peak, spills = BASE_RAM + largest, False
     calibration = plan.recipe.calibration
     if plan.layer_steps and calibration:
         per_layer: dict[int | None, int] = {}
@@ -369,8 +376,13 @@ def _peak_ram(plan: Plan) -> int:
         layer = max(size for index, size in per_layer.items() if index is not None)
         embedding = max(source.nbytes(name) for name in source.dtypes)
         width = max(s.shape[1] for s in plan.description.sites)
-        activations = calibration.samples * calibration.tokens * width * 2 * 2
-        peak = max(peak, BASE_RAM + MODEL_RAM + embedding + layer * 6 + activations)
+        work = layer * 8 + 20 * width**2 + 12 * calibration.batch_size * calibration.tokens * width
+        resident = BASE_RAM + MODEL_RAM + max(embedding, work)
+        streams = 2 if any(isinstance(s.pass_, LayerPass) and s.pass_.needs_reference for s in plan.steps) else 1
+        text = source.config.get("text_config") or source.config
+        hidden = streams * calibration.samples * calibration.tokens * text["hidden_size"] * DTYPES[plan.description.sites[0].dtype][0] // 8
+        spills = max(peak, resident + hidden) > (plan.recipe.runtime.max_ram_bytes or free_ram_bytes())
+        peak = max(peak, resident + (0 if spills else hidden))
     if any(step.pass_.kind is Kind.MODEL for step in plan.steps):
         peak = max(peak, BASE_RAM + MODEL_RAM + 4 * plan.bytes_before)
-    return peak
+    return peak, spills

@@ -44,7 +44,11 @@ class Runtime(_Model):
 
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where passes compute; auto takes a GPU if there is one.")
-    max_ram: str = Field("auto", description='Refuse a plan that needs more memory, for example "8GB"; auto sets no limit.')
+    max_ram: str = Field(
+        "auto",
+        description='Memory to plan for, such as "8GB": hidden states that would not fit stay in files, and a plan that needs more is refused. '
+        "auto: what is free, and nothing is refused.",
+    )
 
     @field_validator("max_ram")
     @classmethod

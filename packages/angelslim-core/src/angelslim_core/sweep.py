@@ -2,22 +2,27 @@
 
 The inputs of layer 0 and the other arguments of every layer are captured by running the model with its layers replaced
 by recorders. Each layer then runs on the outputs of the layers before it as they will be stored.
+
+What a layer is fed lies in `acts/` for a resumed run and, where memory is short, instead of in memory: `LAYER-RANK` as the
+compressed layers before it make it, `LAYER-RANK.reference` as the unchanged ones do, written a batch at a time by the
+process that has the batch.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .activations import Interned
+from .activations import Interned, Recording, stored
 from .adapters.base import Site
 from .analysis import LayerInputs, check_experts
 from .calibration.data import batches
-from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
+from .device import is_on_gpu, is_out_of_memory, release_ram
+from .io.checkpoint import TensorSpec, dtype_name, read_header
 from .io.writer import ShardWriter, fsync_folder
 from .layer import Layer, LayerBatch
 from .model import Skeleton
@@ -31,6 +36,10 @@ if TYPE_CHECKING:
 
     from .context import Context
     from .plan import Plan, Step
+
+
+# stands where samples are shorter than others of their batch
+PAD = 0
 
 
 def _recorder(original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) -> nn.Module:
@@ -57,8 +66,12 @@ def _recorder(original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) ->
     return Recorder()
 
 
-def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
-    """Per layer this process's calibration batches; hidden states are those of layer 0, the other arguments each layer's own."""
+def capture(skeleton: Skeleton, context: Context, file: Path | None = None) -> list[list[LayerBatch]]:
+    """Per layer this process's calibration batches; only those of layer 0 have hidden states, the other arguments are each layer's own.
+
+    Args:
+        file: where to keep the hidden states, instead of in memory.
+    """
     import torch
     from torch import nn
 
@@ -67,12 +80,12 @@ def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
     interned = Interned()
     layers = skeleton.layers
     skeleton.backbone.layers = nn.ModuleList([_recorder(layer, seen) for layer in layers])
-    captured: list[list[LayerBatch]] = [[] for _ in layers]
+    own = list(enumerate(batches(context.samples.ids, context.batch_size, PAD)))[context.group.rank :: context.group.size]
+    captured = [[LayerBatch(None, batch.mask, number=number) for number, batch in own] for _ in layers]
+    recording = Recording(file, captured[0]) if file else None
     try:
         with torch.no_grad():
-            for number, batch in enumerate(batches(context.samples.ids, context.batch_size, 0)):
-                if number % context.group.size != context.group.rank:
-                    continue
+            for position, (number, batch) in enumerate(own):
                 seen.clear()
                 padded = not bool(batch.mask.all())
                 skeleton.backbone(
@@ -80,10 +93,19 @@ def capture(skeleton: Skeleton, context: Context) -> list[list[LayerBatch]]:
                     attention_mask=batch.mask.to(context.device, torch.int64) if padded else None,
                     use_cache=False,
                 )
-                for index, (hidden, kwargs) in enumerate(seen):
-                    captured[index].append(LayerBatch(hidden.cpu(), batch.mask, interned(kwargs), number))
+                for index, (_, kwargs) in enumerate(seen):
+                    captured[index][position].kwargs = interned(kwargs)
+                hidden = seen[0][0].cpu()
+                if recording:
+                    recording.add(number, hidden)
+                else:
+                    captured[0][position].hidden = hidden
     finally:
         skeleton.backbone.layers = layers
+        seen.clear()
+    if recording:
+        recording.finish()
+        _load([recording.path], captured[0], spills=True)
     return captured
 
 
@@ -106,49 +128,67 @@ def logits_of(skeleton: Skeleton, input_ids_N: Tensor, hidden_NH: Tensor) -> Ten
 
 
 def run_sweep(
-    plan: Plan, context: Context, workdir: Workdir, journal: Sequence[Mapping[str, Any]], run_pass: Callable[[Step, Callable[[], Any]], Any]
+    plan: Plan, context: Context, workdir: Workdir | None, journal: Sequence[Mapping[str, Any]], run_pass: Callable[[Step, Callable[[], Any]], Any]
 ) -> Sweep:
     """Run the layer and tensor steps of a plan over all decoder layers.
 
     Args:
+        workdir: of the first process, which writes what is finished; None in the others.
         run_pass: called with a step and a function that executes it on the layer at hand.
     """
+    done = context.group.share(_resumable(workdir, journal) if workdir else None)
+    sweep = Sweep(resumed_layers=len(done), said=(len(context.warnings), len(context.fallbacks)))
+    for entry in done:
+        context.warnings += entry["warnings"]
+        context.fallbacks += entry["fallbacks"]
+        sweep.take(context, entry)
+        check_experts(plan.recipe, entry)
+    if done:
+        context.batch_size = done[-1]["batch_size"]
+    while len(done) < plan.description.num_layers:
+        try:
+            _go_on(plan, context, workdir, done, sweep, run_pass)
+        except (MemoryError, RuntimeError) as error:
+            saving = _saving(context, error, bool(done))
+            if saving is None:
+                raise
+            sweep.forget(context)
+            context.fallbacks.append(f"layer {len(done)}: memory ran out, {saving}")
+    return sweep
+
+
+def _go_on(
+    plan: Plan, context: Context, workdir: Workdir | None, done: list[dict[str, Any]], sweep: Sweep, run_pass: Callable[[Step, Callable[[], Any]], Any]
+) -> None:  # fmt: skip
+    """Run the layers after those that are done, which grow by them."""
     import torch
 
     skeleton = Skeleton(plan.source, plan.description)
-    skeleton.fill_backbone(context.device)
-    captured = capture(skeleton, context)
+    assert context.samples
+    skeleton.fill_backbone(context.device, {PAD, *itertools.chain.from_iterable(context.samples.ids)})
+    captured = capture(skeleton, context, _acts(context, 0) if context.spills and not done else None)
     skeleton.drop_backbone()
-    for batch in itertools.chain.from_iterable(captured[1:]):
-        batch.hidden = None
-    if any(isinstance(s.pass_, LayerPass) and s.pass_.needs_reference for s in plan.steps):
-        for batch in captured[0]:
-            batch.reference = batch.hidden
-    sweep = Sweep()
-    finished = {int(e["layer"]): e for e in journal if "layer" in e}
-    first = 0
-    while first in finished and _intact(workdir, finished[first], "file", "sha256"):
-        first += 1
-    while first and not _intact(workdir, finished[first - 1], "acts", "acts_sha256"):
-        first -= 1  # activations are kept for the newest layers only
-    for index in range(first):
-        sweep.take(workdir.path / finished[index]["file"], finished[index])
-        check_experts(plan.recipe, finished[index])
-    sweep.resumed_layers = first
-    if first:
-        _load_hidden(workdir.path / finished[first - 1]["acts"], captured)
+    release_ram()
     steps = [s for s in plan.steps if isinstance(s.pass_, (LayerPass, TensorPass))]
-    for index in range(first, plan.description.num_layers):
+    if done:
+        _load([context.workdir / name for name in done[-1]["acts"]], captured[len(done)], context.spills)
+    elif _needs_reference(steps):
+        for batch in captured[0]:
+            batch.fork()
+    for index in range(len(done), plan.description.num_layers):
         context.check_stop(f"layer {index}")
         with torch.no_grad():
-            entry = _run_layer(index, skeleton, plan, context, steps, captured, workdir, run_pass)
-        workdir.record(**entry)
-        sweep.take(workdir.path / entry["file"], entry)
+            outputs, entry = _run_layer(index, skeleton, plan, context, steps, captured, run_pass)
         check_experts(plan.recipe, entry)
-        old = workdir.path / f"acts/{index - 2:05d}.safetensors"
-        old.unlink(missing_ok=True)
+        entry |= sweep.notes(context)
+        if workdir:
+            entry["sha256"] = _commit(workdir.path / entry["file"], outputs)
+            workdir.record(**entry)
+            sweep.take(context, entry)
+            for old in workdir.path.glob(f"acts/{index - 1:05d}-*"):  # those of two layers are kept
+                old.unlink()
+        done.append(entry)
         context.progress(index + 1, plan.description.num_layers, f"layer {index}")
-    return sweep
 
 
 @dataclass
@@ -160,9 +200,20 @@ class Sweep:
     analysis: dict[int, dict[str, Any]] = field(default_factory=dict)
     reports: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     resumed_layers: int = 0
+    said: tuple[int, int] = (0, 0)  # warnings and fallbacks up to the last finished layer
 
-    def take(self, path: Path, entry: Mapping[str, Any]) -> None:
+    def notes(self, context: Context) -> dict[str, list[str]]:
+        """Warnings and fallbacks since the last finished layer."""
+        return {"warnings": context.warnings[self.said[0] :], "fallbacks": context.fallbacks[self.said[1] :]}
+
+    def forget(self, context: Context) -> None:
+        """Drop those notes: the layer is done again."""
+        del context.warnings[self.said[0] :], context.fallbacks[self.said[1] :]
+
+    def take(self, context: Context, entry: Mapping[str, Any]) -> None:
         """Add a finished layer's journal entry."""
+        path = context.workdir / entry["file"]
+        self.said = len(context.warnings), len(context.fallbacks)
         self.files.update(dict.fromkeys(read_header(path), path))
         self.metrics.update(entry["metrics"])
         self.analysis[int(entry["layer"])] = entry["analysis"]
@@ -172,17 +223,23 @@ class Sweep:
 
 def _run_layer(
     index: int, skeleton: Skeleton, plan: Plan, context: Context, steps: Sequence[Step], captured: list[list[LayerBatch]],
-    workdir: Workdir, run_pass: Callable[[Step, Callable[[], Any]], Any],
-) -> dict[str, Any]:  # fmt: skip
+    run_pass: Callable[[Step, Callable[[], Any]], Any],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
+    """What is to be written of a layer, and its journal entry."""
     module = skeleton.fill_layer(index, context.device)
     prefix = f"{plan.description.block}.{index}."
     for name, tensor in module.state_dict().items():
         check_finite(prefix + name, tensor)
     layer = Layer(index, module, prefix, captured[index], context)
-    for batch in layer.batches:
-        if batch.reference is not None:
-            batch.target = layer.forward(batch, batch.reference).cpu()
     reports: dict[str, Any] = {}
+    files = [_acts(context, index + 1)]
+    if _needs_reference(steps):
+        files.append(_acts(context, index + 1, ".reference"))
+        for _ in _outputs(layer, lambda batch: layer.forward(batch, batch.reference), files[1]):
+            pass
+        targets = stored(files[1:])
+        for batch in layer.batches:
+            batch.target = targets[batch.number]
     for step in steps:
         layer.sites = tuple(s for s in step.sites if s.layer == index)
         if layer.sites:
@@ -198,13 +255,14 @@ def _run_layer(
             outputs[prefix + name] = kept[name].cpu().contiguous()
     inputs = LayerInputs(layer)
     with inputs.watched():
-        _advance(layer, captured, index, inputs)
+        _advance(layer, inputs, captured[index + 1] if index + 1 < len(captured) else [], files)
+    captured[index] = []
     skeleton.drop_layer(index)
-    file, acts = f"layers/{index:05d}.safetensors", f"acts/{index:05d}.safetensors"
-    hashes = [_commit(workdir.path / file, outputs), _commit(workdir.path / acts, _hidden(captured, index))]
-    return {
-        "layer": index, "file": file, "sha256": hashes[0], "acts": acts, "acts_sha256": hashes[1],
-        "metrics": metrics, "analysis": inputs.numbers(), "reports": reports,
+    release_ram()
+    acts = context.group.gather({f"acts/{file.name}": sha256(file) for file in files})
+    return outputs, {
+        "layer": index, "file": f"layers/{index:05d}.safetensors", "acts": {name: digest for part in acts for name, digest in part.items()},
+        "batch_size": context.batch_size, "metrics": metrics, "analysis": inputs.numbers(), "reports": reports,
     }  # fmt: skip
 
 
@@ -225,30 +283,75 @@ def run_on_layer(pass_: Pass, layer: Layer) -> Mapping[str, Any]:
     return {}
 
 
-def _advance(layer: Layer, captured: list[list[LayerBatch]], index: int, inputs: LayerInputs) -> None:
-    """Outputs of this layer become the inputs of the next."""
-    for position, batch in enumerate(layer.batches):
-        out = inputs.forward(batch).cpu()
-        check_finite(f"output of layer {index}", out)
-        if index + 1 < len(captured):
-            captured[index + 1][position].hidden = out
-            captured[index + 1][position].reference = batch.target
-    captured[index] = []
+def _needs_reference(steps: Iterable[Step]) -> bool:
+    return any(isinstance(s.pass_, LayerPass) and s.pass_.needs_reference for s in steps)
 
 
-def _hidden(captured: list[list[LayerBatch]], index: int) -> dict[str, Tensor]:
-    following = captured[index + 1] if index + 1 < len(captured) else []
-    hidden = {f"{i:06d}": batch.hidden.contiguous() for i, batch in enumerate(following)}
-    return hidden | {f"r{i:06d}": b.reference.contiguous() for i, b in enumerate(following) if b.reference is not None}
+def _acts(context: Context, index: int, kind: str = "") -> Path:
+    """The file of what this process's batches feed a layer."""
+    return context.workdir / f"acts/{index:05d}-{context.group.rank}{kind}.safetensors"
 
 
-def _load_hidden(path: Path, captured: list[list[LayerBatch]]) -> None:
-    index = int(path.stem) + 1
-    if index < len(captured):
-        store = Checkpoint(path.parent, {}, read_header(path))
-        for i, batch in enumerate(captured[index]):
-            batch.hidden = store.read(f"{i:06d}")
-            batch.reference = store.read(f"r{i:06d}") if f"r{i:06d}" in store.tensors else None
+def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], file: Path) -> Iterator[tuple[int, Tensor]]:
+    """(position of a batch, what `forward` makes of it), each written to the file as it is made."""
+    recording = Recording(file, layer.batches)
+    try:
+        for position, batch in enumerate(layer.batches):
+            out = forward(batch).cpu()
+            check_finite(f"output of layer {layer.index}", out)
+            recording.add(batch.number, out)
+            yield position, out
+    except BaseException:
+        recording.close()
+        raise
+    recording.finish()
+
+
+def _advance(layer: Layer, inputs: LayerInputs, following: Sequence[LayerBatch], files: Sequence[Path]) -> None:
+    """Outputs of this layer become the inputs of the next, batch by batch, so that one set of them is held."""
+    kept = not layer.context.spills
+    for position, out in _outputs(layer, inputs.forward, files[0]):
+        batch = layer.batches[position]
+        if following and kept:
+            following[position].hidden, following[position].reference = out, batch.target
+        batch.hidden = batch.reference = batch.target = None
+    if not kept:
+        _load(files, following, spills=True)
+
+
+def _load(files: Iterable[Path], batches: Sequence[LayerBatch], spills: bool) -> None:
+    """Give batches what they feed their layer; if it spills, it stays in the files."""
+    for name in ("hidden", "reference"):
+        found = stored([file for file in files if (".reference." in file.name) == (name == "reference")])
+        for batch in batches if found else ():
+            setattr(batch, name, found[batch.number] if spills else found[batch.number].read())
+
+
+def _saving(context: Context, error: BaseException, has_begun: bool) -> str | None:
+    """Change what saves memory, and say what; None if memory did not run out or nothing is left.
+
+    Several processes would have to agree, and those that did not run out are in the middle of a layer.
+    """
+    if context.group.size > 1 or not is_out_of_memory(error):
+        return None
+    if context.batch_size > 1 and not has_begun:  # what is stored is in batches
+        context.batch_size = (context.batch_size + 1) // 2
+        return f"went on with {context.batch_size} samples a forward pass"
+    if not context.spills and not is_on_gpu(error):
+        context.spills = True
+        return "went on with hidden states in files"
+    return None
+
+
+def _resumable(workdir: Workdir, journal: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Journal entries of the layers from the first on that need not be done again; hidden states are kept for the newest only."""
+    entries = {int(e["layer"]): e for e in journal if "layer" in e}
+    done: list[Mapping[str, Any]] = []
+    while len(done) in entries and _is_intact(workdir, {entries[len(done)]["file"]: entries[len(done)]["sha256"]}):
+        done.append(entries[len(done)])
+    while done and not _is_intact(workdir, done[-1]["acts"]):
+        done.pop()
+    return done
 
 
 def _commit(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -263,9 +366,9 @@ def _commit(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return sha256(path)
 
 
-def _intact(workdir: Workdir, entry: Mapping[str, Any], file: str, digest: str) -> bool:
-    path = workdir.path / str(entry[file])
-    return path.is_file() and sha256(path) == entry[digest]
+def _is_intact(workdir: Workdir, files: Mapping[str, str]) -> bool:
+    """Whether each file is there and has its digest."""
+    return all((workdir.path / name).is_file() and sha256(workdir.path / name) == digest for name, digest in files.items())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

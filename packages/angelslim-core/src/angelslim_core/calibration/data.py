@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SELF_BATCH = 16
-# longer tokens are rare; a tokenizer is slow on megabytes it will not need
-_CHARS_PER_TOKEN = 16
+# of text read first; a tokenizer is slow on megabytes it will not need, and takes many times their size
+_CHARS_PER_TOKEN = 6
 
 
 class CalibrationOptions(Protocol):
