@@ -60,7 +60,7 @@ def load(path: str | Path, device: str = "auto", plugins: tuple[str, ...] = ()) 
     return loaded.model, loaded.tokenizer
 
 
-def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | None = None, emulate: bool = True) -> Loaded:
+def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | None = None, emulate: bool = True, own_reader: bool = False) -> Loaded:
     """Load any folder this toolkit can read, in its stored dtype.
 
     transformers reads what it can read exactly; otherwise weights are dequantized by our own reader, and `backend`
@@ -68,6 +68,7 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
 
     Args:
         emulate: linears that our own reader dequantized round their inputs as engines do, which stops gradients.
+        own_reader: let our own reader dequantize what transformers could read, to compare the two.
 
     Raises:
         ModelError: invalid, unknown, or a tensor is missing, unexpected or of a wrong shape.
@@ -77,8 +78,9 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     source = open_any(folder, host.registry.exporters.values())
     description = describe_source(source, host.registry.layouts)
     where = pick_device(device)
-    backend = "transformers" if reads_natively(source, description) else OWN_READER
-    model = _from_transformers(source, description, native=backend == "transformers", emulate=emulate)
+    native = source.exporter is None or (reads_natively(source, description) and not own_reader)
+    backend = "transformers" if native else OWN_READER
+    model = _from_transformers(source, description, native=native, emulate=emulate)
     if source.transforms:
         backend += _TRANSFORMS
     model.to(where).eval()
