@@ -109,7 +109,7 @@ def test_nothing_is_dropped(made, tmp_path):
 
     folder = shutil.copytree(made("quant.int4_rtn", *GROUPS), tmp_path / "in")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanError, match="kv_cache_scheme"):
         convert(folder, tmp_path / "out", "gptq")

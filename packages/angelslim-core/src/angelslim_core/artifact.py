@@ -182,6 +182,8 @@ def output_config(plan: Plan) -> dict[str, Any]:
     if plan.exporter is None:
         return sanitized(plan.source.config)
     config = quantized_config(plan.source.config, plan.description.layout, plan.exporter, plan.schemes, plan.ignore)
+    if plan.cache:
+        config["quantization_config"] = plan.exporter.with_cache(config["quantization_config"], plan.cache)
     config["quantization_config"].update(transform_config(plan.source.transforms))
     return config
 

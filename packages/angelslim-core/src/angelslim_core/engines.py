@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .adapters.base import Description
     from .exporters import Exporter
     from .plan import Plan
-    from .schemes import Scheme
+    from .schemes import CacheScheme, Scheme
     from .source import Source
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp")
@@ -38,10 +38,12 @@ class Folder(NamedTuple):
     exporter: Exporter | None
     schemes: Mapping[str, Scheme]
     description: Description
+    cache: CacheScheme | None = None
     source: Source | None = None
 
 
 _EMULATED = Row(True, "verified on 5.23, emulated; BF16 models")
+_UNROUNDED = Row(False, "5.23 with compressed-tensors 0.20 leaves the cache in 16 bits; angelslim load rounds it")
 _GPTQMODEL = Row(False, "read only where gptqmodel is installed; angelslim load reads it")
 
 # (engine, exporter, kind of scheme); versions: vLLM 0.32, transformers 5.23 with compressed-tensors 0.20 run by us,
@@ -60,6 +62,8 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("vllm", "compressed-tensors", "mxfp8"): Row(True, "needs a GPU; unverified here"),
     ("vllm", "compressed-tensors", "w4a8-fp8"): Row(True, "needs a Hopper GPU, BF16, group_size 128 and dimensions divisible by 128; unverified here"),
     ("vllm", "compressed-tensors", "w4a8-int"): Row(True, "verified on vLLM 0.32 CPU"),
+    ("vllm", "compressed-tensors", "kv-tensor"): Row(True, "needs a GPU with FP8; unverified here"),
+    ("vllm", "compressed-tensors", "kv-attn_head"): Row(True, "needs FlashAttention 3, so a Hopper GPU; unverified here"),
     ("vllm", "fp8", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
     ("vllm", "gptq", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
     ("vllm", "gptq", "w8a16"): Row(True, "needs a GPU; unverified here"),
@@ -68,6 +72,7 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("vllm", "awq", "w4a16-asym"): Row(True, "verified on vLLM 0.32 CPU"),
     ("vllm", "modelopt", "nvfp4"): Row(True, "needs a GPU with FP4; unverified here"),
     ("vllm", "modelopt", "nvfp4a16"): Row(True, "needs a GPU; unverified here"),
+    ("sglang", "compressed-tensors", "kv-tensor"): Row(True, "with --kv-cache-dtype fp8_e4m3; unverified here"),
     ("sglang", "compressed-tensors", "w8a8-int"): Row(True, "unverified here"),
     ("sglang", "gptq", "w4a16"): Row(True, "unverified here"),
     ("sglang", "gptq", "w8a16"): Row(True, "unverified here"),
@@ -88,6 +93,7 @@ TABLE: dict[tuple[str, str, str], Row] = {
     **{("transformers", "compressed-tensors", kind): Row(True, "verified on 5.23; BF16 models") for kind in ("nvfp4a16", "mxfp4a16", "mxfp8a16")},
     ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.23"),
     ("transformers", "fp8", "w8a8-float-block"): Row(True, "dequantized where there is no GPU", aligned=True),
+    **{("transformers", "compressed-tensors", kind): _UNROUNDED for kind in ("kv-tensor", "kv-attn_head")},
     **{("transformers", layout, kind): _GPTQMODEL for layout in ("gptq", "awq") for kind in ("w4a16", "w4a16-asym", "w8a16", "w8a16-asym")},
 }
 
@@ -131,6 +137,11 @@ def _verdict(engine: str, plan: Plan | Folder) -> dict[str, Any]:
                 if rows % block[0] or columns % block[1]:
                     return {"ok": False, "why": f"{name} is {rows} x {columns}, no multiple of the {block[0]} x {block[1]} block"}
         notes.append(f"{scheme.name}: {row.why}" if row.why else scheme.name)
+    if plan.cache:
+        row = TABLE.get((engine, plan.exporter.name, f"kv-{plan.cache.strategy}"))
+        if row is None or not row.ok:
+            return {"ok": False, "why": f"{plan.cache.name}: {row.why if row else 'not known to load'}"}
+        notes.append(f"{plan.cache.name}: {row.why}")
     if plan.source and plan.source.transforms:
         why = _no_transforms(engine, plan)
         if why:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .activations import Stored
 from .adapters.base import Site
-from .schemes import Quantized
+from .kv_cache import Attend, round_cache, tapped
+from .schemes import CACHE_SCALES, Quantized
 from .transforms import transforms_of
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class Layer:
         self.sites: tuple[Site, ...] = ()
         self._prefix = prefix
         self.quantized: dict[Site, tuple[Quantized, Tensor]] = {}
+        self.cache_scales: dict[str, Tensor] = {}
 
     @property
     def head_dim(self) -> int:
@@ -220,6 +222,38 @@ class Layer:
                 handle.remove()
             for module in experts:
                 module.calibrate_all, module.token_mask = False, None  # type: ignore[assignment]
+
+    def attention(self, site: Site) -> nn.Module:
+        """The attention that a site is part of."""
+        return self.module.get_submodule(self.inner(site).rpartition(".")[0])
+
+    def observe_attention(
+        self, site: Site, see: Callable[[LayerBatch, Tensor, Tensor, Tensor, Attend], None], batches: Sequence[LayerBatch] | None = None
+    ) -> None:
+        """Run batches and show `see` the batch and what attention is computed of: queries, keys (after RoPE), values.
+
+        Args:
+            site: a linear of the attention.
+            see: called with the batch, queries [B, all heads, T, D], keys and values [B, H, T, D] and what computes
+                attention; positions of padding are among them.
+            batches: these batches only.
+        """
+        import torch
+
+        def look(query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> tuple[Tensor, Any]:
+            see(batch, query, key, value, attend)
+            raise _SeenError
+
+        with torch.no_grad(), tapped(self.attention(site), look):
+            for batch in self.batches if batches is None else batches:
+                with contextlib.suppress(_SeenError):
+                    self.forward(batch)
+
+    def store_cache(self, site: Site, k_scale: Tensor, v_scale: Tensor) -> None:
+        """Give the attention of a site the fp32 scales of its KV cache; the layer goes on with a quantized one."""
+        name = site.name.rpartition(".")[0]
+        self.cache_scales.update(zip((f"{name}.{suffix}" for suffix in CACHE_SCALES), (k_scale, v_scale), strict=True))
+        round_cache(self.attention(site), k_scale, v_scale)
 
     def store(self, site: Site, result: Quantized) -> None:
         """Give a linear its final form, or another one; the layer goes on with the dequantized weight."""

@@ -20,6 +20,7 @@ from .model import auto_class, compute_dtype, decoder_layers, sanitized
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS, plugins_hint
+from .schemes import CACHE_SCALES
 from .source import Source, describe_source, open_any, quantization_config
 from .transforms import install
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OWN_READER = "transformers, weights dequantized by AngelSlim"
+_CACHE_READER = ", KV cache rounded to FP8 by AngelSlim"
 _TRANSFORMS = ", transform_config applied by AngelSlim"
 
 
@@ -67,7 +69,8 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     says so.
 
     Args:
-        emulate: linears that our own reader dequantized round their inputs as engines do, which stops gradients.
+        emulate: linears that our own reader dequantized round their inputs, and attention what a quantized KV cache
+            holds, as engines do, which stops gradients.
         own_reader: let our own reader dequantize what transformers could read, to compare the two.
 
     Raises:
@@ -81,6 +84,9 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     native = source.exporter is None or (reads_natively(source, description) and not own_reader)
     backend = "transformers" if native else OWN_READER
     model = _from_transformers(source, description, native=native, emulate=emulate)
+    if emulate and source.cache:
+        _round_cache(model, source, description)
+        backend += _CACHE_READER
     if source.transforms:
         backend += _TRANSFORMS
     model.to(where).eval()
@@ -115,8 +121,9 @@ def _from_transformers(source: Source, description: Description, native: bool, e
 
     config = sanitized(source.config)
     config.update(transformers_identity(description.layout, source.config))
-    if native and source.exporter is not None:
-        config["quantization_config"] = quantization_config(source.config)
+    if native and source.quantized:
+        # 5.23 with compressed-tensors 0.20 leaves the cache in 16 bits, whatever the scheme says: ours to do
+        config["quantization_config"] = {**(quantization_config(source.config) or {}), "kv_cache_scheme": None}
     dtype = torch_dtype(compute_dtype(source, description))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -135,7 +142,7 @@ def _from_transformers(source: Source, description: Description, native: bool, e
                 if index.is_file():
                     (folder / index.name).symlink_to(index.resolve())
                 model, info = auto_class(made).from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
-                if source.exporter is not None:  # it decompresses on the first forward, with more bars
+                if source.quantized:  # it decompresses on the first forward, with more bars
                     with torch.no_grad():
                         model(torch.zeros(1, 1, dtype=torch.int64))
             else:
@@ -226,11 +233,30 @@ def _round_inputs(linears: _Linears, source: Source, scales: Mapping[str, Tensor
         round_inputs(linears(name), grid, scales[name])
 
 
+def _round_cache(model: PreTrainedModel, source: Source, description: Description) -> None:
+    """Let every attention read keys and values as from the cache that the checkpoint asks for.
+
+    Raises:
+        ModelError: scales are missing or wrong, or the model caches something else.
+    """
+    from .kv_cache import num_heads, round_cache
+
+    if description.has_latent_cache:
+        raise ModelError(354, "config.json: quantization_config", "asks for a quantized cache of what keys and values are made from (MLA), unknown here")
+    _, layers = decoder_layers(model, description.num_layers)
+    for name, site in description.attentions.items():
+        assert site.layer is not None
+        attention = layers[site.layer].get_submodule(name.removeprefix(f"{description.block}.{site.layer}."))
+        round_cache(attention, *source.cache_scales(name, num_heads(source.config)))
+
+
 def _check_loading(info: dict[str, Any], description: Description, source: Source) -> None:
     """Nothing may be initialised at random or left out, but MTP layers, which transformers does not run."""
     # experts that transformers has merged go by the name of their module
+    cached = CACHE_SCALES if source.cache else ()
     mtp = {*description.mtp_tensors, *(n.partition(".experts.")[0] + ".experts" for n in description.mtp_tensors if ".experts." in n)}
     unexpected = [k for k in info.get("unexpected_keys") or () if not mtp & {k, k.rpartition(".")[0]} and k.split(".")[-2:] != ["rotary_emb", "inv_freq"]]
+    unexpected = [k for k in unexpected if k.rpartition(".")[2] not in cached]
     tied = bool(source.config.get("tie_word_embeddings", (source.config.get("text_config") or {}).get("tie_word_embeddings", False)))
     missing = [k for k in info.get("missing_keys") or () if not (tied and k.endswith("lm_head.weight"))]
     mismatched = info.get("mismatched_keys") or ()

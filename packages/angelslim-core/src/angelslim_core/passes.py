@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .adapters.base import Description, Site
     from .context import Context
     from .layer import Layer
-    from .schemes import Quantized, Scheme
+    from .schemes import CacheScheme, Quantized, Scheme
     from .source import Source
 
 
@@ -107,6 +107,15 @@ class WeightPass(Pass):
         with `mark: [x, y]` the point that was chosen.
         """
         return {}
+
+    @property
+    def cache(self) -> CacheScheme | None:
+        """How keys and values will be kept in the KV cache; None leaves them as they are.
+
+        A pass that says so settles the cache of the whole model, gives each attention its scales by
+        `Layer.store_cache`, and leaves weights alone.
+        """
+        return None
 
     def scheme(self, site: Site) -> Scheme | None:
         """How `site` will be stored, or None if its weight keeps shape and dtype.

@@ -18,8 +18,9 @@ from .errors import EngineError, PlanError
 from .exporters import Exporter
 from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
+from .kv_cache import num_heads
 from .passes import Kind, LayerPass, ModelPass, Pass, SourcePass, TensorPass, WeightPass
-from .schemes import Scheme
+from .schemes import CACHE_SCALES, CacheScheme, Scheme
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -71,6 +72,7 @@ class Plan:
     exporter: Exporter | None
     engines: dict[str, dict[str, Any]]
     peak_ram_bytes: int
+    cache: CacheScheme | None = None
     spills: bool = False
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -113,6 +115,7 @@ class Plan:
             "peak_ram_bytes": self.peak_ram_bytes,
             "hidden_states": "files" if self.spills else "memory",
             "shards": len(self.shards),
+            "kv_cache": self.cache.name if self.cache else None,
             "export": self.exporter.name if self.exporter else None,
             "engines": self.engines,
             "problems": self.problems,
@@ -133,13 +136,14 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     """
     _check_order(recipe, passes)
     description = _for_layout(description, exporters.get(recipe.export.format))
+    cache = _cache(recipe, passes, description)
     steps = [_step(recipe, i, p, description, source) for i, p in enumerate(passes)]
     schemes = _schemes(recipe, steps)
     _check_fused(description, schemes)
-    exporter = _exporter(recipe, source, schemes, exporters)
-    units = _units(source, description, steps, schemes, exporter)
+    exporter = _exporter(recipe, source, schemes, cache, exporters)
+    units = _units(source, description, steps, schemes, exporter) + _cache_units(source, description, cache)
     shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
-    plan = Plan(recipe, source, description, steps, units, shards, schemes, left_alone(source, description, schemes), exporter, {}, 0)
+    plan = Plan(recipe, source, description, steps, units, shards, schemes, left_alone(source, description, schemes), exporter, {}, 0, cache)
     plan.warnings += source.warnings
     plan.problems += [line for s in steps if isinstance(s.pass_, WeightPass) for line in s.pass_.open_questions()]
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
@@ -200,6 +204,23 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
         if isinstance(pass_, SourcePass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
             raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
+
+
+def _cache(recipe: Recipe, passes: Sequence[Pass], description: Description) -> CacheScheme | None:
+    """What the recipe makes of the KV cache."""
+    found: CacheScheme | None = None
+    for i, pass_ in enumerate(passes):
+        if not isinstance(pass_, WeightPass) or pass_.cache is None:
+            continue
+        where = recipe.where(f"steps[{i}]")
+        if found is not None:
+            raise PlanError(351, where, f"{pass_.id} and an earlier step both settle the KV cache", "drop one of them")
+        if recipe.steps[i].targets is not None or recipe.steps[i].ignore:
+            raise PlanError(352, where, f"{pass_.id} treats the KV cache as a whole, as engines do", "drop `targets` and `ignore`")
+        if description.has_latent_cache:
+            raise PlanError(353, where, f"{pass_.id} needs keys and values, and this model caches what both are made from (MLA)", "drop the step")
+        found = pass_.cache
+    return found
 
 
 def _step(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> Step:
@@ -272,11 +293,13 @@ def _check_fused(description: Description, schemes: Mapping[str, Scheme]) -> Non
             raise PlanError(9, site.name, f"would be stored otherwise than {other.name}, but engines run both as one matmul", "target or ignore them together")
 
 
-def _exporter(recipe: Recipe, source: Source, schemes: Mapping[str, Scheme], exporters: Mapping[str, type[Exporter]]) -> Exporter | None:
+def _exporter(
+    recipe: Recipe, source: Source, schemes: Mapping[str, Scheme], cache: CacheScheme | None, exporters: Mapping[str, type[Exporter]]
+) -> Exporter | None:  # fmt: skip
     wanted, where = recipe.export.format, recipe.where("export.format")
     if wanted != "auto" and wanted not in exporters:
         raise PlanError(10, where, f"no exporter {wanted!r}", f"known: {', '.join(sorted(exporters))}")
-    distinct = list(dict.fromkeys(schemes.values()))
+    distinct: list[Scheme | CacheScheme] = [*dict.fromkeys(schemes.values()), *([cache] if cache else [])]
     if not distinct and not source.transforms:
         return None
     layouts = [name for name, exporter in exporters.items() if exporter.transforms]
@@ -310,6 +333,8 @@ def _units(source: Source, description: Description, steps: Sequence[Step], sche
     treated: dict[str, list[int]] = {}
     joined: set[str] = set()
     for step in steps:
+        if isinstance(step.pass_, WeightPass) and step.pass_.cache:
+            continue
         joins = isinstance(step.pass_, TensorPass) and step.pass_.joins_fused
         for site in step.sites:
             treated.setdefault(site.name, []).append(step.index)
@@ -333,6 +358,14 @@ def _units(source: Source, description: Description, steps: Sequence[Step], sche
             used = tuple(dict.fromkeys(i for m in members for i in treated.get(m.name, ())))
             units.append(Unit(tuple(members), used, tuple(dict.fromkeys(m.tensor for m in members)), outputs))
     return [u for u in units if u.outputs]
+
+
+def _cache_units(source: Source, description: Description, cache: CacheScheme | None) -> list[Unit]:
+    """Scales of the KV cache, an attention each."""
+    if cache is None:
+        return []
+    spec = TensorSpec("F32", cache.shape(num_heads(source.config)))
+    return [Unit((), (), (), {f"{name}.{suffix}": spec for suffix in CACHE_SCALES}) for name in description.attentions]
 
 
 def _outputs(site: Site, schemes: Mapping[str, Scheme], exporter: Exporter | None) -> dict[str, TensorSpec]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 # magnitudes of FP4 E2M1 by index
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
+# suffixes of an attention's scales of keys and of values
+CACHE_SCALES = ("k_scale", "v_scale")
+
 Strategy = Literal["tensor", "channel", "group", "block", "token", "tensor_group"]
 
 
@@ -77,6 +80,31 @@ class Scheme:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """Keys and values kept in the cache as FP8 (E4M3), with fixed fp32 scales.
+
+    Args:
+        strategy: what shares a scale of the keys, and one of the values: an attention, or each key-value head of it.
+    """
+
+    strategy: Literal["tensor", "attn_head"]
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        return f"fp8 kv cache per {'tensor' if self.strategy == 'tensor' else 'head'}"
+
+    @property
+    def exporters(self) -> tuple[str, ...]:
+        """Names of the layouts that can hold it, preferred first."""
+        return ("compressed-tensors",)
+
+    def shape(self, heads: int) -> tuple[int, ...]:
+        """Shape of the scales of the keys, or of the values, of an attention with that many key-value heads."""
+        return (1,) if self.strategy == "tensor" else (heads,)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from .exporters import Exporter, builtin_exporters
 from .io.checkpoint import Checkpoint, TensorInfo, TensorSpec, torch_dtype
 from .io.writer import spec_bytes
 from .records import plugins_hint
-from .schemes import Quantized, Scheme
+from .schemes import CACHE_SCALES, CacheScheme, Quantized, Scheme
 from .transforms import Transform, read_transforms
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Source:
         shapes: logical tensor name -> shape.
         quantized: module -> scheme, for modules stored quantized.
         consumed: stored tensor -> logical tensor it was folded into.
+        cache: how the KV cache is to be kept; its scales are no logical tensors.
         transforms: what linears multiply their inputs or outputs by when the model runs.
     """
 
@@ -49,6 +50,7 @@ class Source:
     quantized: dict[str, Scheme]
     consumed: dict[str, str]
     exporter: Exporter | None = None
+    cache: CacheScheme | None = None
     transforms: tuple[Transform, ...] = ()
 
     @property
@@ -103,6 +105,25 @@ class Source:
         assert self.exporter
         tensors = {n.removeprefix(f"{module}."): self.checkpoint.read(n) for n in self._parts[module]}
         return self.exporter.unpack(tensors, self.quantized[module])
+
+    def cache_scales(self, attention: str, heads: int) -> tuple[Tensor, Tensor]:
+        """Scales of the keys and of the values that an attention module caches, fp32, [1] or [heads].
+
+        Raises:
+            ModelError: one is missing, not positive, or of another number.
+        """
+        import torch
+
+        assert self.cache
+        found = []
+        for name in (f"{attention}.{suffix}" for suffix in CACHE_SCALES):
+            if name not in self.checkpoint.tensors:
+                raise ModelError(352, name, "is missing, and the config asks for a quantized KV cache")
+            scale = self.checkpoint.read(name).float().flatten()
+            if tuple(scale.shape) != self.cache.shape(heads) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise ModelError(353, name, f"does not hold {self.cache.shape(heads)[0]} positive scales, as the config asks")
+            found.append(scale)
+        return found[0], found[1]
 
     def __post_init__(self) -> None:
         self._parts: dict[str, list[str]] = {}
@@ -209,7 +230,7 @@ def open_any(folder: Path | str, exporters: Iterable[type[Exporter]] | None = No
     if config.get("transform_config") and not exporter.transforms:
         raise ModelError(379, str(folder), f"has a transform_config, which is not known of {method}")
     transforms, matrices = read_transforms(config, checkpoint)
-    source = _logical(checkpoint, exporter, exporter.schemes(config, modules), modules)
+    source = _logical(checkpoint, exporter, exporter.schemes(config, modules), exporter.cache(config), modules)
     source.transforms = transforms
     for name in matrices:
         source.dtypes.pop(name), source.shapes.pop(name)
@@ -237,7 +258,9 @@ def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _logical(checkpoint: Checkpoint, exporter: Exporter, schemes: dict[str, Scheme], modules: Mapping[str, tuple[str, ...]]) -> Source:
+def _logical(
+    checkpoint: Checkpoint, exporter: Exporter, schemes: dict[str, Scheme], cache: CacheScheme | None, modules: Mapping[str, tuple[str, ...]]
+) -> Source:  # fmt: skip
     infos = checkpoint.tensors
     dtype = _compute_dtype(checkpoint.config)
     dtypes: dict[str, str] = {}
@@ -245,6 +268,8 @@ def _logical(checkpoint: Checkpoint, exporter: Exporter, schemes: dict[str, Sche
     consumed: dict[str, str] = {}
     for name, info in infos.items():
         module, _, suffix = name.rpartition(".")
+        if cache and module not in schemes and suffix in CACHE_SCALES:
+            continue
         if module not in schemes or suffix == "bias":
             dtypes[name], shapes[name] = info.dtype, info.shape
             continue
@@ -257,7 +282,7 @@ def _logical(checkpoint: Checkpoint, exporter: Exporter, schemes: dict[str, Sche
     for module in schemes:
         if f"{module}.weight" not in shapes:
             raise ModelError(59, module, f"has scales but no weight (only {', '.join(modules[module])})")
-    return Source(checkpoint, dtypes, shapes, schemes, consumed, exporter)
+    return Source(checkpoint, dtypes, shapes, schemes, consumed, exporter, cache)
 
 
 def _packed_shape(checkpoint: Checkpoint, info: TensorInfo, module: str) -> tuple[int, ...]:

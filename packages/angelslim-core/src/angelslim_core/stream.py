@@ -56,7 +56,7 @@ def write_shards(plan: Plan, context: Context, workdir: Workdir, journal: Iterab
                 for tensor, value in _process(unit, weights, plan, context, found).items():
                     writer.write(tensor, value)
                 done += 1
-                context.progress(done, total, unit.tensors[0])
+                context.progress(done, total, next(iter(unit.outputs)))
             writer.finish()
         except BaseException:
             writer.close()

@@ -248,6 +248,7 @@ def _run_layer(
     metrics: dict[str, Any] = {}
     for site, (result, weight) in layer.quantized.items():
         outputs.update({n: t.cpu().contiguous() for n, t in encode(site, result, weight, plan.exporter, metrics).items()})
+    outputs.update({name: scale.cpu() for name, scale in layer.cache_scales.items()})
     done = {f"{site.name.removeprefix(prefix)}.weight" for site in layer.quantized}
     kept = {name: tensor for name, tensor in module.state_dict().items() if name not in done}
     for name, tensor in skeleton.layer_tensors(index, kept):  # read again: a pass may have written into the one it was given

@@ -55,7 +55,7 @@ def validate(
     problems += _numbers(source, progress)
     if "ledger" in records:
         problems += _ledger(records["ledger"], source)
-    found["engines"] = verdicts(Folder(source.exporter, source.quantized, description, source=source))
+    found["engines"] = verdicts(Folder(source.exporter, source.quantized, description, source.cache, source=source))
     checks = StoredChecks(source, description)
     ledger = {n: e for n, e in records.get("ledger", {}).items() if isinstance(e, dict)}
     base_source = open_any(resolve(base), host.registry.exporters.values()) if base is not None else None

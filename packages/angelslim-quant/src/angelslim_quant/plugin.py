@@ -22,7 +22,9 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.gptq import GPTQ
     from .passes.int4_rtn import INT4RTN
     from .passes.int8_dynamic import INT8Dynamic
+    from .passes.kv_fp8 import KVFP8
     from .passes.learned_rounding import LearnedRounding
+    from .passes.lepto import Lepto
     from .passes.mxfp4 import MXFP4
     from .passes.mxfp8 import MXFP8
     from .passes.nvfp4 import NVFP4
@@ -31,7 +33,26 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.w4a8_fp8 import W4A8FP8
     from .passes.w4a8_int8 import W4A8Int8
 
-    return [FP8Dynamic, FP8Static, FP8Block, INT8Dynamic, INT4RTN, GPTQ, GPTAQ, AWQ, Smooth, LearnedRounding, Rotate, NVFP4, MXFP4, MXFP8, W4A8FP8, W4A8Int8]
+    return [
+        FP8Dynamic,
+        FP8Static,
+        Lepto,
+        FP8Block,
+        INT8Dynamic,
+        INT4RTN,
+        GPTQ,
+        GPTAQ,
+        AWQ,
+        Smooth,
+        LearnedRounding,
+        Rotate,
+        NVFP4,
+        MXFP4,
+        MXFP8,
+        W4A8FP8,
+        W4A8Int8,
+        KVFP8,
+    ]
 
 
 @hookimpl

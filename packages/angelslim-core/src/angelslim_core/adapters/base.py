@@ -163,6 +163,16 @@ class Description:
     sites: tuple[Site, ...]
     mtp_tensors: frozenset[str]
 
+    @property
+    def attentions(self) -> dict[str, Site]:
+        """Modules that keep keys and values in a cache, by name -> the linear that makes the keys."""
+        return {site.name.rpartition(".")[0]: site for site in self.sites if site.role == "k" and site.layer is not None}
+
+    @property
+    def has_latent_cache(self) -> bool:
+        """Whether what is cached is neither keys nor values, but what both are made from (MLA)."""
+        return any(site.role == "kv_a" for site in self.sites)
+
 
 def shared_experts(name: str) -> dict[str, str]:
     """Roles of a shared expert at `mlp.NAME`."""

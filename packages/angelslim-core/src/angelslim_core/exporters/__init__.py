@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import PlanError
 from ..io.checkpoint import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..schemes import Quantized, Scheme
+    from ..schemes import CacheScheme, Quantized, Scheme
 
 
 class Exporter(ABC):
@@ -67,6 +68,25 @@ class Exporter(ABC):
     def weight_shape(self, specs: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[int, int] | None:
         """Shape [out, in] of a weight from the headers of its tensors, None where it is that of `weight` or is stored."""
         return None
+
+    def cache(self, config: Mapping[str, Any]) -> CacheScheme | None:
+        """How a checkpoint says its KV cache is to be kept, None if as it comes.
+
+        Args:
+            config: `quantization_config` (hostile input).
+
+        Raises:
+            ModelError: in a way that is not known here.
+        """
+        return None
+
+    def with_cache(self, config: Mapping[str, Any], scheme: CacheScheme) -> dict[str, Any]:
+        """What `config` returned, with a quantized KV cache.
+
+        Raises:
+            PlanError: the layout has no place for it.
+        """
+        raise PlanError(350, self.name, "has no place for a quantized KV cache", "export.format: compressed-tensors has")
 
     def files(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         """Further JSON files that readers of this layout expect beside config.json: name -> content."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import regex
 
 from ..errors import ModelError, PlanError
-from ..schemes import Grid, Quantized, Scheme, Strategy
+from ..schemes import CacheScheme, Grid, Quantized, Scheme, Strategy
 from . import Exporter, TensorSpec
 from .packing import pack, pack_nibbles, packed_columns, unpack, unpack_nibbles
 
@@ -19,6 +19,8 @@ _WHERE = "config.json: quantization_config"
 _FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 # dtypes of scales that are no plain floating-point numbers: of each format, and as its config writes them
 _FORMAT_SCALES = {"nvfp4-pack-quantized": "F8_E4M3", "mxfp4-pack-quantized": "U8", "mxfp8-quantized": "U8"}
+# an FP8 KV cache, but for what shares a scale
+_CACHE = {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True}
 _SCALES = {"F8_E4M3": "torch.float8_e4m3fn", "U8": "torch.uint8"}
 
 
@@ -137,6 +139,19 @@ class CompressedTensors(Exporter):
                 raise ModelError(47, module, "is stored quantized, but no config group targets it")
             found[module] = scheme
         return found
+
+    def cache(self, config: Mapping[str, Any]) -> CacheScheme | None:
+        stored = config.get("kv_cache_scheme")
+        if stored is None:
+            return None
+        for scheme in (CacheScheme("tensor"), CacheScheme("attn_head")):
+            wanted = {**_CACHE, "strategy": scheme.strategy}
+            if isinstance(stored, dict) and all(stored.get(key) in (None, value) for key, value in wanted.items()):
+                return scheme
+        raise ModelError(351, _WHERE, f"its kv_cache_scheme is not known to this reader: {stored!r:.200}")
+
+    def with_cache(self, config: Mapping[str, Any], scheme: CacheScheme) -> dict[str, Any]:
+        return {**config, "kv_cache_scheme": {**_CACHE, "strategy": scheme.strategy}}
 
 
 def storage_format(scheme: Scheme) -> str:

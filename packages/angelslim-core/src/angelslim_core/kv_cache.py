@@ -1,0 +1,92 @@
+"""Keys and values on their way into attention: passes look at them there, and a quantized cache is emulated there.
+
+Whatever the architecture, transformers hands keys (after RoPE) and values, those of its cache included, to a function
+that the config names. A tap is called instead of it. What was rounded once is left alone by rounding again, so that
+rounding what is read equals rounding what is written.
+
+Shapes: B batch, H key-value heads, T tokens, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from .errors import ModelError
+from .rounding import cast_e4m3
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# attention as a tap sees it: (query, key, value) -> [B, T, all heads, D] and whatever else it returns
+Attend = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", Any]]
+Tap = Callable[["Tensor", "Tensor", "Tensor", Attend], tuple["Tensor", Any]]
+
+_PREFIX = "angelslim_"
+# by module and not on it: a copy of a module is another module
+_TAPS: WeakKeyDictionary[nn.Module, Tap] = WeakKeyDictionary()
+
+
+def num_heads(config: Mapping[str, Any]) -> int:
+    """Key-value heads of a model, by its config.json."""
+    text = config.get("text_config") or config
+    return int(text.get("num_key_value_heads") or text["num_attention_heads"])
+
+
+def tap(attention: nn.Module, function: Tap) -> None:
+    """From now on an attention module goes through `function`.
+
+    Raises:
+        ModelError: the module computes attention in a way of its own.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config: Any = attention.config
+    original = str(config._attn_implementation)
+    if not original.startswith(_PREFIX):
+        if original not in ALL_ATTENTION_FUNCTIONS:
+            raise ModelError(350, type(attention).__name__, f"computes attention in a way that cannot be observed ({original!r:.50})")
+        compute = ALL_ATTENTION_FUNCTIONS[original]
+
+        def attention_by_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+            def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
+                return compute(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+
+            found = _TAPS.get(module)
+            return attend(query, key, value) if found is None else found(query, key, value, attend)
+
+        ALL_ATTENTION_FUNCTIONS.register(_PREFIX + original, attention_by_tap)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
+        config._attn_implementation = _PREFIX + original
+    _TAPS[attention] = function
+
+
+@contextmanager
+def tapped(attention: nn.Module, function: Tap) -> Iterator[None]:
+    """Inside, an attention module goes through `function`."""
+    before = _TAPS.get(attention)
+    tap(attention, function)
+    try:
+        yield
+    finally:
+        _TAPS.pop(attention)
+        if before is not None:
+            _TAPS[attention] = before
+
+
+def round_heads(x_BHTD: Tensor, scale: Tensor) -> Tensor:
+    """Keys or values as an FP8 (E4M3) cache gives them back, in their dtype.
+
+    Args:
+        scale: fp32, [1] or [H].
+    """
+    step = scale.to(x_BHTD.device).view(-1, 1, 1)
+    return (cast_e4m3(x_BHTD.float() / step).float() * step).to(x_BHTD.dtype)
+
+
+def round_cache(attention: nn.Module, k_scale: Tensor, v_scale: Tensor) -> None:
+    """From now on an attention module reads its keys and values as from an FP8 cache; see `round_heads`."""
+    tap(attention, lambda query, key, value, attend: attend(query, round_heads(key, k_scale), round_heads(value, v_scale)))
