@@ -115,6 +115,24 @@ def test_routed_tokens_are_counted(tiny):
     assert int(experts.tokens_per_expert.sum()) == 9 * 2
 
 
+def test_experts_are_shown_their_tokens_without_padding_and_the_output_stays(tiny):
+    layer = layer_of(tiny("qwen3_moe", dtype="float32"), tokens=9, pad=4)
+    (experts,) = unfuse(layer.module)
+    (batch,) = layer.batches
+    with torch.no_grad():
+        plain = layer.forward(batch)
+        experts.token_mask = batch.mask.reshape(-1)
+        experts.tokens_per_expert.zero_()
+        assert torch.equal(layer.forward(batch), plain)
+    counted = experts.tokens_per_expert.tolist()
+    rows = {}
+    layer.observe(lambda site, x: rows.update({site.name: x.shape[0]}), all_experts=False)
+    assert sum(counted) == (9 + 13) * 2
+    for site in layer.sites:
+        expected = 9 + 13 if site.expert is None else counted[site.expert]
+        assert rows.get(site.name, 0) == expected, site.name
+
+
 def test_only_one_layer_is_resident(tiny):
     _, _, skeleton = sweep(tiny("llama", dtype="float32"))
     assert all(p.device.type == "meta" for layer in skeleton.layers for p in layer.parameters())

@@ -94,3 +94,12 @@ def test_other_passes_calibrate_every_expert(model, tmp_path, text, steps):
     result, _ = run(model, tmp_path / "o", text, *steps)
     expected = 2 if steps[-1][1].get("calibrate_all_experts") is False else 0
     assert len(result.fallbacks) == expected
+
+
+def test_a_few_tokens_do_not_ruin_an_expert(tiny, tmp_path, text):
+    def worst(tokens):
+        step = {"use": "quant.nvfp4", "with": {"calibrate_all_experts": False}, "targets": ["experts"]}
+        recipe = {"steps": [step], "calibration": {"data": str(text), "samples": 1, "tokens": tokens}}
+        return compress(tiny("qwen3_moe"), out=tmp_path / str(tokens), recipe=recipe).passes[0]["metrics"]["sqnr_db_min"]
+
+    assert worst(3) > 13  # inputs that round to 0 in all of them are not dead

@@ -119,6 +119,9 @@ class NVFP4(LayerPass):
         weight = torch.cat([layer.linear(s).weight.data for s in members])
         t = weight_scale_of(weight.abs().amax())
         hessian = moments.hessian if moments.rows else None
+        if hessian is not None and moments.rows < 2 * (grid.group_size or 0):
+            # a few tokens say nothing of most inputs; those that are 0 in all of them are not dead
+            hessian.diagonal().add_(10 * self.config.damping * hessian.diagonal().mean())
         scale = block_scales(weight, grid, t, None if hessian is None else hessian.diagonal(), self.config.scale_search)
         if hessian is None or not self.config.gptq:
             codes = quantize(weight, grid, scale, t)
