@@ -17,6 +17,7 @@ import regex
 from .errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from .io.checkpoint import Checkpoint
@@ -146,13 +147,15 @@ def read_transforms(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[
     if not described:
         return (), frozenset()
     groups = described.get("config_groups") if isinstance(described, dict) else None
-    if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
-        raise ModelError(370, _WHERE, "has no config_groups")
+    if not isinstance(groups, dict) or not all(isinstance(g, dict) and isinstance(g.get("apply", []), list) for g in groups.values()):
+        raise ModelError(370, _WHERE, "has no config_groups of a known form")
     found: list[Transform] = []
     tensors: set[str] = set()
     for name, group in groups.items():
-        for args in group.get("apply") or ():
-            if not isinstance(args, dict) or args.get("location") in _FOLDED:
+        for args in group.get("apply", []):
+            if not isinstance(args, dict):
+                raise ModelError(381, f"{_WHERE}: {name:.100}", f"cannot be applied: {args!r:.100}")
+            if args.get("location") in _FOLDED:
                 continue
             suffix = f".{name}_{args.get('location')}."
             matrices = sorted(t for t in checkpoint.tensors if suffix in t)
@@ -190,14 +193,14 @@ def _stored(where: str, names: Sequence[str], inverse: bool, checkpoint: Checkpo
     by_size = {checkpoint.tensors[n].shape[-1]: n for n in names if len(set(checkpoint.tensors[n].shape)) == 1 and len(checkpoint.tensors[n].shape) == 2}
 
     @lru_cache
-    def matrix(size: int) -> Tensor:
+    def matrix(size: int, device: torch.device) -> Tensor:
         if size not in by_size:
             raise ModelError(375, where, f"no matrix of order {size} is stored")
-        stored = checkpoint.read(by_size[size]).float() * size**-0.5
+        stored = checkpoint.read(by_size[size]).to(device).float() * size**-0.5
         return stored.T.contiguous() if inverse else stored
 
     def multiply(x: Tensor, size: int) -> Tensor:
-        q = matrix(size).to(x)
+        q = matrix(size, x.device).to(x)
         if x.shape[-1] % size:
             raise ModelError(376, where, f"{x.shape[-1]} channels do not divide into blocks of {size}")
         return (x.unflatten(-1, (-1, size)) @ q).flatten(-2)

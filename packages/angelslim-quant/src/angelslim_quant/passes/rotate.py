@@ -35,7 +35,7 @@ class Rotate(SourcePass):
     class Config(PassConfig):
         r1: bool = Field(True, description="Rotate the residual stream; norm weights are folded into what reads them, a tied head gets its own weight.")
         r2: bool = Field(True, description="Rotate the values of each attention head; layers with latent or gated attention are left as they are.")
-        r4: bool = Field(False, description="Rotate the inputs of `down`, which engines must do while the model runs: see Traps.")
+        r4: bool = Field(False, description="Rotate the inputs of `down` too; whoever runs the model must do that online, see below.")
         r4_block_size: int | None = Field(None, ge=2, description="Inputs of `down` that are mixed with each other, all if not given.")
         r4_zigzag: bool = Field(False, description="Before R4, deal the inputs of `down` to its blocks by size, so that each has as many large ones.")
         randomize: bool = Field(False, description="Random signs, from the run's seed, before each Hadamard matrix.")
