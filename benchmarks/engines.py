@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import Measured, angelslim, environment, measure, table, versions, write
+from measure import Measured, angelslim, environment, measure, reason, table, versions, write
 
 HERE = Path(__file__).parent / "engines"
 TOLERANCE = 0.02
@@ -89,7 +89,8 @@ CALIBRATED = ("gptq", "awq", "w4a8_int8", "w4a8_fp8", "fp8_static", "nvfp4", "kv
 def make(row: Row, given: argparse.Namespace) -> Path:
     """Compress and convert as a user would; returns the folder or file the engine reads."""
     folder, file = Path(given.work) / "folder", Path(given.work) / "model.gguf"
-    shutil.rmtree(folder, ignore_errors=True)
+    for leftover in (folder, folder.with_name(f".{folder.name}.angelslim")):  # the latter of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     file.unlink(missing_ok=True)
     if row.use:
         command = ["run", "--model", given.model, "--out", str(folder), "--plugins", "quant", "--use", f"quant.{row.use}"]
@@ -138,7 +139,7 @@ def compare(row: Row, given: argparse.Namespace) -> dict[str, Any]:
         found["reference"] = reference(row, made, given)
         found["found"] = perplexity(python, script, made, given)
     except RuntimeError as error:  # a refusal is a result, and other rows go on
-        return {**found, "error": str(error).strip().splitlines()[-1][:300]}
+        return {**found, "error": reason(error)}
     off = found["found"]["perplexity"] / found["reference"]["perplexity"] - 1
     return {**found, "relative_difference": round(off, 5), "ok": abs(off) <= TOLERANCE and found["found"]["tokens"] == found["reference"]["tokens"]}
 

@@ -95,6 +95,12 @@ def _watch(pid: int, peak_kb: list[int]) -> None:
         time.sleep(0.02)
 
 
+def reason(error: RuntimeError) -> str:
+    """The line of a failed process's output that says why, without what it advises."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip() and not line.startswith("hint:")]
+    return lines[-1][:300]
+
+
 def angelslim(*arguments: str) -> list[str]:
     """Command line of the `angelslim` that is installed beside the running Python."""
     program = Path(sys.executable).with_name("angelslim")

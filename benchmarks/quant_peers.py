@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import angelslim, environment, folder_mb, measure, table, versions, warm_cache, write
+from measure import angelslim, environment, folder_mb, measure, reason, table, versions, warm_cache, write
 
 PEERS = Path(__file__).with_name("peers")
 SCRIPTS = {"llmcompressor": "llmcompressor_calibrated.py", "autoround": "autoround_quantize.py", "gptqmodel": "gptqmodel_quantize.py"}
@@ -79,7 +79,7 @@ def theirs(program: str, method: str, model: str, out: Path, given: argparse.Nam
 
 
 def side(command: list[str], model: str, out: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Run one program and score what it saved; or the last line of the error it ended with."""
+    """Run one program and score what it saved; or why it failed."""
     shutil.rmtree(out, ignore_errors=True)
     scored = angelslim("eval", str(out), "--base", model, "--text", given.text, "--windows", str(given.windows), "--length", str(given.length), "--json")
     try:
@@ -87,7 +87,7 @@ def side(command: list[str], model: str, out: Path, given: argparse.Namespace) -
         size = round(folder_mb(out), 2)
         document = json.loads(measure(scored, environment(given.threads)).stdout)
     except RuntimeError as error:
-        return {"error": str(error).strip().splitlines()[-1][:300]}
+        return {"error": reason(error)}
     finally:
         if not given.keep:
             shutil.rmtree(out, ignore_errors=True)
