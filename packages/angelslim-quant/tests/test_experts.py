@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from angelslim_core import compress
+from angelslim_core.testing.models import stack_experts
 
 LOST = 4
 
@@ -50,12 +51,12 @@ def run(model, out, text, *steps):
     return result, tensors
 
 
-STATIC = [("quant.fp8_static", {}), ("quant.fp8_static", {"observer": "histogram"}), ("quant.nvfp4", {}), ("quant.nvfp4", {"gptq": False})]
+STATIC = [("quant.fp8_static", {}), ("quant.lepto", {}), ("quant.fp8_static", {"observer": "histogram"}), ("quant.nvfp4", {}), ("quant.nvfp4", {"gptq": False})]
 
 
 @pytest.mark.parametrize(("use", "options"), STATIC, ids=str)
 def test_an_unhit_expert_takes_the_largest_input_scale_of_its_siblings(model, tmp_path, text, use, options):
-    scale = "input_scale" if use == "quant.fp8_static" else "input_global_scale"
+    scale = "input_global_scale" if use == "quant.nvfp4" else "input_scale"
     result, tensors = run(model, tmp_path / "routed", text, (use, {**options, "calibrate_all_experts": False}))
     for role in ("gate", "up", "down"):
         scales = [float(tensors[f"model.layers.0.mlp.experts.{e}.{role}_proj.{scale}"]) for e in range(5)]
@@ -103,3 +104,19 @@ def test_a_few_tokens_do_not_ruin_an_expert(tiny, tmp_path, text):
         return compress(tiny("qwen3_moe"), out=tmp_path / str(tokens), recipe=recipe).passes[0]["metrics"]["sqnr_db_min"]
 
     assert worst(3) > 13  # inputs that round to 0 in all of them are not dead
+
+
+def test_fused_experts_are_treated_as_separate_ones(tiny_copy, tmp_path, text):
+    folder = tiny_copy("qwen3_moe", num_hidden_layers=1)
+    recipe = {
+        "steps": [{"use": "quant.fp8_static", "with": {"calibrate_all_experts": False}}],
+        "calibration": {"data": str(text), "samples": 2, "tokens": 16},
+        "gates": {"min_expert_tokens": 1},
+    }
+    compress(folder, out=tmp_path / "separate", recipe=recipe)
+    stack_experts(folder)
+    compress(folder, out=tmp_path / "fused", recipe=recipe)
+    separate, fused = (load_file(tmp_path / name / "model.safetensors") for name in ("separate", "fused"))
+    assert separate.keys() == fused.keys() and all(torch.equal(separate[n].float(), fused[n].float()) for n in separate)
+    analyses = [(tmp_path / name / "angelslim/analysis.json").read_bytes() for name in ("separate", "fused")]
+    assert json.loads(analyses[0]) == json.loads(analyses[1])
