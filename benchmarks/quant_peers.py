@@ -52,7 +52,7 @@ ROWS = {
     "w4 g64 gptq": Row("offgrid", (("quant.gptq", G64),), (("llmcompressor", "gptq"), ("llmcompressor", "gptq_no_order"), ("gptqmodel", "w4"))),
     "w4 g64 gptaq": Row("offgrid", (("quant.gptaq", G64),), (("gptqmodel", "gptaq"),)),
     "w4 g64 gptaq asym": Row("offgrid", (("quant.gptaq", G64, "symmetric=false"),)),
-    "w4 g64 awq asym": Row("offgrid", (("quant.awq", G64),), (("llmcompressor", "awq"), ("autoround", "awq"))),
+    "w4 g64 awq asym": Row("offgrid", (("quant.awq", G64),), (("llmcompressor", "awq"),)),
     "w4 g64 learned rounding": Row("offgrid", (("quant.learned_rounding", G64),), (("autoround", "w4"),)),
     "w4 g64 learned rounding asym": Row("offgrid", (("quant.learned_rounding", G64, "symmetric=false"),), (("autoround", "w4_asym"),)),
     "w4 g64 rotated learned rounding": Row("offgrid", (("quant.rotate",), ("quant.learned_rounding", G64))),

@@ -1,9 +1,10 @@
-"""Learned rounding and FP8 or NVFP4 as a user of auto-round writes it; run by quant_peers.py in that library's own environment.
+"""Learned rounding of INT4 and NVFP4 as a user of auto-round writes it; run by quant_peers.py in that library's own environment.
 
-python autoround_quantize.py MODEL OUT w4|w4_asym|nvfp4|kv_fp8|kv_fp8_head --text TEXT --samples 128 --tokens 2048 --iterations 200
+python autoround_quantize.py MODEL OUT w4|w4_asym|nvfp4 --text TEXT --samples 128 --tokens 2048 --iterations 200
 
 Saved in a layout that `angelslim eval` reads: GPTQ for weights in groups, AWQ for those with zero points,
-compressed-tensors else. The library puts what it saves into a folder of its own choice below the one it is given.
+compressed-tensors for NVFP4, for which the environment needs compressed-tensors too. The library puts what it saves
+into a folder of its own choice below the one it is given.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "w4": ({"bits": 4, "sym": True}, "auto_gptq"),
     "w4_asym": ({"bits": 4, "sym": False}, "auto_awq"),
     "nvfp4": ({"scheme": "NVFP4"}, "llm_compressor"),
-    "kv_fp8": ({"scheme": "FP8_STATIC", "static_kv_dtype": "fp8"}, "llm_compressor"),
 }
 
 
