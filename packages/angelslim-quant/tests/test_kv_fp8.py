@@ -158,7 +158,8 @@ def test_layouts_without_a_place_for_it_are_refused(tiny, made, tmp_path, layout
 )
 @pytest.mark.parametrize("order", [1, -1], ids=["weights first", "cache first"])
 def test_with_quantized_weights(made, first, order):
-    out, base, _, _ = made("llama", *[first, kv(granularity="head")][::order], dtype="bfloat16")
+    out, base, reports, _ = made("llama", *[first, kv(granularity="head")][::order], dtype="bfloat16")
+    assert ["linears" in report for report in reports] == [True, False][::order]  # weights are the other step's
     assert validate(out, base)["problems"] == []
     loaded = load_model(out)
     native = first["use"] == "quant.fp8_dynamic"

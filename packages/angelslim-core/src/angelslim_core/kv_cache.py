@@ -1,4 +1,4 @@
-"""Keys and values on their way into attention: passes look at them there, and a quantized cache is emulated there.
+"""A quantized KV cache: planned, and emulated where keys and values enter attention; there passes look at them, too.
 
 Whatever the architecture, transformers hands keys (after RoPE) and values, those of its cache included, to a function
 that the config names. A tap is called instead of it. What was rounded once is left alone by rounding again, so that
@@ -9,16 +9,22 @@ Shapes: B batch, H key-value heads, T tokens, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from .errors import ModelError
+from .errors import ModelError, PlanError
+from .io.checkpoint import TensorSpec
+from .passes import Pass, WeightPass
 from .rounding import cast_e4m3
+from .schemes import CACHE_SCALES, CacheScheme
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from .adapters.base import Description
+    from .recipe import Recipe
 
 # attention as a tap sees it: (query, key, value) -> [B, T, all heads, D] and whatever else it returns
 Attend = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", Any]]
@@ -33,6 +39,39 @@ def num_heads(config: Mapping[str, Any]) -> int:
     """Key-value heads of a model, by its config.json."""
     text = config.get("text_config") or config
     return int(text.get("num_key_value_heads") or text["num_attention_heads"])
+
+
+def settled_cache(recipe: Recipe, passes: Sequence[Pass], description: Description) -> CacheScheme | None:
+    """What the passes of a recipe make of the KV cache.
+
+    Raises:
+        PlanError: two of them settle it, or one cannot.
+    """
+    found: CacheScheme | None = None
+    for i, pass_ in enumerate(passes):
+        if not isinstance(pass_, WeightPass) or pass_.cache is None:
+            continue
+        where = recipe.where(f"steps[{i}]")
+        if found is not None:
+            raise PlanError(351, where, f"{pass_.id} and an earlier step both settle the KV cache", "drop one of them")
+        if recipe.steps[i].targets is not None or recipe.steps[i].ignore:
+            raise PlanError(352, where, f"{pass_.id} treats the KV cache as a whole, as engines do", "drop `targets` and `ignore`")
+        if description.has_latent_cache:
+            raise PlanError(353, where, f"{pass_.id} needs keys and values, and this model caches what both are made from (MLA)", "drop the step")
+        found = pass_.cache
+    return found
+
+
+def cache_outputs(config: Mapping[str, Any], description: Description, cache: CacheScheme | None) -> list[dict[str, TensorSpec]]:
+    """Per attention the tensors that hold the scales of a quantized cache.
+
+    Args:
+        config: config.json of the model.
+    """
+    if cache is None:
+        return []
+    spec = TensorSpec("F32", cache.shape(num_heads(config)))
+    return [{f"{name}.{suffix}": spec for suffix in CACHE_SCALES} for name in description.attentions]
 
 
 def tap(attention: nn.Module, function: Tap) -> None:

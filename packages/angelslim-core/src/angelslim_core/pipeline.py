@@ -300,7 +300,7 @@ class _Timer:
             self.seconds[step.index] = self.seconds.get(step.index, 0.0) + seconds / len(steps)
 
     def entry(self, step: Step, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        names = {site.name for site in step.sites}
+        names = {site.name for site in step.sites if step.pass_.claims}  # others leave the storing to a later step
         own = {k: v for k, v in metrics.items() if k in names}
         return {"id": step.pass_.id, "seconds": round(self.seconds.get(step.index, 0.0), 3), "metrics": {**summary(own), **self.reports.get(step.index, {})}}
 

@@ -18,9 +18,9 @@ from .errors import EngineError, PlanError
 from .exporters import Exporter
 from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
-from .kv_cache import num_heads
+from .kv_cache import cache_outputs, settled_cache
 from .passes import Kind, LayerPass, ModelPass, Pass, SourcePass, TensorPass, WeightPass
-from .schemes import CACHE_SCALES, CacheScheme, Scheme
+from .schemes import CacheScheme, Scheme
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -136,12 +136,13 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     """
     _check_order(recipe, passes)
     description = _for_layout(description, exporters.get(recipe.export.format))
-    cache = _cache(recipe, passes, description)
+    cache = settled_cache(recipe, passes, description)
     steps = [_step(recipe, i, p, description, source) for i, p in enumerate(passes)]
     schemes = _schemes(recipe, steps)
     _check_fused(description, schemes)
     exporter = _exporter(recipe, source, schemes, cache, exporters)
-    units = _units(source, description, steps, schemes, exporter) + _cache_units(source, description, cache)
+    units = _units(source, description, steps, schemes, exporter)
+    units += [Unit((), (), (), outputs) for outputs in cache_outputs(source.config, description, cache)]
     shards = split_shards([u.outputs for u in units], recipe.export.max_shard_bytes)
     plan = Plan(recipe, source, description, steps, units, shards, schemes, left_alone(source, description, schemes), exporter, {}, 0, cache)
     plan.warnings += source.warnings
@@ -204,23 +205,6 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
         if isinstance(pass_, SourcePass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
             raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
-
-
-def _cache(recipe: Recipe, passes: Sequence[Pass], description: Description) -> CacheScheme | None:
-    """What the recipe makes of the KV cache."""
-    found: CacheScheme | None = None
-    for i, pass_ in enumerate(passes):
-        if not isinstance(pass_, WeightPass) or pass_.cache is None:
-            continue
-        where = recipe.where(f"steps[{i}]")
-        if found is not None:
-            raise PlanError(351, where, f"{pass_.id} and an earlier step both settle the KV cache", "drop one of them")
-        if recipe.steps[i].targets is not None or recipe.steps[i].ignore:
-            raise PlanError(352, where, f"{pass_.id} treats the KV cache as a whole, as engines do", "drop `targets` and `ignore`")
-        if description.has_latent_cache:
-            raise PlanError(353, where, f"{pass_.id} needs keys and values, and this model caches what both are made from (MLA)", "drop the step")
-        found = pass_.cache
-    return found
 
 
 def _step(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> Step:
@@ -358,14 +342,6 @@ def _units(source: Source, description: Description, steps: Sequence[Step], sche
             used = tuple(dict.fromkeys(i for m in members for i in treated.get(m.name, ())))
             units.append(Unit(tuple(members), used, tuple(dict.fromkeys(m.tensor for m in members)), outputs))
     return [u for u in units if u.outputs]
-
-
-def _cache_units(source: Source, description: Description, cache: CacheScheme | None) -> list[Unit]:
-    """Scales of the KV cache, an attention each."""
-    if cache is None:
-        return []
-    spec = TensorSpec("F32", cache.shape(num_heads(source.config)))
-    return [Unit((), (), (), {f"{name}.{suffix}": spec for suffix in CACHE_SCALES}) for name in description.attentions]
 
 
 def _outputs(site: Site, schemes: Mapping[str, Scheme], exporter: Exporter | None) -> dict[str, TensorSpec]:
