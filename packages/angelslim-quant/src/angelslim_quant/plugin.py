@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from angelslim_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import click
+
     from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
@@ -25,6 +27,7 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.kv_fp8 import KVFP8
     from .passes.learned_rounding import LearnedRounding
     from .passes.lepto import Lepto
+    from .passes.mixed import Mixed
     from .passes.mxfp4 import MXFP4
     from .passes.mxfp8 import MXFP8
     from .passes.nvfp4 import NVFP4
@@ -52,7 +55,15 @@ def angelslim_register_passes() -> list[type[Pass]]:
         W4A8FP8,
         W4A8Int8,
         KVFP8,
+        Mixed,
     ]
+
+
+@hookimpl
+def angelslim_register_commands(cli: click.Group) -> None:
+    from .commands import sensitivity
+
+    cli.add_command(sensitivity)
 
 
 @hookimpl

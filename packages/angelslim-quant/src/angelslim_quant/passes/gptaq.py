@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ..stages import by_input
 from .gptq import GPTQ, CompensatedConfig, fitting
@@ -26,10 +28,11 @@ class GPTAQ(GPTQ):
     class Config(CompensatedConfig):
         pass
 
-    def run(self, layer: Layer) -> dict[str, Any]:
+    @contextmanager
+    def on(self, layer: Layer) -> Iterator[None]:
         self._original: nn.Module = copy.deepcopy(layer.module)
         try:
-            return super().run(layer)
+            yield
         finally:
             del self._original
 

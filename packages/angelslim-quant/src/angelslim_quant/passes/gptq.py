@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -65,11 +66,16 @@ class GPTQ(LayerPass):
 
     def run(self, layer: Layer) -> dict[str, Any]:
         report = {"hessian_dampings_raised": 0, "experts_rounded_to_nearest": 0}
-        for stage in stages(layer.sites, self.config.true_sequential):
-            moments = self.collect(layer, stage)
-            for members in by_input(stage):
-                self.solve(layer, members, moments[members[0]], report)
+        with self.on(layer):
+            for stage in stages(layer.sites, self.config.true_sequential):
+                moments = self.collect(layer, stage)
+                for members in by_input(stage):
+                    self.solve(layer, members, moments[members[0]], report)
         return report
+
+    def on(self, layer: Layer) -> AbstractContextManager[None]:
+        """Entered before anything of the layer is stored, left when all is; `collect` works inside."""
+        return nullcontext()
 
     def collect(self, layer: Layer, sites: tuple[Site, ...]) -> dict[Site, Moments]:
         """Moments of the input of each set of linears that read one input, by its first member."""
