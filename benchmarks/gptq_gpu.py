@@ -3,7 +3,8 @@
     python benchmarks/gptq_gpu.py --work FOLDER --out benchmarks/results/gptq_gpu.json
 
 The model has random weights, 8 layers, and a byte tokenizer, so that nothing is downloaded; the time of a layer does
-not depend on either. Everything `angelslim run` does is in `wall_s`.
+not depend on either. `seconds_per_layer` is from one finished layer to the next; everything from the folder that is read to
+the folder that is written is in `wall_s`. With `--peer-python` llm-compressor does the same work in its own environment.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import argparse
 import itertools
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import torch
 from measure import write
-from transformers import AutoModelForCausalLM, LlamaConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from angelslim_core import compress
 from angelslim_core.testing.models import tiny_tokenizer
@@ -35,6 +38,7 @@ def main() -> None:
     for name, default in (("layers", 8), ("samples", 64), ("tokens", 2048), ("batch-size", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--use", default="quant.gptq,quant.gptaq")
+    parser.add_argument("--peer-python", default="", help="Python of an environment with llm-compressor")
     given = parser.parse_args()
     work = Path(given.work)
     model = work / "llama"
@@ -68,6 +72,17 @@ def main() -> None:
         }
         print(json.dumps({use: rows[use]}), flush=True)
     shutil.rmtree(work / "out")
+    if given.peer_python:
+        torch.cuda.empty_cache()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        ids = tokenizer(text.read_text(), add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        save_file({"input_ids": ids[: given.samples * given.tokens].view(given.samples, given.tokens).clone()}, work / "ids.safetensors")
+        command = [given.peer_python, str(Path(__file__).parent / "peers" / "llmcompressor_gpu.py"), str(model), str(work / "theirs")]
+        done = subprocess.run(
+            [*command, "--ids", str(work / "ids.safetensors"), "--batch-size", str(given.batch_size)], check=True, stdout=subprocess.PIPE, text=True
+        )
+        rows["llmcompressor gptq"] = json.loads(done.stdout.strip().splitlines()[-1])
+        print(json.dumps(rows["llmcompressor gptq"]), flush=True)
     write(
         Path(given.out),
         {

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class LearnedRounding(GPTAQ):
-    """INT4 weights in groups, roundings and ranges trained per layer by signed gradients (SignRound), started from GPTAQ's."""
+    """INT4 weights in groups, roundings and ranges trained on each layer's output, started from GPTAQ's."""
 
     id = "quant.learned_rounding"
 
     class Config(CompensatedConfig):
         iterations: int = Field(200, ge=1, description="Steps per layer.")
-        rate: float = Field(0.0, ge=0, le=1, description="Size of the first step, in code units; it falls to 0 linearly. 0: 1 / iterations.")
+        rate: float = Field(0.005, gt=0, le=1, description="Adam's first step in code units, a tenth of it for the factor of a scale; both fall to 0 linearly.")
         batch_size: int = Field(8, ge=1, description="Samples a step.")
         start: Literal["gptaq", "nearest"] = Field("gptaq", description="What training starts from.")
 
@@ -61,11 +61,13 @@ class LearnedRounding(GPTAQ):
         sizes = dict(sorted(pair for part in group.gather([[n, batch.mask.shape[0]] for n, batch in own.items()]) for pair in part))
         started = _loss_over(layer)
         rounders = {site: Rounder(self._before[site], layer.quantized[site][0]) for site in layer.sites}
-        parameters = [p for r in rounders.values() for p in r.parameters]
+        rate, iterations = self.config.rate, self.config.iterations
+        shifts, factors = [r.shift for r in rounders.values()], [r.factor for r in rounders.values()]
+        adam = torch.optim.Adam([{"params": shifts, "lr": rate}, {"params": factors, "lr": rate / 10}], betas=(0.9, 0.95))
+        falling = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / iterations)
         generator = torch.Generator().manual_seed(self.context_seed(layer))
-        rate = self.config.rate or 1 / self.config.iterations
         with torch.enable_grad():
-            for iteration in range(self.config.iterations):
+            for _ in range(iterations):
                 layer.context.check_stop(f"layer {layer.index}")
                 weights = {f"{layer.inner(s)}.weight": r.weight().to(layer.linear(s).weight.dtype) for s, r in rounders.items()}
                 leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
@@ -75,12 +77,11 @@ class LearnedRounding(GPTAQ):
                 # an expert no token reached has none
                 grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
                 torch.autograd.backward(list(weights.values()), [group.reduce(g.float()).to(g.dtype) for g in grads])
-                step = rate * (1 - iteration / self.config.iterations)
-                with torch.no_grad():
-                    for parameter, low, high in parameters:
-                        if parameter.grad is not None:
-                            parameter.sub_(parameter.grad.sign_(), alpha=step).clamp_(low, high)
-                            parameter.grad = None
+                adam.step()
+                falling.step()
+                adam.zero_grad()
+                for rounder in rounders.values():
+                    rounder.clamp()
         kept = {site: layer.quantized[site][0] for site in layer.sites}
         for site, rounder in rounders.items():
             layer.store(site, rounder.result())
@@ -99,7 +100,7 @@ class LearnedRounding(GPTAQ):
 
 
 class Rounder:
-    """Trainable rounding of one weight: code = round(w / (m s) + v), v in [-.5, .5], m the factor of each group's scale.
+    """Trainable rounding of one weight: code = round(w / (m s) + v), v in [-.5, .5], m in [.5, 1.5] the factor of each group's scale.
 
     Args:
         before_OI: what is rounded, fp32.
@@ -111,9 +112,13 @@ class Rounder:
 
         self.start, self.grid = start, start.scheme.weights
         self._weight = before_OI
-        self._shift = torch.zeros_like(before_OI).requires_grad_()
-        self._factor = torch.ones_like(start.scale, dtype=torch.float32).requires_grad_()
-        self.parameters: list[tuple[Tensor, float, float]] = [(self._shift, -0.5, 0.5), (self._factor, 0.5, 1.5)]
+        self.shift = torch.zeros_like(before_OI).requires_grad_()
+        self.factor = torch.ones_like(start.scale, dtype=torch.float32).requires_grad_()
+
+    def clamp(self) -> None:
+        """Bring v and m back into their ranges."""
+        self.shift.data.clamp_(-0.5, 0.5)
+        self.factor.data.clamp_(0.5, 1.5)
 
     def weight(self) -> Tensor:
         """The weight as it would be stored, [O, I] fp32; gradients pass straight through every rounding."""
@@ -132,9 +137,9 @@ class Rounder:
         from angelslim_core.schemes import against
 
         half = 1 << (self.grid.bits - 1)
-        scale = _through(self.start.scale.float() * self._factor, lambda s: s.to(self.start.scale.dtype).float())
+        scale = _through(self.start.scale.float() * self.factor, lambda s: s.to(self.start.scale.dtype).float())
         values, scales = against(self._weight, scale, self.grid)
-        codes = values / scales + against(self._shift, scale, self.grid)[0]
+        codes = values / scales + against(self.shift, scale, self.grid)[0]
         if self.start.zero_point is not None:
             codes = codes + against(self._weight, self.start.zero_point.float(), self.grid)[1]
         return _through(codes, lambda c: c.round()).clamp(-half, half - 1).reshape(self._weight.shape), scale
