@@ -62,7 +62,7 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("vllm", "compressed-tensors", "mxfp8"): Row(True, "needs a GPU; unverified here"),
     ("vllm", "compressed-tensors", "w4a8-fp8"): Row(True, "needs a Hopper GPU, BF16, group_size 128 and dimensions divisible by 128; unverified here"),
     ("vllm", "compressed-tensors", "w4a8-int"): Row(True, "verified on vLLM 0.32 CPU"),
-    ("vllm", "compressed-tensors", "kv-tensor"): Row(True, "needs a GPU with FP8; unverified here"),
+    ("vllm", "compressed-tensors", "kv-tensor"): Row(True, "loads and is applied on vLLM 0.32 CPU; on a GPU unverified here"),
     ("vllm", "compressed-tensors", "kv-attn_head"): Row(True, "needs FlashAttention 3, so a Hopper GPU; unverified here"),
     ("vllm", "fp8", "w8a8-float-block"): Row(True, "needs a GPU with FP8", aligned=True),
     ("vllm", "gptq", "w4a16"): Row(True, "verified on vLLM 0.32 CPU"),
