@@ -152,8 +152,7 @@ def run_sweep(
             saving = _saving(context, error, bool(done))
             if saving is None:
                 raise
-            sweep.forget(context)
-            context.fallbacks.append(f"layer {len(done)}: memory ran out, {saving}")
+            sweep.begin_again(context, f"layer {len(done)}: memory ran out, {saving}")
     return sweep
 
 
@@ -201,19 +200,22 @@ class Sweep:
     reports: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     resumed_layers: int = 0
     said: tuple[int, int] = (0, 0)  # warnings and fallbacks up to the last finished layer
+    again: list[str] = field(default_factory=list)  # why layers after it were begun again
 
     def notes(self, context: Context) -> dict[str, list[str]]:
         """Warnings and fallbacks since the last finished layer."""
         return {"warnings": context.warnings[self.said[0] :], "fallbacks": context.fallbacks[self.said[1] :]}
 
-    def forget(self, context: Context) -> None:
-        """Drop those notes: the layer is done again."""
-        del context.warnings[self.said[0] :], context.fallbacks[self.said[1] :]
+    def begin_again(self, context: Context, fallback: str) -> None:
+        """Drop those notes, as the layer is done again, but for why it is."""
+        self.again.append(fallback)
+        del context.warnings[self.said[0] :]
+        context.fallbacks[self.said[1] :] = self.again
 
     def take(self, context: Context, entry: Mapping[str, Any]) -> None:
         """Add a finished layer's journal entry."""
         path = context.workdir / entry["file"]
-        self.said = len(context.warnings), len(context.fallbacks)
+        self.said, self.again = (len(context.warnings), len(context.fallbacks)), []
         self.files.update(dict.fromkeys(read_header(path), path))
         self.metrics.update(entry["metrics"])
         self.analysis[int(entry["layer"])] = entry["analysis"]

@@ -88,7 +88,7 @@ class Moments:
 
 
 def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
-    """Upper U with U^T U = H^-1 after damping, and how often damping was raised.
+    """Upper U with U^T U = H^-1 after damping, and how often damping was raised; H is overwritten.
 
     Dead inputs (H_ii = 0) get H_ii = 1. `damping` times the mean of the diagonal is added to it, and again after each
     failure of Cholesky's factorization.
@@ -96,17 +96,17 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
     Raises:
         NumericError: ten times were not enough.
     """
-    h = hessian_II.clone()
-    diagonal = h.diagonal()
+    diagonal = hessian_II.diagonal()
     diagonal[diagonal == 0] = 1
     step = damping * float(diagonal.mean())
     for attempt in range(11):
         diagonal += step
-        lower, failed = torch.linalg.cholesky_ex(h)
+        factor, failed = torch.linalg.cholesky_ex(hessian_II)
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(upper).all()):
-                return upper, attempt
+            factor = torch.cholesky_inverse(factor)  # a name at a time, so that each is freed for the next
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+            if not int(failed) and bool(torch.isfinite(factor).all()):
+                return factor, attempt
     raise NumericError(31, "Hessian", "is not positive definite, however damped", "use more or other calibration samples")
 
 
@@ -139,7 +139,7 @@ def compensate(
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns, device=weight_OI.device)
     work = weight_OI.float().T[order].contiguous()  # one row per input: columns of the weight lie together
     work[diagonal[order] == 0] = 0
-    upper, raised = inverse_factor(hessian_II[order][:, order], damping)
+    upper, raised = inverse_factor(hessian_II[order[:, None], order], damping)
     pull = None
     if drift_II is not None:
         pull = torch.triu(drift_II[order][:, order] @ upper.T, 1) @ upper
