@@ -339,3 +339,12 @@ def test_processes_measure_together_what_one_does(tiny, tmp_path, calibration, m
     for unit in measured[1]["units"]:
         for name, loss in unit["kl"].items():
             assert found[0].units[unit["unit"]].kl[name] == pytest.approx(loss, rel=0.05), (unit["unit"], name)
+
+
+@pytest.mark.parametrize("compensation", ["gptq", "gptaq"])
+def test_one_candidate_is_its_own_pass(tiny, tmp_path, calibration, measured, compensation):
+    run(tiny("llama"), tmp_path / "mixed", calibration, candidates=["int3"], compensation=compensation, sensitivity=str(measured[0]))
+    step = {"use": f"quant.{compensation}", "with": {"bits": 3, "group_size": 16}}
+    compress(tiny("llama"), out=tmp_path / "own", recipe={"calibration": calibration, "steps": [step]})
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("mixed", "own")]
+    assert files[0] == files[1]
