@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=200, help="the library's default; 0 rounds to nearest")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
@@ -46,7 +47,7 @@ def main() -> None:
         options = {**options, "group_size": given.group_size}
     library = AutoRound(
         model, tokenizer, dataset=batches, iters=given.iterations, seqlen=given.tokens, nsamples=given.samples, batch_size=given.batch_size,
-        device_map="cpu", **options,
+        device_map=given.device, **options,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=Path(given.out).absolute().parent) as below:
         _, folders = library.quantize_and_save(below, format=layout)

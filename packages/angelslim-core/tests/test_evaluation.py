@@ -72,6 +72,8 @@ def test_transformers_reloads_with_no_key_left_over(tiny, tmp_path, use):
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         assert ours.backend == "transformers" and torch.equal(ours.model(ids).logits, model(ids).logits)
+    ours.model.to("meta")  # every weight goes where the model goes
+    assert all(t.is_meta for t in (*ours.model.parameters(), *ours.model.buffers()))
 
 
 @pytest.mark.parametrize(

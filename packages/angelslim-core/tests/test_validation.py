@@ -129,6 +129,14 @@ def test_a_folder_that_stores_other_zero_points_than_its_config_says(tiny, tmp_p
     says(out, UP, "two readers")
 
 
+def test_scales_of_the_gptq_layout_may_be_negative_but_not_zero(tiny, tmp_path):
+    out = quantized(tiny(), tmp_path / "out", "quant.int4_rtn", "steps[0].with.group_size=32", "export.format=gptq")
+    change(out, **{f"{UP}.scales": torch.neg})
+    assert validate(out)["ok"]
+    change(out, **{f"{UP}.scales": torch.zeros_like})
+    says(out, UP, "zero")
+
+
 def test_missing_and_broken_scales(tiny, tmp_path):
     out = quantized(tiny(), tmp_path / "out", "quant.fp8_static", *CALIBRATION)
     assert validate(out)["ok"]

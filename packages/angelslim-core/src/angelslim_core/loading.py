@@ -143,8 +143,11 @@ def _from_transformers(source: Source, description: Description, native: bool, e
                     (folder / index.name).symlink_to(index.resolve())
                 model, info = auto_class(made).from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
                 if source.quantized:  # it decompresses on the first forward, with more bars
+                    from compressed_tensors.offload import remove_dispatch
+
                     with torch.no_grad():
                         model(torch.zeros(1, 1, dtype=torch.int64))
+                    remove_dispatch(model)  # else its weights stay on the CPU, wherever the model goes
             else:
                 state, input_scales = _dequantized(source, dtype)
                 with torch.device("meta"):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ from .adapters.base import Description
 from .analysis import summarized, warnings_of
 from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
-from .device import device_name, is_out_of_memory, peak_ram_bytes, pick_device, release_ram
-from .errors import ModelError, NumericError, ResourceError, UsageError
+from .device import device_name, peak_ram_bytes, pick_device, release_ram
+from .errors import ModelError, UsageError
 from .evaluation import check_evaluation
-from .io.checkpoint import Checkpoint, read_header
+from .guards import check_disk, check_gates, check_ram, memory_errors, verify_written
 from .io.hub import resolve
 from .io.writer import disk_errors
 from .parallel import Group, joined
@@ -183,13 +182,11 @@ def _rewritten(source: Source, passes: Sequence[Pass], host: PluginHost, device:
 def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:
     recipe, plan, host = prepared.recipe, prepared.plan, prepared.host
     assert prepared.out is not None
-    limit = recipe.runtime.max_ram_bytes
-    if limit is not None and plan.peak_ram_bytes > limit:
-        raise ResourceError(4, recipe.where("runtime.max_ram"), f"the plan needs about {plan.peak_ram_bytes} bytes of RAM, {limit} are allowed")
+    check_ram(plan, recipe)
     check_evaluation(recipe, prepared.source.checkpoint)
     with joined(prepared.device) as group:
         if group.rank:
-            with _memory(plan), disk_errors(prepared.out, plan.bytes_after):
+            with memory_errors(plan), disk_errors(prepared.out, plan.bytes_after):
                 context = _context(prepared, Path(group.share(None)), group, silent, stop)
                 _calibrated(prepared, context, None, _Timer(host, context))
                 return Result(**group.share(None))
@@ -204,10 +201,10 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
     with (
         Workdir(prepared.out, prepared.source.checkpoint.folder, replace) as workdir,
         group.telling(),  # before the work folder goes, in which the others write
-        _memory(plan),
+        memory_errors(plan),
         disk_errors(prepared.out, plan.bytes_after),
     ):
-        _check_disk(plan, workdir)
+        check_disk(plan, workdir)
         context = _context(prepared, Path(group.share(str(workdir.path))), group, progress, stop)
         timer = _Timer(host, context)
         plan, journal, policies, sweep = _calibrated(prepared, context, workdir, timer)
@@ -227,8 +224,8 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         context.warnings += warnings_of(analysis, plan)
         artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context, analysis)
         evaluation = write_records(artifact, host, before, after, start)
-        _verify(workdir.stage, plan)
-        _gates(recipe, evaluation)
+        verify_written(workdir.stage, plan)
+        check_gates(recipe, evaluation)
         workdir.publish()
     artifact.path = prepared.out
     host.hook.angelslim_run_finished(artifact=artifact)
@@ -387,38 +384,6 @@ def _samples(prepared: Prepared, seed: int) -> Samples:
     return load_samples(calibration, tokenizer, seed, generate)
 
 
-def _check_disk(plan: Plan, workdir: Workdir) -> None:
-    needed = int(plan.bytes_after * 1.1) + (plan.bytes_after if plan.layer_steps else 0)
-    free = shutil.disk_usage(workdir.path).free
-    if free < needed:
-        raise ResourceError(3, str(workdir.out), f"needs {needed} bytes of disk, {free} are free", "free space or choose another --out")
-
-
-def _verify(stage: Path, plan: Plan) -> None:
-    """Reopen what was written: headers as planned, every source tensor accounted for."""
-    written = Checkpoint.open(stage).tensors
-    planned = {n: spec for unit in plan.units for n, spec in unit.outputs.items()}
-    wrong = [n for n in planned if n not in written or (written[n].dtype, written[n].shape) != (planned[n].dtype, planned[n].shape)]
-    if wrong or len(written) != len(planned):
-        raise NumericError(4, wrong[0] if wrong else str(stage.name), "was not written as planned")
-    for path in stage.glob("*.safetensors"):
-        read_header(path)
-
-
-def _gates(recipe: Recipe, evaluation: Mapping[str, Any]) -> None:
-    gates = recipe.gates
-    if gates is None:
-        return
-    for name, limit, better in (("kl", gates.max_kl, "<="), ("top1_agreement", gates.min_top1, ">=")):
-        if limit is None:
-            continue
-        value = evaluation[name]
-        if not (value <= limit if better == "<=" else value >= limit):
-            raise NumericError(
-                5, recipe.where("gates"), f"{name} is {value:.4g}, the gate asks for {better} {limit}", "nothing was written; choose a milder scheme"
-            )
-
-
 def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Mean and worst SQNR over quantized linears, dB."""
     values = {name: m["sqnr_db"] for name, m in metrics.items() if isinstance(m, Mapping) and m.get("sqnr_db") is not None}
@@ -432,15 +397,3 @@ def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Numbers of a layer pass over all layers: sums of counts, otherwise a list per layer."""
     keys = dict.fromkeys(k for r in reports for k in r)
     return {k: sum(r.get(k, 0) for r in reports) if all(type(r.get(k, 0)) is int for r in reports) else [r.get(k) for r in reports] for k in keys}
-
-
-@contextmanager
-def _memory(plan: Plan) -> Iterator[None]:
-    """Turn running out of memory, which torch reports as a RuntimeError, into an error of ours; the work is kept."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        what = f"memory ran out at {peak_ram_bytes()} bytes; the plan expected to need {plan.peak_ram_bytes}"
-        raise ResourceError(2, str(plan.source.checkpoint.folder), what, "give it more memory and run the same command again") from error

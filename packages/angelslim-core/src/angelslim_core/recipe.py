@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from .errors import RecipeError
 from .passes import Pass, PassConfig
+from .recipe_errors import dotted, first_problem, where_of
 from .strict_yaml import parse
 
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
@@ -146,7 +147,7 @@ class Recipe(_Model):
 
     def where(self, path: str) -> str:
         """Place of a value for messages: file, line and column, or the --set that gave it."""
-        return _where(self._name, _split(path), self._positions, self._overridden)
+        return where_of(self._name, _split(path), self._positions, self._overridden)
 
 
 def load_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
@@ -176,7 +177,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], *, overrides: Sequence[s
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise _first(error, name, (), positions, overridden, Recipe) from error
+        raise first_problem(error, name, (), positions, overridden, Recipe, ("extends",)) from error
     recipe._name, recipe._positions, recipe._overridden, recipe._home = name, positions, overridden, home
     if recipe.gates is not None and recipe.gates.needs_eval and recipe.eval is None:
         raise RecipeError(12, recipe.where("gates"), "max_kl and min_top1 need an `eval` section to measure", "add `eval: {text: FILE}`")
@@ -201,7 +202,7 @@ def bind_options(index: int, recipe: Recipe, pass_class: type[Pass]) -> PassConf
     try:
         return pass_class.Config.model_validate(options)
     except ValidationError as error:
-        raise _first(error, recipe._name, ("steps", index, "with"), recipe._positions, recipe._overridden, pass_class.Config) from error
+        raise first_problem(error, recipe._name, ("steps", index, "with"), recipe._positions, recipe._overridden, pass_class.Config) from error
 
 
 def _path_options(pass_class: type[Pass]) -> list[str]:
@@ -273,7 +274,7 @@ def _extended(data: dict[str, Any], name: str, positions: Mapping[Any, tuple[int
         return data
     known = shipped()
     if not isinstance(base, str) or base not in known:
-        raise RecipeError(15, _where(name, ("extends",), positions, {}), f"no shipped recipe {base!r}", f"shipped: {', '.join(known)}")
+        raise RecipeError(15, where_of(name, ("extends",), positions, {}), f"no shipped recipe {base!r}", f"shipped: {', '.join(known)}")
     below, _ = parse(known[base], f"{base}.yaml")
     return {**below, **data}
 
@@ -333,7 +334,7 @@ def _apply(data: dict[str, Any], override: str, overridden: dict[str, str]) -> N
             holder = holder[part]
         else:
             holder = holder[part]
-    overridden[_dotted(parts)] = f"--set {override}"
+    overridden[dotted(parts)] = f"--set {override}"
 
 
 def _refuse_urls(data: Mapping[str, Any], name: str, positions: Mapping[Any, tuple[int, int]], overridden: Mapping[str, str]) -> None:
@@ -341,70 +342,4 @@ def _refuse_urls(data: Mapping[str, Any], name: str, positions: Mapping[Any, tup
         holder = data.get(section)
         value = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(value, str) and "://" in value:
-            raise RecipeError(20, _where(name, (section, key), positions, overridden), "is a URL; recipes name local files only")
-
-
-def _dotted(parts: Iterable[str | int]) -> str:
-    text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def _where(name: str, parts: tuple[str | int, ...], positions: Mapping[Any, tuple[int, int]], overridden: Mapping[str, str]) -> str:
-    dotted = _dotted(parts)
-    inside = next((place for path, place in overridden.items() if dotted and path.startswith(f"{dotted}.")), None)
-    if inside and parts not in positions:
-        return inside
-    for end in range(len(parts), 0, -1):
-        if _dotted(parts[:end]) in overridden:
-            return overridden[_dotted(parts[:end])]
-        if parts[:end] in positions:
-            line, column = positions[parts[:end]]
-            return f"{name}:{line}:{column} {dotted}"
-    return f"{name} {dotted}".strip() if name != "recipe" else dotted or name
-
-
-def _first(
-    error: ValidationError, name: str, prefix: tuple[str | int, ...], positions: Mapping[Any, tuple[int, int]], overridden: Mapping[str, str], model: type[BaseModel]
-) -> RecipeError:  # fmt: skip
-    """The first problem pydantic found, in our words; the hint counts the others."""
-    # a misspelt key explains the missing one, not the other way round
-    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    problem = problems[0]
-    path = (*prefix, *problem["loc"])
-    where = _where(name, path, positions, overridden)
-    more = f"; {len(problems) - 1} more after this one" if len(problems) > 1 else ""
-    value = problem.get("input")
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        known = _keys(model, problem["loc"][:-1])
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known) or 'none'}"
-        return RecipeError(21, where, f"unknown key {key!r}", hint + more)
-    if problem["type"] == "missing":
-        return RecipeError(22, _where(name, path[:-1], positions, overridden), f"lacks {problem['loc'][-1]!r}", more.removeprefix("; "))
-    message = problem["msg"].removeprefix("Value error, ")
-    return RecipeError(23, where, f"{message[0].lower()}{message[1:]} (it is {value!r:.80})", more.removeprefix("; "))
-
-
-def _keys(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
-    """Keys a model allows at a location."""
-    current: Any = model
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        fields = {f.alias or n: f for n, f in current.model_fields.items()}
-        if part not in fields:
-            return []
-        current = _model_in(fields[part].annotation)
-        if current is None:
-            return []
-    keys = [f.alias or n for n, f in current.model_fields.items()]
-    return [*keys, "extends"] if current is Recipe else keys
-
-
-def _model_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for a in get_args(annotation) if (found := _model_in(a)) is not None), None)
+            raise RecipeError(20, where_of(name, (section, key), positions, overridden), "is a URL; recipes name local files only")

@@ -94,7 +94,7 @@ def _checksums(folder: Path) -> list[str]:
 
 
 def _numbers(source: Source, progress: Progress) -> list[str]:
-    """Finite weights; finite scales that are positive."""
+    """Finite weights; finite scales, none zero, and positive where no layout knows negative ones."""
     import torch
 
     problems = []
@@ -105,6 +105,9 @@ def _numbers(source: Source, progress: Progress) -> list[str]:
             value = value.float() if value.element_size() == 1 else value
             if not bool(torch.isfinite(value).all()):
                 problems.append(f"{name}: holds NaN or Inf")
+            elif name.endswith(".scales"):  # of the GPTQ layout, which some programs write with a sign
+                if bool((value == 0).any()):
+                    problems.append(f"{name}: a scale is zero")
             elif name.rpartition(".")[2] in SCALES and bool((value <= 0).any()):
                 problems.append(f"{name}: a scale is not positive")
         elif value.dtype == torch.uint8 and name.rpartition(".")[2] in SCALES and bool((value == 255).any()):

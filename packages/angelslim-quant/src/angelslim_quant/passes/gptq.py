@@ -102,7 +102,7 @@ class GPTQ(LayerPass):
         """How much the error on each real token counts: less where the residual stream is large, which norms divide by."""
         if not self.config.token_weights:
             return None
-        return token_weights(batch.hidden[batch.mask]).to(layer.context.device)
+        return token_weights(batch.hidden.to(layer.context.device)[batch.mask.to(layer.context.device)])
 
     def solve(self, layer: Layer, members: list[Site], moments: Moments, report: dict[str, int]) -> None:
         """Quantize and store linears that read one input."""

@@ -96,7 +96,7 @@ class NVFP4(LayerPass):
             report["input_scales_of_siblings"] += lent
             input_scales = {site: global_scale_of(torch.tensor(largest, device=device)) for site, largest in ranges.items()}
         for batch in layer.batches:
-            weight_N = token_weights(batch.hidden[batch.mask]).to(layer.context.device)
+            weight_N = token_weights(batch.hidden.to(layer.context.device)[batch.mask.to(layer.context.device)])
 
             def see(site: Site, x_NI: Tensor) -> None:
                 x = round_input(x_NI, grid, input_scales[site]) if grid else x_NI
