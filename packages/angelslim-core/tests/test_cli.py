@@ -137,5 +137,5 @@ def test_lists(capsys):
 
 
 def test_a_plugins_own_group_loads_only_when_typed(capsys):
-    code, _, err = call(capsys, "quant", "anything")
+    code, _, err = call(capsys, "distill", "anything")
     assert code == 4 and "adds no commands" in err
