@@ -42,9 +42,9 @@ class Folder(NamedTuple):
     source: Source | None = None
 
 
-_EMULATED = Row(True, "verified on 5.23, emulated; BF16 models")
-_UNROUNDED = Row(False, "5.23 with compressed-tensors 0.20 leaves the cache in 16 bits; angelslim load rounds it")
-_GPTQMODEL = Row(False, "read only where gptqmodel is installed; angelslim load reads it")
+_EMULATED = Row(True, "verified on 5.24, emulated; BF16 models")
+_UNROUNDED = Row(False, "5.23 with compressed-tensors 0.20 leaves the cache in 16 bits; AngelSlim's load() rounds it")
+_GPTQMODEL = Row(False, "read only where gptqmodel is installed; AngelSlim's load() reads it")
 
 # (engine, exporter, kind of scheme); versions: vLLM 0.32, transformers 5.23 with compressed-tensors 0.20 run by us,
 # SGLang from its documentation
@@ -83,15 +83,17 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("sglang", "compressed-tensors", "w8a8-float-static"): Row(True, "unverified here"),
     ("sglang", "compressed-tensors", "w4a16"): Row(True, "unverified here"),
     ("sglang", "fp8", "w8a8-float-block"): Row(True, "unverified here", aligned=True),
-    ("transformers", "compressed-tensors", "w8a8-int"): Row(True, "verified on 5.23"),
-    ("transformers", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "verified on 5.23"),
-    ("transformers", "compressed-tensors", "w8a8-float-static"): Row(True, "verified on 5.23"),
-    ("transformers", "compressed-tensors", "w4a16"): Row(True, "verified on 5.23"),
-    ("transformers", "compressed-tensors", "w4a16-asym"): Row(False, "5.23 with compressed-tensors 0.20 expects unpacked zero points; angelslim load reads it"),
-    ("transformers", "compressed-tensors", "w8a16"): Row(True, "verified on 5.23"),
+    ("transformers", "compressed-tensors", "w8a8-int"): Row(True, "verified on 5.24"),
+    ("transformers", "compressed-tensors", "w8a8-float-dynamic"): Row(True, "verified on 5.24"),
+    ("transformers", "compressed-tensors", "w8a8-float-static"): Row(True, "verified on 5.24"),
+    ("transformers", "compressed-tensors", "w4a16"): Row(True, "verified on 5.24"),
+    ("transformers", "compressed-tensors", "w4a16-asym"): Row(
+        False, "5.23 with compressed-tensors 0.20 expects unpacked zero points; AngelSlim's load() reads it"
+    ),
+    ("transformers", "compressed-tensors", "w8a16"): Row(True, "verified on 5.24"),
     **{("transformers", "compressed-tensors", kind): _EMULATED for kind in ("nvfp4", "mxfp4", "mxfp8", "w4a8-fp8", "w4a8-int")},
-    **{("transformers", "compressed-tensors", kind): Row(True, "verified on 5.23; BF16 models") for kind in ("nvfp4a16", "mxfp4a16", "mxfp8a16")},
-    ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.23"),
+    **{("transformers", "compressed-tensors", kind): Row(True, "verified on 5.24; BF16 models") for kind in ("nvfp4a16", "mxfp4a16", "mxfp8a16")},
+    ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.24"),
     ("transformers", "fp8", "w8a8-float-block"): Row(True, "dequantized where there is no GPU", aligned=True),
     **{("transformers", "compressed-tensors", kind): _UNROUNDED for kind in ("kv-tensor", "kv-attn_head")},
     **{("transformers", layout, kind): _GPTQMODEL for layout in ("gptq", "awq") for kind in ("w4a16", "w4a16-asym", "w8a16", "w8a16-asym")},
@@ -125,7 +127,7 @@ def _verdict(engine: str, plan: Plan | Folder) -> dict[str, Any]:
     notes = []
     sites = {s.name: s for s in plan.description.sites}
     if engine == "transformers" and any(sites[name].expert is not None for name in plan.schemes):
-        return {"ok": False, "why": "holds experts as 3-D parameters, which it does not quantize; angelslim load reads it"}
+        return {"ok": False, "why": "holds experts as 3-D parameters, which it does not quantize; AngelSlim's load() reads it"}
     for scheme in dict.fromkeys(plan.schemes.values()):
         row = TABLE.get((engine, plan.exporter.name, kind(scheme)))
         if row is None or not row.ok:
@@ -154,7 +156,7 @@ def _no_transforms(engine: str, plan: Plan | Folder) -> str:
     """Why an engine does not multiply inputs as a `transform_config` asks, "" if it does; read from its source code."""
     assert plan.source
     if engine == "transformers":
-        return "5.23 with compressed-tensors 0.20 leaves it out without a word, so outputs are garbage; angelslim load applies it"
+        return "5.23 with compressed-tensors 0.20 leaves it out without a word, so outputs are garbage; AngelSlim's load() applies it"
     if engine != "vllm":
         return "not known to be applied"
     for transform in plan.source.transforms:
