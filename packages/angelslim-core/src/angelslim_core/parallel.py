@@ -37,14 +37,6 @@ class Group:
         """Sum or maximum over the processes, which must all call it in the same order; may be done in place."""
         return tensor
 
-    def own(self, tensor: Tensor) -> Tensor:
-        """This process's share of the rows."""
-        return tensor
-
-    def join(self, tensor: Tensor, rows: int) -> Tensor:
-        """All rows again, of which each process has its `own` share."""
-        return tensor
-
     def share(self, value: Any) -> Any:
         """The first process's value (JSON) in all processes."""
         return value
@@ -81,20 +73,6 @@ class Joined(Group):
         with self._exchange():
             self._dist.all_reduce(tensor, self._dist.ReduceOp.SUM if op == "sum" else self._dist.ReduceOp.MAX)
         return tensor
-
-    def own(self, tensor: Tensor) -> Tensor:
-        return tensor.tensor_split(self.size)[self.rank]
-
-    def join(self, tensor: Tensor, rows: int) -> Tensor:
-        torch = self._torch
-        parts = []
-        with self._exchange():
-            for rank in range(self.size):
-                count = rows // self.size + (rank < rows % self.size)
-                part = tensor.contiguous() if rank == self.rank else tensor.new_empty(count, *tensor.shape[1:])
-                self._dist.broadcast(part.view(torch.uint8) if part.dim() else part, rank)
-                parts.append(part)
-        return torch.cat(parts)
 
     def share(self, value: Any) -> Any:
         return self._gather(value if self.rank == 0 else None)[0]
