@@ -63,7 +63,7 @@ ROWS = {
 
 def ours(row: Row, model: str, out: Path, given: argparse.Namespace) -> list[str]:
     """Our command line."""
-    command = ["run", "--model", model, "--out", str(out), "--plugins", "quant"]
+    command = ["run", "--model", model, "--out", str(out), "--plugins", "quant", "--device", given.device]
     for index, (use, *options) in enumerate(row.use):
         command += ["--use", use, *(part for option in options for part in ("--set", f"steps[{index}].with.{option}"))]
     for option in (f"data={given.calibration}", f"samples={given.samples}", f"tokens={given.tokens}", "batch_size=8"):
@@ -75,7 +75,7 @@ def theirs(program: str, method: str, model: str, out: Path, given: argparse.Nam
     """A peer's command line."""
     script = [getattr(given, program), str(PEERS / SCRIPTS[program]), model, str(out), method]
     script += ["--text", str(given.calibration), "--samples", str(given.samples), "--tokens", str(given.tokens)]
-    return script + (["--iterations", str(given.iterations)] if program == "autoround" else [])
+    return script + (["--iterations", str(given.iterations), "--device", given.device] if program == "autoround" else [])
 
 
 def side(command: list[str], model: str, out: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200, help="of auto-round; its default")
     for name, default in (("samples", 64), ("tokens", 512), ("windows", 32), ("length", 1024), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of AngelSlim and auto-round; the others take a GPU where there is one")
     parser.add_argument("--keep", action="store_true", help="leave the folders in --work")
     given = parser.parse_args()
     work, result = Path(given.work), Path(given.out)
@@ -124,7 +125,7 @@ def main() -> None:
     given.calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
     programs = [program for program in given.by.split(",") if program == US or getattr(given, program)]
     used = {program: versions(sys.executable if program == US else getattr(given, program), PACKAGES) for program in programs}
-    sample = {key: getattr(given, key) for key in ("samples", "tokens", "windows", "length", "threads")} | {"text": Path(given.text).name}
+    sample = {key: getattr(given, key) for key in ("samples", "tokens", "windows", "length", "threads", "device")} | {"text": Path(given.text).name}
     document = json.loads(result.read_text()) if result.is_file() else {"versions": {}, "rows": {}}
     rows: dict[str, Any] = document["rows"]
     for name in given.only.split(","):
