@@ -33,7 +33,7 @@ class CompensationConfig(PassConfig):
     damping: float = Field(0.01, gt=0, le=1, description="Part of the Hessian's mean diagonal that is added to it.")
     act_order: bool = Field(True, description="Round inputs of large second moment first; groups stay in place, no g_idx is stored.")
     scale_search: bool = Field(True, description="Shrink each group's range where that lowers its error, weighted by the Hessian's diagonal.")
-    token_weights: bool = Field(True, description="Errors count less on tokens whose residual stream is large, as the norms after it divide by it.")
+    token_weights: bool = Field(False, description="Errors count less on tokens whose residual stream is large, as the norms after it divide by it.")
     true_sequential: bool = Field(True, description="Collect inputs anew after each stage of the layer (q k v, o, gate up, down).")
 
 

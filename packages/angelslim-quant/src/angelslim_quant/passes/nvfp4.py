@@ -14,7 +14,6 @@ from angelslim_core.schemes import Quantized, Scheme
 from ..experts import input_ranges
 from ..microscaled import fits
 from ..stages import by_input, stages
-from .gptq import fitting, token_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,14 +94,11 @@ class NVFP4(LayerPass):
             ranges, lent = input_ranges(layer, found, E2M1_MAX * E4M3_MAX)
             report["input_scales_of_siblings"] += lent
             input_scales = {site: global_scale_of(torch.tensor(largest, device=device)) for site, largest in ranges.items()}
-        for batch in layer.batches:
-            weight_N = token_weights(batch.hidden.to(layer.context.device)[batch.mask.to(layer.context.device)])
 
-            def see(site: Site, x_NI: Tensor) -> None:
-                x = round_input(x_NI, grid, input_scales[site]) if grid else x_NI
-                moments[site].add(x, None, fitting(weight_N, x_NI))  # noqa: B023
+        def see(site: Site, x_NI: Tensor) -> None:
+            moments[site].add(round_input(x_NI, grid, input_scales[site]) if grid else x_NI)
 
-            layer.observe(see, self.config.calibrate_all_experts, sites=first, batches=[batch])
+        layer.observe(see, self.config.calibrate_all_experts, sites=first)
         for site, seen in moments.items():
             seen.reduce(layer.context.group, site.shape[1], layer.context.device)
         return moments, input_scales
