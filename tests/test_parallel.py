@@ -219,7 +219,15 @@ def test_another_number_of_processes_goes_on(server):
 
 
 def test_torchrun(server):
-    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", "-m", "angelslim_core", *server.command("torchrun", "quant.fp8_static")]
+    command = [
+        Path(sys.executable).with_name("torchrun"),
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "angelslim_core",
+        *server.command("torchrun", "quant.fp8_static"),
+    ]
     done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["path"] == str(server.folder / "torchrun")
     assert server.run("no-torchrun", "quant.fp8_static", processes=1) == [0]
