@@ -109,15 +109,6 @@ def test_mx_saturates_nothing_and_search_is_no_worse(bits):
     assert error(weight, search) <= min(error(weight, ceil), error(weight, ocp))
 
 
-def test_rounding_by_columns_is_rounding_at_once():
-    weight = random()
-    for found, t in ((nvfp4(weight), True), (mx(weight, 4), False), (mx(weight, 8), False)):
-        round_column = microscale.column_rounder(found.scale, found.global_scale if t else None, found.scheme.weights)
-        columns = [round_column(weight[:, i], i) for i in range(128)]
-        assert torch.stack([c.view(torch.uint8) for c, _ in columns], 1).equal(found.codes.view(torch.uint8))
-        assert torch.stack([v for _, v in columns], 1).equal(found.dequantize())
-
-
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_w4a8_scales_are_what_an_fp8_kernel_restores(dtype):
     weight = random((16, 256), seed=3)

@@ -112,7 +112,7 @@ class Layer:
         import torch
 
         device = self.context.device
-        hidden = (batch.hidden if hidden is None else hidden).to(device)
+        hidden = (batch.hidden if hidden is None else hidden).to(device, non_blocking=True)
         module, kwargs = module or self.module, _to(batch.kwargs, device)
         out = module(hidden, **kwargs) if weights is None else torch.func.functional_call(module, dict(weights), (hidden,), kwargs)
         return out[0] if isinstance(out, tuple) else out

@@ -21,7 +21,7 @@ from .activations import Interned, Recording, stored
 from .adapters.base import Site
 from .analysis import LayerInputs, check_experts
 from .calibration.data import batches
-from .device import is_on_gpu, is_out_of_memory, release_ram
+from .device import is_on_gpu, is_out_of_memory, release_ram, to_host
 from .io.checkpoint import TensorSpec, dtype_name, read_header
 from .io.writer import ShardWriter, fsync_folder
 from .layer import Layer, LayerBatch
@@ -95,7 +95,7 @@ def capture(skeleton: Skeleton, context: Context, file: Path | None = None) -> l
                 )
                 for index, (_, kwargs) in enumerate(seen):
                     captured[index][position].kwargs = interned(kwargs)
-                hidden = seen[0][0].cpu()
+                hidden = to_host(seen[0][0])
                 if recording:
                     recording.add(number, hidden)
                 else:
@@ -300,8 +300,10 @@ def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], file: Path) 
     recording = Recording(file, layer.batches)
     try:
         for position, batch in enumerate(layer.batches):
-            out = forward(batch).cpu()
-            check_finite(f"output of layer {layer.index}", out)
+            made = forward(batch)
+            check_finite(f"output of layer {layer.index}", made)
+            out = to_host(made)
+            del made
             recording.add(batch.number, out)
             yield position, out
     except BaseException:

@@ -9,6 +9,7 @@ from angelslim_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     import click
 
+    from angelslim_core.kernels import Kernel
     from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
@@ -57,6 +58,13 @@ def angelslim_register_passes() -> list[type[Pass]]:
         KVFP8,
         Mixed,
     ]
+
+
+@hookimpl
+def angelslim_register_kernels() -> list[Kernel]:
+    from .kernels.round_columns import ROUND_COLUMNS
+
+    return [ROUND_COLUMNS]
 
 
 @hookimpl

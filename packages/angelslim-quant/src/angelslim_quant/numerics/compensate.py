@@ -6,7 +6,6 @@ Second moments of a linear's inputs x_1 .. x_n [I]: H = (2 / n) sum x x^T. Sourc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,14 +13,14 @@ from torch import Tensor
 
 from angelslim_core.errors import NumericError
 
+from ..kernels.round_columns import ROUND_COLUMNS, Steps
+
 if TYPE_CHECKING:
     from angelslim_core.parallel import Group
 
 BLOCK = 128
-# rows taken into account at once, which bounds their fp32 copies
+# rows whose fp32 copies are made at once, on the CPU
 ROWS = 1024
-# round_column(column of weights [O], index of the column) -> (codes [O], the values they stand for [O])
-RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 class Moments:
@@ -41,22 +40,32 @@ class Moments:
         Raises:
             NumericError: a value is not finite.
         """
-        for start in range(0, x_NI.shape[0], ROWS):
-            some = slice(start, start + ROWS)
-            self._add(x_NI[some].float(), None if reference_NI is None else reference_NI[some], None if weight_N is None else weight_N[some])
+        rows = x_NI.shape[0] if x_NI.is_cuda else ROWS
+        for start in range(0, x_NI.shape[0], rows or 1):
+            some = slice(start, start + rows)
+            self._add(x_NI[some], None if reference_NI is None else reference_NI[some], None if weight_N is None else weight_N[some])
 
     def _add(self, x: Tensor, reference_NI: Tensor | None, weight_N: Tensor | None) -> None:
-        if not bool(torch.isfinite(x.sum())):
-            raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
         self.rows += x.shape[0]
         if self._second is None:
-            self._second = x.new_zeros(x.shape[1], x.shape[1])
-        weighted = x if weight_N is None else x * weight_N[:, None]
-        self._second.addmm_(weighted.T, x)
+            self._second = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        if weight_N is None and x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda:
+            self._second += torch.mm(x.T, x, out_dtype=torch.float32)  # products of 16-bit numbers are exact in fp32
+        else:
+            x = x.float()
+            self._second.addmm_((x if weight_N is None else x * weight_N[:, None]).T, x)
         if reference_NI is not None:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._second)
-            self._drift.addmm_((reference_NI.float() - x).T, weighted)
+            moved = reference_NI.float() - x
+            if weight_N is not None:
+                moved *= weight_N[:, None]
+            if x.dtype != torch.float32:  # two 16-bit halves of it
+                high = moved.to(x.dtype)
+                self._drift += torch.mm(high.T, x, out_dtype=torch.float32)
+                self._drift += torch.mm((moved - high).to(x.dtype).T, x, out_dtype=torch.float32)
+            else:
+                self._drift.addmm_(moved.T, x)
 
     def reduce(self, group: Group, columns: int, device: str, drifts: bool = False) -> None:
         """Make these the moments of all processes' rows.
@@ -77,8 +86,14 @@ class Moments:
 
     @property
     def hessian(self) -> Tensor:
-        """H."""
+        """H.
+
+        Raises:
+            NumericError: an input was not finite.
+        """
         assert self._second is not None
+        if not bool(torch.isfinite(self._second.diagonal().sum())):
+            raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
         return self._second * (2 / self.rows)
 
     @property
@@ -91,7 +106,7 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
     """Upper U with U^T U = H^-1 after damping, and how often damping was raised; H is overwritten.
 
     Dead inputs (H_ii = 0) get H_ii = 1. `damping` times the mean of the diagonal is added to it, and again after each
-    failure of Cholesky's factorization.
+    failure of Cholesky's factorization. With rows and columns in reverse H = L L^T, and U is the inverse of L, reversed.
 
     Raises:
         NumericError: ten times were not enough.
@@ -101,12 +116,12 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
     step = damping * float(diagonal.mean())
     for attempt in range(11):
         diagonal += step
-        factor, failed = torch.linalg.cholesky_ex(hessian_II)
+        factor, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
         if not int(failed):
-            factor = torch.cholesky_inverse(factor)  # a name at a time, so that each is freed for the next
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
-            if not int(failed) and bool(torch.isfinite(factor).all()):
-                return factor, attempt
+            one = torch.eye(len(factor), device=factor.device, dtype=factor.dtype)
+            factor = torch.linalg.solve_triangular(factor, one, upper=False)
+            if bool(torch.isfinite(factor).all()):
+                return factor.flip(0, 1), attempt
     raise NumericError(31, "Hessian", "is not positive definite, however damped", "use more or other calibration samples")
 
 
@@ -114,53 +129,53 @@ class Compensated(NamedTuple):
     """Outcome of `compensate`.
 
     Args:
-        codes: [O, I].
-        before: [O, I] fp32, each column as it stood when it was rounded; rounding it to nearest gives `codes`.
+        levels: [O, I] fp32, element values as `Steps` has them.
+        before: [O, I] fp32, each column as it stood when it was rounded; rounding it to nearest gives `levels`.
         raised: how often damping was raised.
     """
 
-    codes: Tensor
+    levels: Tensor
     before: Tensor
     raised: int
 
 
 def compensate(
-    weight_OI: Tensor, hessian_II: Tensor, round_column: RoundColumn, *, damping: float = 0.01, act_order: bool = True, drift_II: Tensor | None = None
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    steps: Steps,
+    group_size: int | None,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    drift_II: Tensor | None = None,
 ) -> Compensated:
     """Round a weight so that its outputs on the calibration inputs stay close.
 
     Args:
         weight_OI: any float dtype.
+        steps: the values that may be taken.
+        group_size: inputs that share a scale; all do if None.
         act_order: columns of large H_ii first; scales stay those of the columns' own groups.
         drift_II: also make up for inputs that differ from the reference's; zero gives the result without it.
     """
     columns = weight_OI.shape[1]
     diagonal = hessian_II.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(columns, device=weight_OI.device)
+    places = torch.arange(columns, device=weight_OI.device)
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else places
+    group_I = (order // (group_size or columns)).int()
     work = weight_OI.float().T[order].contiguous()  # one row per input: columns of the weight lie together
     work[diagonal[order] == 0] = 0
     upper, raised = inverse_factor(hessian_II[order[:, None], order], damping)
     pull = None
     if drift_II is not None:
         pull = torch.triu(drift_II[order][:, order] @ upper.T, 1) @ upper
-    codes: list[Tensor] = []
-    places = order.tolist()
+    levels = torch.empty_like(work)
     for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        block, errors = work[start:stop], torch.empty_like(work[start:stop])
-        u = upper[start:stop, start:stop]
-        for i in range(stop - start):
-            column = block[i]
-            code, value = round_column(column, places[start + i])
-            codes.append(code)
-            errors[i] = (column - value) / u[i, i]
-            if i + 1 < stop - start:
-                block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
-                if pull is not None:
-                    block[i + 1 :].addr_(pull[start + i, start + i + 1 : stop], column)
-        if stop < columns:
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+        some, after = slice(start, start + BLOCK), slice(start + BLOCK, columns)
+        levels[some], errors = ROUND_COLUMNS(work[some], upper[some, some], None if pull is None else pull[some, some], steps, group_I[some])
+        if after.start < columns:
+            work[after].addmm_(upper[some, after].T, errors, alpha=-1)
             if pull is not None:
-                work[stop:].addmm_(pull[start:stop, stop:].T, block)
+                work[after].addmm_(pull[some, after].T, work[some])
     back = torch.argsort(order)
-    return Compensated(torch.stack(codes)[back].T.contiguous(), work[back].T.contiguous(), raised)
+    return Compensated(levels[back].T.contiguous(), work[back].T.contiguous(), raised)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.schemes import Grid, against, dequantize
 
+from ..kernels.round_columns import Steps
 from .amax import grouped
 
 
@@ -53,24 +54,10 @@ def scale_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | No
     return scale, (-half - low / scale.float()).round_().clamp_(-half, half - 1).to(torch.int8)
 
 
-def column_rounder(scale_OG: Tensor, zero_point_OG: Tensor | None, grid: Grid) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """For `compensate`: rounds column i of a weight as `quantize` would, with the scales given."""
-    half = 1 << (grid.bits - 1)
-    width = grid.group_size or 1 << 62
-    scales = scale_OG.float().T.contiguous()
-    zeros = None if zero_point_OG is None else zero_point_OG.float().T.contiguous()
-
-    def round_column(column_O: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        group = index // width
-        scale = scales[group]
-        codes = (column_O / scale).round_()
-        if zeros is None:
-            codes = codes.clamp_(-half, half - 1)
-            return codes.to(torch.int8), codes * scale
-        codes = codes.add_(zeros[group]).clamp_(-half, half - 1)
-        return codes.to(torch.int8), (codes - zeros[group]) * scale
-
-    return round_column
+def steps(scale_OG: Tensor, zero_point_OG: Tensor | None, grid: Grid) -> Steps:
+    """The values that `quantize` rounds to with the scales given, for `compensate`."""
+    zero = None if zero_point_OG is None else zero_point_OG.float().T.contiguous()
+    return Steps(scale_OG.float().T.contiguous(), zero, "int", 1 << (grid.bits - 1))
 
 
 def search_range(weight_OI: Tensor, grid: Grid, importance_I: Tensor, shrinks: Sequence[float]) -> tuple[Tensor, Tensor | None]:

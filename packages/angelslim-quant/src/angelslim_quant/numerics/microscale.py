@@ -6,7 +6,7 @@ a number of BF16, whichever of them a layout stores and in whatever order an eng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from angelslim_core.rounding import E2M1_MAX, E4M3_MAX, cast_e4m3, e2m1_codes, e8m0_codes, round_e2m1
 from angelslim_core.schemes import Grid, scale_values
 
+from ..kernels.round_columns import Steps
 from .amax import amax_of, grouped
 
 # E4M3 bytes around absmax / 6 that are tried, nearest first; 8 are a factor of two, so 4 or 5 put absmax on 4 instead of 6
@@ -107,14 +108,6 @@ def _least_error(weight_OI: Tensor, grid: Grid, candidates: Iterable[Tensor], im
     return chosen
 
 
-def column_rounder(scale_OG: Tensor, global_scale: Tensor | None, grid: Grid) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """For `compensate`: rounds column i of a weight as `quantize` would, with the scales given."""
-    assert grid.group_size
-    width, by_group = grid.group_size, steps(scale_OG, global_scale).T.contiguous()
-
-    def round_column(column_O: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        step = by_group[index // width]
-        values = round_to(column_O / step, grid)
-        return stored_codes(values, grid), values * step
-
-    return round_column
+def element_steps(scale_OG: Tensor, global_scale: Tensor | None) -> Steps:
+    """The FP4 values that `quantize` rounds to with the scales given, for `compensate`."""
+    return Steps(steps(scale_OG, global_scale).T.contiguous(), None, "e2m1")

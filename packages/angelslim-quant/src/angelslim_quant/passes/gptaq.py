@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from ..stages import by_input
 from .gptq import GPTQ, CompensatedConfig, fitting
 
@@ -26,7 +28,7 @@ class GPTAQ(GPTQ):
     needs_reference = True
 
     class Config(CompensatedConfig):
-        pass
+        alpha: float = Field(0.25, ge=0, le=1, description="Part of the inputs' drift that is made up for; with few tokens most of it is noise.")
 
     @contextmanager
     def on(self, layer: Layer) -> Iterator[None]:
@@ -52,3 +54,7 @@ class GPTAQ(GPTQ):
             )
         self.reduce(layer, moments)
         return moments
+
+    def drift(self, moments: Moments) -> Tensor | None:
+        drift = moments.drift
+        return None if drift is None else drift * self.config.alpha

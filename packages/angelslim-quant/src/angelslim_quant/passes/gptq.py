@@ -109,7 +109,7 @@ class GPTQ(LayerPass):
         import torch
 
         from ..numerics.compensate import compensate
-        from ..numerics.integer import column_rounder, quantize
+        from ..numerics.integer import quantize, steps
 
         scheme = self.scheme(members[0])
         grid = scheme.weights
@@ -123,14 +123,16 @@ class GPTQ(LayerPass):
             hessian = moments.hessian
             scale, zero = self.scales(weight, grid, hessian.diagonal())
             few = moments.rows < 2 * (grid.group_size or 0)
-            codes, before, raised = compensate(
+            levels, before, raised = compensate(
                 weight,
                 hessian,
-                column_rounder(scale, zero, grid),
+                steps(scale, zero, grid),
+                grid.group_size,
                 damping=self.config.damping * (10 if few else 1),
                 act_order=self.config.act_order,
-                drift_II=moments.drift,
+                drift_II=self.drift(moments),
             )
+            codes = levels.to(torch.int8)
             report["hessian_dampings_raised"] += raised
         start = 0
         for site in members:
@@ -138,6 +140,10 @@ class GPTQ(LayerPass):
             start = rows.stop
             zeros = None if zero is None else zero[rows].contiguous()
             self.finish(layer, site, Quantized(scheme, codes[rows].contiguous(), scale[rows].contiguous(), zeros), before[rows])
+
+    def drift(self, moments: Moments) -> Tensor | None:
+        """How far inputs have moved, as `compensate` takes it."""
+        return None
 
     def scales(self, weight_OI: Tensor, grid: Grid, importance_I: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of whatever shares one; `importance_I` weighs squared errors, None if nothing is known of the inputs."""

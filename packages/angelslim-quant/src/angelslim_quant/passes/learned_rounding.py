@@ -9,7 +9,7 @@ from pydantic import Field
 from angelslim_core.schemes import Quantized
 
 from .gptaq import GPTAQ
-from .gptq import SHRINKS, CompensatedConfig
+from .gptq import SHRINKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +27,7 @@ class LearnedRounding(GPTAQ):
 
     id = "quant.learned_rounding"
 
-    class Config(CompensatedConfig):
+    class Config(GPTAQ.Config):
         iterations: int = Field(200, ge=1, description="Steps per layer.")
         rate: float = Field(0.005, gt=0, le=1, description="Adam's first step in code units, a tenth of it for the factor of a scale; both fall to 0 linearly.")
         batch_size: int = Field(8, ge=1, description="Samples a step.")

@@ -108,7 +108,7 @@ class NVFP4(LayerPass):
         import torch
 
         from ..numerics.compensate import compensate
-        from ..numerics.microscale import block_scales, column_rounder, quantize, weight_scale_of
+        from ..numerics.microscale import block_scales, element_steps, quantize, stored_codes, weight_scale_of
 
         scheme = self.scheme(members[0])
         grid = scheme.weights
@@ -125,8 +125,9 @@ class NVFP4(LayerPass):
                 layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
                 report["experts_rounded_to_nearest"] += 1
         else:
-            codes, _, raised = compensate(weight, hessian, column_rounder(scale, t, grid), damping=self.config.damping)
-            report["hessian_dampings_raised"] += raised
+            found = compensate(weight, hessian, element_steps(scale, t), grid.group_size, damping=self.config.damping)
+            codes = stored_codes(found.levels, grid)
+            report["hessian_dampings_raised"] += found.raised
         start = 0
         for site in members:
             rows = slice(start, start + site.shape[0])
