@@ -55,7 +55,7 @@ ROWS = {
     "w4 g64 awq asym": Row("offgrid", (("quant.awq", G64),), (("llmcompressor", "awq"),)),
     "w4 g64 learned rounding": Row("offgrid", (("quant.learned_rounding", G64),), (("autoround", "w4"),)),
     "w4 g64 learned rounding asym": Row("offgrid", (("quant.learned_rounding", G64, "symmetric=false"),), (("autoround", "w4_asym"),)),
-    "w4 g64 rotated learned rounding": Row("offgrid", (("quant.rotate",), ("quant.learned_rounding", G64))),
+    "w4 g64 rotated learned rounding asym": Row("offgrid", (("quant.rotate",), ("quant.learned_rounding", G64, "symmetric=false"))),
     "nvfp4": Row("offgrid", (("quant.nvfp4",),), (("llmcompressor", "nvfp4"), ("autoround", "nvfp4"))),
     "nvfp4 weight-only": Row("offgrid", (("quant.nvfp4", "weight_only=true"),), (("llmcompressor", "nvfp4a16"),)),
 }

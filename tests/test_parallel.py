@@ -205,7 +205,7 @@ def test_a_run_that_ended_goes_on(server, rank, what):
         assert codes == [75, 75]
     assert server.left(name) == [f".{name}.angelslim"]
     assert server.run(name, step) == [0, 0], server.log(0)
-    assert server.document()["resumed_layers"] == 2
+    assert server.document()["resumed_layers"] == 1  # the second was done, but not all had said that it is on disk
     assert server.weights(name) == server.weights("whole") and server.left(name) == [name]
 
 
@@ -213,7 +213,7 @@ def test_another_number_of_processes_goes_on(server):
     step = "quant.fp8_static"
     assert server.run("one-of-two", step, rank=0, where="layer 2", what="SIGKILL")[0] == -signal.SIGKILL
     assert server.run("one-of-two", step, processes=1) == [0], server.log(0)
-    assert server.document()["resumed_layers"] == 2
+    assert server.document()["resumed_layers"] == 1  # the second was done, but not all had said that it is on disk
     assert server.run("one-of-one", step, processes=1) == [0], server.log(0)
     assert server.weights("one-of-two") == server.weights("one-of-one")
 

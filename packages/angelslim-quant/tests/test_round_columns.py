@@ -1,7 +1,5 @@
 """The inner loop of GPTQ: its reference against rounding to nearest, its Triton kernel against the reference."""
 
-import os
-
 import pytest
 import torch
 
@@ -9,8 +7,6 @@ from angelslim_core.schemes import Grid, dequantize
 from angelslim_quant.kernels.round_columns import ROUND_COLUMNS, Steps
 from angelslim_quant.numerics import integer, microscale
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = [
     Grid(4, "int", "group", 16),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,30 +34,37 @@ def stored(paths: Sequence[Path]) -> dict[int, Stored]:
 
 
 class Recording:
-    """A file of hidden states, written batch by batch as they are made; it is complete or absent."""
+    """A file of hidden states, written batch by batch while the next are made; it is complete or absent."""
 
     def __init__(self, path: Path, batches: Sequence[LayerBatch]) -> None:
         self.path = path
         self._temporary = path.with_suffix(".tmp")
         self._batches = batches
         self._writer: ShardWriter | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
     def add(self, number: int, hidden: Tensor) -> None:
-        """Write one batch [B, T, H]; all batches have the same H and dtype."""
+        """Write one batch [B, T, H], which must not change before the next one is added; all batches have the same H and dtype."""
         if self._writer is None:
             dtype, width = dtype_name(hidden.dtype), hidden.shape[-1]
             self._writer = ShardWriter(self._temporary, {f"{b.number:06d}": TensorSpec(dtype, (*b.mask.shape, width)) for b in self._batches})
-        self._writer.write(f"{number:06d}", hidden)
+        if self._writing:
+            self._writing.result()
+        self._writing = self._thread.submit(self._writer.write, f"{number:06d}", hidden)
 
     def finish(self) -> None:
         """Put the file in its place."""
-        assert self._writer
+        assert self._writer and self._writing
+        self._writing.result()
+        self._thread.shutdown()
         self._writer.finish()
         os.replace(self._temporary, self.path)
         fsync_folder(self.path.parent)
 
     def close(self) -> None:
         """Give up on the file."""
+        self._thread.shutdown()
         if self._writer:
             self._writer.close()
 

@@ -11,7 +11,6 @@ process that has the batch.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +21,14 @@ from .adapters.base import Site
 from .analysis import LayerInputs, check_experts
 from .calibration.data import batches
 from .device import is_on_gpu, is_out_of_memory, release_ram, to_host
-from .io.checkpoint import TensorSpec, dtype_name, read_header
-from .io.writer import ShardWriter, fsync_folder
+from .finished import Computed, Finished, resumable
+from .io.checkpoint import read_header
 from .layer import Layer, LayerBatch
 from .model import Skeleton
 from .passes import LayerPass, Pass, TensorPass
 from .schemes import Quantized
 from .stream import check_finite, encode
-from .workdir import Workdir, sha256
+from .workdir import Workdir
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -136,19 +135,21 @@ def run_sweep(
         workdir: of the first process, which writes what is finished; None in the others.
         run_pass: called with a step and a function that executes it on the layer at hand.
     """
-    done = context.group.share(_resumable(workdir, journal) if workdir else None)
-    sweep = Sweep(resumed_layers=len(done), said=(len(context.warnings), len(context.fallbacks)))
+    done = context.group.share(resumable(workdir, journal) if workdir else None)
+    sweep = Sweep(resumed_layers=len(done))
     for entry in done:
         context.warnings += entry["warnings"]
         context.fallbacks += entry["fallbacks"]
         sweep.take(context, entry)
         check_experts(plan.recipe, entry)
+    sweep.notes(context)
     if done:
         context.batch_size = done[-1]["batch_size"]
     while len(done) < plan.description.num_layers:
         try:
             _go_on(plan, context, workdir, done, sweep, run_pass)
         except (MemoryError, RuntimeError) as error:
+            done[:] = [entry for entry in done if "acts" in entry]  # the disk may not have got the last one
             saving = _saving(context, error, bool(done))
             if saving is None:
                 raise
@@ -174,20 +175,20 @@ def _go_on(
     elif _needs_reference(steps):
         for batch in captured[0]:
             batch.fork()
-    for index in range(len(done), plan.description.num_layers):
-        context.check_stop(f"layer {index}")
-        with torch.no_grad():
-            outputs, entry = _run_layer(index, skeleton, plan, context, steps, captured, run_pass)
-        check_experts(plan.recipe, entry)
-        entry |= sweep.notes(context)
-        if workdir:
-            entry["sha256"] = _commit(workdir.path / entry["file"], outputs)
-            workdir.record(**entry)
-            sweep.take(context, entry)
-            for old in workdir.path.glob(f"acts/{index - 1:05d}-*"):  # those of two layers are kept
-                old.unlink()
-        done.append(entry)
-        context.progress(index + 1, plan.description.num_layers, f"layer {index}")
+    with Finished(workdir, context.workdir, context.group, lambda entry: sweep.take(context, entry) if workdir else None) as finished:
+        for index in range(len(done), plan.description.num_layers):
+            context.check_stop(f"layer {index}")
+            with torch.no_grad():
+                computed = _run_layer(index, skeleton, plan, context, steps, captured, run_pass)
+            check_experts(plan.recipe, computed.entry)
+            computed.entry.update(sweep.notes(context))
+            finished.add(computed)
+            done.append(computed.entry)
+            if context.spills:
+                finished.settle()
+                _load([computed.recording.path, *computed.files], captured[index + 1] if index + 1 < len(captured) else [], spills=True)
+            del computed
+            context.progress(index + 1, plan.description.num_layers, f"layer {index}")
 
 
 @dataclass
@@ -203,8 +204,10 @@ class Sweep:
     again: list[str] = field(default_factory=list)  # why layers after it were begun again
 
     def notes(self, context: Context) -> dict[str, list[str]]:
-        """Warnings and fallbacks since the last finished layer."""
-        return {"warnings": context.warnings[self.said[0] :], "fallbacks": context.fallbacks[self.said[1] :]}
+        """Warnings and fallbacks since it was last asked for them, which is once a layer."""
+        found = {"warnings": context.warnings[self.said[0] :], "fallbacks": context.fallbacks[self.said[1] :]}
+        self.said, self.again = (len(context.warnings), len(context.fallbacks)), []
+        return found
 
     def begin_again(self, context: Context, fallback: str) -> None:
         """Drop those notes, as the layer is done again, but for why it is."""
@@ -215,7 +218,6 @@ class Sweep:
     def take(self, context: Context, entry: Mapping[str, Any]) -> None:
         """Add a finished layer's journal entry."""
         path = context.workdir / entry["file"]
-        self.said, self.again = (len(context.warnings), len(context.fallbacks)), []
         self.files.update(dict.fromkeys(read_header(path), path))
         self.metrics.update(entry["metrics"])
         self.analysis[int(entry["layer"])] = entry["analysis"]
@@ -226,20 +228,23 @@ class Sweep:
 def _run_layer(
     index: int, skeleton: Skeleton, plan: Plan, context: Context, steps: Sequence[Step], captured: list[list[LayerBatch]],
     run_pass: Callable[[Step, Callable[[], Any]], Any],
-) -> tuple[dict[str, Tensor], dict[str, Any]]:  # fmt: skip
-    """What is to be written of a layer, and its journal entry."""
+) -> Computed:  # fmt: skip
+    """Run the steps on a layer."""
     module = skeleton.fill_layer(index, context.device)
     prefix = f"{plan.description.block}.{index}."
     for name, tensor in module.state_dict().items():
         check_finite(prefix + name, tensor)
     layer = Layer(index, module, prefix, captured[index], context)
     reports: dict[str, Any] = {}
-    files = [_acts(context, index + 1)]
+    recording = Recording(_acts(context, index + 1), layer.batches)
+    files: list[Path] = []
     if _needs_reference(steps):
-        files.append(_acts(context, index + 1, ".reference"))
-        for _ in _outputs(layer, lambda batch: layer.forward(batch, batch.reference), files[1]):
+        expected = Recording(_acts(context, index + 1, ".reference"), layer.batches)
+        for _ in _outputs(layer, lambda batch: layer.forward(batch, batch.reference), expected):
             pass
-        targets = stored(files[1:])
+        expected.finish()
+        files.append(expected.path)
+        targets = stored(files)
         for batch in layer.batches:
             batch.target = targets[batch.number]
     for step in steps:
@@ -252,21 +257,21 @@ def _run_layer(
         outputs.update({n: t.cpu().contiguous() for n, t in encode(site, result, weight, plan.exporter, metrics).items()})
     outputs.update({name: scale.cpu() for name, scale in layer.cache_scales.items()})
     done = {f"{site.name.removeprefix(prefix)}.weight" for site in layer.quantized}
+    layer.quantized.clear()  # originals and codes
     kept = {name: tensor for name, tensor in module.state_dict().items() if name not in done}
     for name, tensor in skeleton.layer_tensors(index, kept):  # read again: a pass may have written into the one it was given
         if not _same(kept[name].cpu(), tensor.to(kept[name].dtype)):
             outputs[prefix + name] = kept[name].cpu().contiguous()
     inputs = LayerInputs(layer)
     with inputs.watched():
-        _advance(layer, inputs, captured[index + 1] if index + 1 < len(captured) else [], files)
+        _advance(layer, inputs, captured[index + 1] if index + 1 < len(captured) else [], recording)
     captured[index] = []
     skeleton.drop_layer(index)
     release_ram()
-    acts = context.group.gather({f"acts/{file.name}": sha256(file) for file in files})
-    return outputs, {
-        "layer": index, "file": f"layers/{index:05d}.safetensors", "acts": {name: digest for part in acts for name, digest in part.items()},
+    return Computed(outputs, recording, files, {
+        "layer": index, "file": f"layers/{index:05d}.safetensors",
         "batch_size": context.batch_size, "metrics": metrics, "analysis": inputs.numbers(), "reports": reports,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def run_on_layer(pass_: Pass, layer: Layer) -> Mapping[str, Any]:
@@ -295,9 +300,8 @@ def _acts(context: Context, index: int, kind: str = "") -> Path:
     return context.workdir / f"acts/{index:05d}-{context.group.rank}{kind}.safetensors"
 
 
-def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], file: Path) -> Iterator[tuple[int, Tensor]]:
-    """(position of a batch, what `forward` makes of it), each written to the file as it is made."""
-    recording = Recording(file, layer.batches)
+def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], recording: Recording) -> Iterator[tuple[int, Tensor]]:
+    """(position of a batch, what `forward` makes of it), each recorded as it is made."""
     try:
         for position, batch in enumerate(layer.batches):
             made = forward(batch)
@@ -306,22 +310,21 @@ def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], file: Path) 
             del made
             recording.add(batch.number, out)
             yield position, out
+            del out  # else it is held during the next forward pass
     except BaseException:
         recording.close()
         raise
-    recording.finish()
 
 
-def _advance(layer: Layer, inputs: LayerInputs, following: Sequence[LayerBatch], files: Sequence[Path]) -> None:
-    """Outputs of this layer become the inputs of the next, batch by batch, so that one set of them is held."""
+def _advance(layer: Layer, inputs: LayerInputs, following: Sequence[LayerBatch], recording: Recording) -> None:
+    """Outputs of this layer become the inputs of the next, in their memory: pieces kept among freed ones would scatter the heap."""
     kept = not layer.context.spills
-    for position, out in _outputs(layer, inputs.forward, files[0]):
+    for position, out in _outputs(layer, inputs.forward, recording):
         batch = layer.batches[position]
         if following and kept:
-            following[position].hidden, following[position].reference = out, batch.target
+            following[position].hidden, following[position].reference = batch.hidden.copy_(out), batch.target
         batch.hidden = batch.reference = batch.target = None
-    if not kept:
-        _load(files, following, spills=True)
+        del out
 
 
 def _load(files: Iterable[Path], batches: Sequence[LayerBatch], spills: bool) -> None:
@@ -346,34 +349,6 @@ def _saving(context: Context, error: BaseException, has_begun: bool) -> str | No
         context.spills = True
         return "went on with hidden states in files"
     return None
-
-
-def _resumable(workdir: Workdir, journal: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Journal entries of the layers from the first on that need not be done again; hidden states are kept for the newest only."""
-    entries = {int(e["layer"]): e for e in journal if "layer" in e}
-    done: list[Mapping[str, Any]] = []
-    while len(done) in entries and _is_intact(workdir, {entries[len(done)]["file"]: entries[len(done)]["sha256"]}):
-        done.append(entries[len(done)])
-    while done and not _is_intact(workdir, done[-1]["acts"]):
-        done.pop()
-    return done
-
-
-def _commit(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors to a file that is complete or absent; returns its sha256."""
-    temporary = path.with_suffix(".tmp")
-    writer = ShardWriter(temporary, {n: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.finish()
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-    return sha256(path)
-
-
-def _is_intact(workdir: Workdir, files: Mapping[str, str]) -> bool:
-    """Whether each file is there and has its digest."""
-    return all((workdir.path / name).is_file() and sha256(workdir.path / name) == digest for name, digest in files.items())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -176,11 +176,19 @@ class _Unfinished(RecipeError):
 
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
+    return _hashed(path, hashlib.sha256())
+
+
+def digest(path: Path) -> str:
+    """Of a file that only this program reads: twice as fast as SHA-256 where the processor has no instructions for that."""
+    return _hashed(path, hashlib.blake2b(digest_size=32))
+
+
+def _hashed(path: Path, found: Any) -> str:
     with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return str(found.hexdigest())
 
 
 def _umask() -> int:

@@ -70,7 +70,8 @@ def _on_gpu(block_BO: Tensor, *_: object) -> tuple[bool, str]:
 
 
 def _installed() -> tuple[bool, str]:
-    return importlib.util.find_spec("triton") is not None, "triton is not installed"
+    ok = importlib.util.find_spec("triton") is not None
+    return ok, "" if ok else "triton is not installed"
 
 
 ROUND_COLUMNS = Kernel(

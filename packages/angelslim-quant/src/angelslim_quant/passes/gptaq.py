@@ -28,7 +28,7 @@ class GPTAQ(GPTQ):
     needs_reference = True
 
     class Config(CompensatedConfig):
-        alpha: float = Field(0.25, ge=0, le=1, description="Part of the inputs' drift that is made up for; with few tokens most of it is noise.")
+        alpha: float = Field(0.5, ge=0, le=1, description="Part of the inputs' drift that is made up for; with few tokens most of it is noise.")
 
     @contextmanager
     def on(self, layer: Layer) -> Iterator[None]:
