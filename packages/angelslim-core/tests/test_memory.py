@@ -14,7 +14,7 @@ from angelslim_core.calibration.data import Samples
 from angelslim_core.context import Context
 from angelslim_core.errors import ResourceError, StoppedError
 from angelslim_core.layer import Layer
-from angelslim_core.model import Skeleton
+from angelslim_core.model import Skeleton, parameters_on_meta
 from angelslim_core.pipeline import prepare
 from angelslim_core.source import describe_source, open_source
 from angelslim_core.sweep import PAD, capture
@@ -177,3 +177,10 @@ def test_embeddings_of_the_calibration_tokens_are_enough(tiny, architecture):
         hidden.append(capture(skeleton, context)[0][0].hidden)
     assert torch.equal(*hidden)
     assert skeleton.model.get_input_embeddings().weight.shape[0] == len({PAD, *ids[0], *ids[1]})
+
+
+def test_weights_take_no_memory_while_a_model_is_built():
+    with parameters_on_meta():
+        linear = torch.nn.Linear(1 << 22, 1 << 22)  # 70 TB
+        norm = torch.nn.BatchNorm1d(2)
+    assert linear.weight.is_meta and norm.weight.is_meta and not norm.running_mean.is_meta

@@ -11,7 +11,7 @@ from angelslim_core.testing.conformance import check_pass
 from angelslim_quant.numerics.compensate import Moments, compensate, inverse_factor
 from angelslim_quant.numerics.integer import quantize, range_of, scale_of, search_range, steps
 from angelslim_quant.passes.learned_rounding import Rounder
-from angelslim_quant.passes.smooth import smoothing
+from angelslim_quant.passes.smooth import _losses, smoothing
 
 GRID = Grid(4, "int", "group", 32)
 ASYM = Grid(4, "int", "group", 32, symmetric=False)
@@ -131,6 +131,19 @@ def test_the_range_search_only_lowers_the_weighted_error():
             return float((dequantize(*quantize(weight, grid, scale, zero), grid) - weight).square().mul(importance).sum())
 
         assert error(*search_range(weight, grid, importance, (0.9, 0.8, 0.7, 0.6))) < error(*scale_of(*range_of(weight, grid), grid))
+
+
+def test_smoothing_measures_the_error_of_rounding_both_sides():
+    x, weight, scales = torch.randn(6, 8), torch.randn(4, 8), [torch.ones(8), torch.rand(8) + 0.5]
+
+    def rounded(rows):
+        step = rows.abs().amax(1, keepdim=True) / 127
+        return (rows / step).round() * step
+
+    expected = [float((rounded(x / s) @ rounded(weight * s).T - x @ weight.T).square().sum()) for s in scales]
+    given = x.clone(), weight.clone()
+    assert _losses(*given, scales) == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(given[0], x) and torch.equal(given[1], weight)
 
 
 def test_smoothing_follows_its_formula_and_survives_zeros():

@@ -51,7 +51,15 @@ def transformers_config(description: Description, config: Mapping[str, Any]) -> 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules built inside get parameters without storage, but real buffers (rotary tables are computed, not loaded)."""
+    import torch
     from torch import nn
+    from torch.overrides import TorchFunctionMode
+
+    class EmptyOnMeta(TorchFunctionMode):
+        """Weights begin as empty tensors, which would leave holes of their size in the heap."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}) | ({"device": "meta"} if func is torch.empty else {}))
 
     plain = nn.Module.register_parameter
 
@@ -60,7 +68,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
-        yield
+        with EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from angelslim_core.device import release_ram
 from angelslim_core.passes import LayerPass, PassConfig
 
 from ..folds import folds_of
@@ -55,9 +56,10 @@ class Smooth(LayerPass):
                 kept[site] += some.shape[0]
 
         layer.observe(see, sites=first)
+        release_ram()  # pages of the forward passes: the search would come on top of them
         smoothed = 0
         for site, fold in first.items():
-            s_C = self._choose(layer, fold, group.reduce(peaks[site], "max"), rows[site][: kept[site]])
+            s_C = self._choose(layer, fold, group.reduce(peaks[site], "max"), rows.pop(site)[: kept[site]])
             if s_C is not None:
                 layer.scale(fold.fold, s_C)
                 smoothed += 1
@@ -76,9 +78,7 @@ class Smooth(LayerPass):
         losses = torch.zeros(len(scales), dtype=torch.float64)
         x = x_NI.float()
         for site in fold.sites:  # one at a time: their outputs together are large
-            weight = layer.linear(site).weight.data.float()
-            exact = x @ weight.T
-            losses += torch.tensor([_loss(x / s_I, weight * s_I, exact) for s_I in scales], dtype=torch.float64)
+            losses += torch.tensor(_losses(x, layer.linear(site).weight.data.float(), scales), dtype=torch.float64)
         best = int(layer.context.group.reduce(losses).argmin())
         return tried[best - 1] if best else None
 
@@ -88,12 +88,24 @@ def smoothing(peak_C: Tensor, reach_C: Tensor, alpha: float) -> Tensor:
     return (peak_C.clamp_min(1e-8).pow(alpha) / reach_C.clamp_min(1e-8).pow(1 - alpha)).clamp(1e-6, 1e6)
 
 
-def _loss(x_NI: Tensor, weight_OI: Tensor, exact_NO: Tensor) -> float:
-    """Squared error of the outputs when rows of both sides are rounded to 8 bits."""
-    return float((_int8_rows(x_NI) @ _int8_rows(weight_OI).T).sub_(exact_NO).square_().sum())
+def _losses(x_NI: Tensor, weight_OI: Tensor, scales: list[Tensor]) -> list[float]:
+    """Squared errors of the outputs when rows of both sides, scaled by each of `scales` [I], are rounded to 8 bits."""
+    import torch
+
+    exact_NO = x_NI @ weight_OI.T
+    # the same memory for each scale: large pieces taken and freed in turn would scatter the heap
+    x, weight, out = torch.empty_like(x_NI), torch.empty_like(weight_OI), torch.empty_like(exact_NO)
+    found = []
+    for s_I in scales:
+        _round_rows(torch.div(x_NI, s_I, out=x))
+        _round_rows(torch.mul(weight_OI, s_I, out=weight))
+        found.append(float(torch.mm(x, weight.T, out=out).sub_(exact_NO).square_().sum()))
+    return found
 
 
-def _int8_rows(x: Tensor) -> Tensor:
-    """The rows of `x`, which is overwritten, rounded."""
-    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
-    return x.div_(scale).round_().mul_(scale)
+def _round_rows(x: Tensor) -> None:
+    """Round the rows of `x` in place."""
+    import torch
+
+    scale = (torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True) / 127).clamp_min(1e-12)
+    x.div_(scale).round_().mul_(scale)
