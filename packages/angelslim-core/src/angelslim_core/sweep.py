@@ -262,6 +262,7 @@ def _run_layer(
     for name, tensor in skeleton.layer_tensors(index, kept):  # read again: a pass may have written into the one it was given
         if not _same(kept[name].cpu(), tensor.to(kept[name].dtype)):
             outputs[prefix + name] = kept[name].cpu().contiguous()
+    release_ram()  # pages of the steps
     inputs = LayerInputs(layer)
     with inputs.watched():
         _advance(layer, inputs, captured[index + 1] if index + 1 < len(captured) else [], recording)
