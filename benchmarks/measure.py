@@ -5,6 +5,7 @@ Imports neither torch nor transformers: the kernel counts the parent's resident 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -102,11 +103,10 @@ def reason(error: RuntimeError) -> str:
 
 
 def angelslim(*arguments: str) -> list[str]:
-    """Command line of the `angelslim` that is installed beside the running Python."""
-    program = Path(sys.executable).with_name("angelslim")
-    if not program.exists():
-        raise SystemExit(f"no angelslim beside {Path(sys.executable).name}: install the packages into the environment that runs this script")
-    return [str(program), *arguments]
+    """Command line of the `angelslim` that the running Python has."""
+    if importlib.util.find_spec("angelslim_core") is None:
+        raise SystemExit("install the packages into the environment that runs this script")
+    return [sys.executable, "-m", "angelslim_core", *arguments]
 
 
 def folder_mb(folder: Path) -> float:

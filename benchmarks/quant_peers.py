@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -82,10 +83,11 @@ def side(command: list[str], model: str, out: Path, given: argparse.Namespace) -
     """Run one program and score what it saved; or why it failed."""
     shutil.rmtree(out, ignore_errors=True)
     scored = angelslim("eval", str(out), "--base", model, "--text", given.text, "--windows", str(given.windows), "--length", str(given.length), "--json")
+    env = environment(given.threads, {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")} if given.device == "cuda" else {})
     try:
-        run = measure(command, environment(given.threads))
+        run = measure(command, env)
         size = round(folder_mb(out), 2)
-        document = json.loads(measure(scored, environment(given.threads)).stdout)
+        document = json.loads(measure(scored, env).stdout)
     except RuntimeError as error:
         return {"error": reason(error)}
     finally:

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.numerics.compensate import Moments, compensate
-from angelslim_quant.numerics.integer import column_rounder, quantize, search_range
-from angelslim_quant.passes.gptq import SHRINKS, token_weights
+from angelslim_quant.numerics.integer import quantize, search_range, steps
+from angelslim_quant.passes.gptq import SHRINKS
 from angelslim_quant.passes.learned_rounding import Rounder
 
 # start, optimizer, symmetric, first step for roundings (of a code) and for ranges; "signed" divides by the number of steps
@@ -80,15 +80,13 @@ class Bench:
     def start(self, kind: str, grid: Grid) -> dict[str, tuple[Quantized, Tensor]]:
         """Name -> the rounded weight, and what rounds to it."""
         moments = {n: Moments() for n in self.weights}
-        weight_N: Tensor
 
         def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _, args: moments[name].add(args[0].flatten(0, 1), None, weight_N)
+            return lambda _, args: moments[name].add(args[0].flatten(0, 1))
 
         handles = [self.layer.get_submodule(n).register_forward_pre_hook(look(n)) for n in self.weights]
         with torch.no_grad():
             for x, kwargs, _ in self.train:
-                weight_N = token_weights(x.flatten(0, 1))
                 self.run(x, kwargs, {})
         for handle in handles:
             handle.remove()
@@ -98,7 +96,8 @@ class Bench:
             chosen = search_range(weight, grid, hessian.diagonal(), SHRINKS)
             codes, before = quantize(weight, grid, *chosen)[0], weight.float()
             if kind == "gptq":
-                codes, before, _ = compensate(weight, hessian, column_rounder(*chosen, grid))
+                levels, before, _ = compensate(weight, hessian, steps(*chosen, grid), grid.group_size)
+                codes = levels.to(torch.int8)
             found[name] = (Quantized(Scheme("", grid), codes, *chosen), before)
         return found
 

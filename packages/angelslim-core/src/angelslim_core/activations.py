@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .io.checkpoint import TensorInfo, TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
-from .io.writer import ShardWriter, fsync_folder
+from .io.writer import ShardWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,13 +54,12 @@ class Recording:
         self._writing = self._thread.submit(self._writer.write, f"{number:06d}", hidden)
 
     def finish(self) -> None:
-        """Put the file in its place."""
+        """Put the file in its place; its digest, not a flush, tells whether the disk got it before a power cut."""
         assert self._writer and self._writing
         self._writing.result()
         self._thread.shutdown()
-        self._writer.finish()
+        self._writer.finish(flush=False)
         os.replace(self._temporary, self.path)
-        fsync_folder(self.path.parent)
 
     def close(self) -> None:
         """Give up on the file."""

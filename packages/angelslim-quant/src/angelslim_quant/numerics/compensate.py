@@ -49,23 +49,12 @@ class Moments:
         self.rows += x.shape[0]
         if self._second is None:
             self._second = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        if weight_N is None and x.dtype in (torch.bfloat16, torch.float16) and x.is_cuda:
-            self._second += torch.mm(x.T, x, out_dtype=torch.float32)  # products of 16-bit numbers are exact in fp32
-        else:
-            x = x.float()
-            self._second.addmm_((x if weight_N is None else x * weight_N[:, None]).T, x)
+        _add_products(self._second, x if weight_N is None else x.float() * weight_N[:, None], x)
         if reference_NI is not None:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._second)
-            moved = reference_NI.float() - x
-            if weight_N is not None:
-                moved *= weight_N[:, None]
-            if x.dtype != torch.float32:  # two 16-bit halves of it
-                high = moved.to(x.dtype)
-                self._drift += torch.mm(high.T, x, out_dtype=torch.float32)
-                self._drift += torch.mm((moved - high).to(x.dtype).T, x, out_dtype=torch.float32)
-            else:
-                self._drift.addmm_(moved.T, x)
+            moved = reference_NI.float() - x.float()
+            _add_products(self._drift, moved if weight_N is None else moved.mul_(weight_N[:, None]), x)
 
     def reduce(self, group: Group, columns: int, device: str, drifts: bool = False) -> None:
         """Make these the moments of all processes' rows.
@@ -100,6 +89,17 @@ class Moments:
     def drift(self) -> Tensor | None:
         """D, or None where no reference was given."""
         return None if self._drift is None else self._drift * (2 / self.rows)
+
+
+def _add_products(sums: Tensor, a_NI: Tensor, x_NI: Tensor) -> None:
+    """Add a^T x to fp32 sums. A GPU multiplies BF16 many times as fast, exactly, and sums in fp32; an fp32 number is two of them."""
+    if not x_NI.is_cuda or x_NI.dtype != torch.bfloat16:
+        sums.addmm_(a_NI.float().T, x_NI.float())
+        return
+    high = a_NI.to(x_NI.dtype)
+    sums += torch.mm(high.T, x_NI, out_dtype=torch.float32)
+    if high is not a_NI:
+        sums += torch.mm((a_NI - high).to(x_NI.dtype).T, x_NI, out_dtype=torch.float32)
 
 
 def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:

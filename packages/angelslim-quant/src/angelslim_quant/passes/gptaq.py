@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ..sinks import fitting, token_weights
 from ..stages import by_input
-from .gptq import GPTQ, CompensatedConfig, fitting
+from .gptq import GPTQ, CompensatedConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,7 +46,7 @@ class GPTAQ(GPTQ):
         expected: dict[Site, Tensor] = {}
         # every expert sees every token: routing may differ between the two streams, rows may not
         for batch in layer.batches:
-            weight_N = self.weights(layer, batch)
+            weight_N = token_weights(batch, self.config.sink_weight)
             layer.observe(expected.__setitem__, sites=moments, batches=[batch], reference=self._original)
             layer.observe(
                 lambda site, x_NI: moments[site].add(x_NI, expected[site], fitting(weight_N, x_NI)),  # noqa: B023

@@ -11,6 +11,7 @@ from angelslim_core.passes import LayerPass, PassConfig
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
 from ..grouped import GroupedConfig, grouped_scheme
+from ..sinks import SINK_WEIGHT, fitting, token_weights
 from ..stages import by_input, stages
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from angelslim_core.adapters.base import Site
-    from angelslim_core.layer import Layer, LayerBatch
+    from angelslim_core.layer import Layer
 
     from ..numerics.compensate import Moments
 
@@ -33,23 +34,14 @@ class CompensationConfig(PassConfig):
     damping: float = Field(0.01, gt=0, le=1, description="Part of the Hessian's mean diagonal that is added to it.")
     act_order: bool = Field(True, description="Round inputs of large second moment first; groups stay in place, no g_idx is stored.")
     scale_search: bool = Field(True, description="Shrink each group's range where that lowers its error, weighted by the Hessian's diagonal.")
-    token_weights: bool = Field(False, description="Errors count less on tokens whose residual stream is large, as the norms after it divide by it.")
+    sink_weight: float = Field(
+        SINK_WEIGHT, ge=0, le=1, description="What errors on a sample's first token, the attention sink, count, in parts of the sample; 0: as any other."
+    )
     true_sequential: bool = Field(True, description="Collect inputs anew after each stage of the layer (q k v, o, gate up, down).")
 
 
 class CompensatedConfig(CompensationConfig, GroupedConfig):
     """Options of GPTQ and its kin with weight-only grids."""
-
-
-def token_weights(hidden_NH: Tensor) -> Tensor:
-    """1 / mean square of each row, scaled to a mean of 1; [N] fp32."""
-    weight = 1 / hidden_NH.float().square().mean(-1).clamp_min(1e-12)
-    return weight / weight.mean()
-
-
-def fitting(weight_N: Tensor | None, x_NI: Tensor) -> Tensor | None:
-    """The weights, where rows are tokens; None for experts that see a part of them."""
-    return weight_N if weight_N is not None and weight_N.shape[0] == x_NI.shape[0] else None
 
 
 class GPTQ(LayerPass):
@@ -83,7 +75,7 @@ class GPTQ(LayerPass):
 
         moments = {members[0]: Moments() for members in by_input(sites)}
         for batch in layer.batches:
-            weight_N = self.weights(layer, batch)
+            weight_N = token_weights(batch, self.config.sink_weight)
             layer.observe(
                 lambda site, x_NI: moments[site].add(x_NI, None, fitting(weight_N, x_NI)),  # noqa: B023
                 self.config.calibrate_all_experts,
@@ -97,12 +89,6 @@ class GPTQ(LayerPass):
         """Make the moments those of all processes' batches."""
         for site, found in moments.items():
             found.reduce(layer.context.group, site.shape[1], layer.context.device, self.needs_reference)
-
-    def weights(self, layer: Layer, batch: LayerBatch) -> Tensor | None:
-        """How much the error on each real token counts: less where the residual stream is large, which norms divide by."""
-        if not self.config.token_weights:
-            return None
-        return token_weights(batch.hidden.to(layer.context.device)[batch.mask.to(layer.context.device)])
 
     def solve(self, layer: Layer, members: list[Site], moments: Moments, report: dict[str, int]) -> None:
         """Quantize and store linears that read one input."""

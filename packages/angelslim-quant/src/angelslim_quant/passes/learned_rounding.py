@@ -59,7 +59,7 @@ class LearnedRounding(GPTAQ):
 
         group, own = layer.context.group, {batch.number: batch for batch in layer.batches}
         sizes = dict(sorted(pair for part in group.gather([[n, batch.mask.shape[0]] for n, batch in own.items()]) for pair in part))
-        started = _loss_over(layer)
+        started = self._loss_over(layer)
         rounders = {site: Rounder(self._before[site], layer.quantized[site][0]) for site in layer.sites}
         rate, iterations = self.config.rate, self.config.iterations
         shifts, factors = [r.shift for r in rounders.values()], [r.factor for r in rounders.values()]
@@ -73,7 +73,7 @@ class LearnedRounding(GPTAQ):
                 leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
                 for number in _draw(sizes, self.config.batch_size, generator):
                     if number in own:
-                        _loss(layer, own[number], leaves)[0].backward()
+                        self._loss(layer, own[number], leaves)[0].backward()
                 # an expert no token reached has none
                 grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
                 torch.autograd.backward(list(weights.values()), [group.reduce(g.float()).to(g.dtype) for g in grads])
@@ -85,13 +85,32 @@ class LearnedRounding(GPTAQ):
         kept = {site: layer.quantized[site][0] for site in layer.sites}
         for site, rounder in rounders.items():
             layer.store(site, rounder.result())
-        ended = _loss_over(layer)
+        ended = self._loss_over(layer)
         if not ended < started:  # NaN included
             layer.context.warnings.append(f"layer {layer.index}: training did not lower the error, its start is kept")
             for site, result in kept.items():
                 layer.store(site, result)
             ended = started
         return {"start_loss": started, "loss": ended}
+
+    def _loss(self, layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
+        """Mean over real tokens of the output's squared error relative to the token's mean square, and their number."""
+        assert batch.target is not None
+        out = layer.forward(batch, weights=weights)
+        mask = batch.mask.to(out.device)
+        target = batch.target.to(out.device).float()[mask]
+        error = (out.float()[mask] - target).square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)
+        return error.mean(), error.shape[0]
+
+    def _loss_over(self, layer: Layer) -> float:
+        """Mean over the real tokens of all batches."""
+        import torch
+
+        with torch.no_grad():
+            losses = [self._loss(layer, batch) for batch in layer.batches]
+        sums = torch.tensor([sum(float(loss) * count for loss, count in losses), sum(count for _, count in losses)], dtype=torch.float64)
+        total, tokens = layer.context.group.reduce(sums).tolist()
+        return float(total / tokens)
 
     @staticmethod
     def context_seed(layer: Layer) -> int:
@@ -154,27 +173,6 @@ def _spread(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gr
     from angelslim_core.schemes import dequantize
 
     return dequantize(codes_OI, scale, zero_point, grid)
-
-
-def _loss(layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
-    """Mean over real tokens of the output's squared error relative to the token's mean square, and their number."""
-    assert batch.target is not None
-    out = layer.forward(batch, weights=weights)
-    mask = batch.mask.to(out.device)
-    target = batch.target.to(out.device).float()[mask]
-    error = (out.float()[mask] - target).square().mean(-1)
-    return (error / target.square().mean(-1).clamp_min(1e-12)).mean(), error.shape[0]
-
-
-def _loss_over(layer: Layer) -> float:
-    """Mean over the real tokens of all batches."""
-    import torch
-
-    with torch.no_grad():
-        losses = [_loss(layer, batch) for batch in layer.batches]
-    sums = torch.tensor([sum(float(loss) * count for loss, count in losses), sum(count for _, count in losses)], dtype=torch.float64)
-    total, tokens = layer.context.group.reduce(sums).tolist()
-    return float(total / tokens)
 
 
 def _draw(sizes: Mapping[int, int], samples: int, generator: torch.Generator) -> list[int]:

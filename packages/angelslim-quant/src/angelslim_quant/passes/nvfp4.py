@@ -13,6 +13,7 @@ from angelslim_core.schemes import Quantized, Scheme
 
 from ..experts import input_ranges
 from ..microscaled import fits
+from ..sinks import SINK_WEIGHT, fitting, token_weights
 from ..stages import by_input, stages
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class NVFP4Config(PassConfig):
     gptq: bool = Field(True, description="Make up for each column's rounding error in the columns after it, on calibration data.")
     scale_search: bool = Field(True, description="Take of each block's E4M3 scales near absmax / 6 the one of least error.")
     damping: float = Field(0.01, gt=0, le=1, description="Part of the Hessian's mean diagonal that is added to it.")
+    sink_weight: float = Field(
+        SINK_WEIGHT, ge=0, le=1, description="What errors on a sample's first token, the attention sink, count, in parts of the sample; 0: as any other."
+    )
     calibrate_all_experts: bool = Field(True, description="Every expert sees every token; else only those routed to it.")
 
 
@@ -95,10 +99,13 @@ class NVFP4(LayerPass):
             report["input_scales_of_siblings"] += lent
             input_scales = {site: global_scale_of(torch.tensor(largest, device=device)) for site, largest in ranges.items()}
 
-        def see(site: Site, x_NI: Tensor) -> None:
-            moments[site].add(round_input(x_NI, grid, input_scales[site]) if grid else x_NI)
+        for batch in layer.batches:
+            weight_N = token_weights(batch, self.config.sink_weight)
 
-        layer.observe(see, self.config.calibrate_all_experts, sites=first)
+            def see(site: Site, x_NI: Tensor, weight_N: Tensor | None = weight_N) -> None:
+                moments[site].add(round_input(x_NI, grid, input_scales[site]) if grid else x_NI, None, fitting(weight_N, x_NI))
+
+            layer.observe(see, self.config.calibrate_all_experts, sites=first, batches=[batch])
         for site, seen in moments.items():
             seen.reduce(layer.context.group, site.shape[1], layer.context.device)
         return moments, input_scales
