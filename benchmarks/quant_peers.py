@@ -67,7 +67,7 @@ def ours(row: Row, model: str, out: Path, given: argparse.Namespace) -> list[str
     command = ["run", "--model", model, "--out", str(out), "--plugins", "quant", "--device", given.device]
     for index, (use, *options) in enumerate(row.use):
         command += ["--use", use, *(part for option in options for part in ("--set", f"steps[{index}].with.{option}"))]
-    for option in (f"data={given.calibration}", f"samples={given.samples}", f"tokens={given.tokens}", "batch_size=8"):
+    for option in (f"data={given.calibration}", f"samples={given.samples}", f"tokens={given.tokens}"):
         command += ["--set", f"calibration.{option}"]
     return angelslim(*command)
 

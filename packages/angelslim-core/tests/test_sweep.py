@@ -6,7 +6,7 @@ import torch
 from angelslim_core.adapters import builtin_layouts
 from angelslim_core.calibration.data import Samples
 from angelslim_core.context import Context
-from angelslim_core.layer import Layer
+from angelslim_core.layer import Layer, LayerBatch, joined
 from angelslim_core.loading import load_model
 from angelslim_core.model import Skeleton
 from angelslim_core.source import describe_source, open_source
@@ -136,3 +136,18 @@ def test_experts_are_shown_their_tokens_without_padding_and_the_output_stays(tin
 def test_only_one_layer_is_resident(tiny):
     _, _, skeleton = sweep(tiny("llama", dtype="float32"))
     assert all(p.device.type == "meta" for layer in skeleton.layers for p in layer.parameters())
+
+
+def test_samples_of_any_batches_are_joined():
+    shared, own = torch.ones(1, 4, 2), torch.ones(2, 1, 4, 4)
+    batches = []
+    for number, kwargs in enumerate(({"angles": (shared,), "flag": True}, {"angles": (shared,), "flag": True}, {"angles": (shared,), "mask": own})):
+        batch = LayerBatch(torch.randn(2, 4, 3), torch.ones(2, 4, dtype=torch.bool), kwargs, number)
+        batch.target = -batch.hidden
+        batches.append(batch)
+    rows = [row for batch in batches for row in batch.rows()]
+    assert [row for _, row in rows] == [0, 1, 0, 1, None]  # a mask for each sample: the batch stays whole
+    first, second = joined([rows[3], rows[0], rows[4]], "cpu")
+    assert torch.equal(first.hidden, torch.stack([batches[1].hidden[1], batches[0].hidden[0]])) and torch.equal(first.target, -first.hidden)
+    assert first.reference is None and first.kwargs["angles"][0] is shared and first.mask.shape == (2, 4)
+    assert torch.equal(second.hidden, batches[2].hidden) and second.kwargs["mask"] is own

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import angelslim_quant.plugin as plugin
 from angelslim_core import compress, evaluate
 from angelslim_core.errors import NumericError
+from angelslim_core.layer import LayerBatch
 from angelslim_core.schemes import Grid, Quantized, Scheme, dequantize
 from angelslim_core.testing.conformance import check_pass
 from angelslim_quant.numerics.compensate import Moments, compensate, inverse_factor
 from angelslim_quant.numerics.integer import quantize, range_of, scale_of, search_range, steps
 from angelslim_quant.passes.learned_rounding import Rounder
 from angelslim_quant.passes.smooth import _losses, smoothing
+from angelslim_quant.sinks import token_weights
 
 GRID = Grid(4, "int", "group", 32)
 ASYM = Grid(4, "int", "group", 32, symmetric=False)
@@ -183,3 +186,25 @@ def test_training_and_compensation_pay_on_a_model(tiny, tmp_path, text, architec
         assert not result.fallbacks
         kl[use] = evaluate(tmp_path / use, folder, text=text, windows=4, length=128)["kl"]
     assert kl["gptq"] < kl["int4_rtn"] and kl["learned_rounding"] < kl["gptq"], kl
+
+
+def test_training_draws_the_same_samples_whatever_the_batches_are(tiny, tmp_path, text):
+    codes = []
+    for size in (1, 3):
+        overrides = ["steps[0].with.group_size=16", "steps[0].with.iterations=6", "steps[0].with.start=nearest", f"calibration.data={text}",
+                     "calibration.samples=12", "calibration.tokens=32", f"calibration.batch_size={size}"]  # fmt: skip
+        out = compress(model=tiny(dtype="float32"), use=["quant.learned_rounding"], out=tmp_path / str(size), overrides=overrides).path
+        codes.append(load_file(out / "model.safetensors"))
+    for name in (n for n in codes[0] if n.endswith("weight_packed")):
+        nibbles = [torch.stack([found[name] >> 4 * i & 15 for i in range(8)]) for found in codes]
+        assert (nibbles[0] == nibbles[1]).float().mean() > 0.99  # fp32 sums in another order
+
+
+def test_a_texts_first_token_counts_a_sixteenth_of_its_sample():
+    batch = LayerBatch(None, torch.tensor([[True] * 64, [True] * 8 + [False] * 56]))
+    weights = token_weights(batch, 1 / 16)
+    assert weights.tolist() == [4.0] + [1.0] * 71 and token_weights(batch, 0) is None
+    x = torch.randn(72, 8)
+    weighted, plain = Moments(), moments_of(torch.cat([x, x[:1], x[:1], x[:1]]))
+    weighted.add(x, None, weights)
+    assert torch.allclose(weighted.hessian, plain.hessian * 75 / 72, rtol=1e-4, atol=1e-5)

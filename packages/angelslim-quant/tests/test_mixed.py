@@ -80,7 +80,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibration(text):
-    return {"data": str(text), "samples": 8, "tokens": 64, "batch_size": 2}
+    return {"data": str(text), "samples": 16, "tokens": 64, "batch_size": 2}
 
 
 @pytest.fixture(scope="module")

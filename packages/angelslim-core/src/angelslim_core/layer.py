@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .activations import Stored
@@ -55,6 +55,31 @@ class LayerBatch:
     def fork(self) -> None:
         """The unchanged model feeds the layer what the changed one does."""
         self.reference = self._hidden
+
+    def rows(self) -> list[tuple[LayerBatch, int | None]]:
+        """Its samples, to be `joined` with others; itself as a whole where an argument of the layer is not the same for all."""
+        if all(t.dim() < 2 or t.shape[0] == 1 for t in _tensors(self.kwargs)):
+            return [(self, row) for row in range(self.mask.shape[0])]
+        return [(self, None)]
+
+
+def joined(rows: Iterable[tuple[LayerBatch, int | None]], device: str) -> list[LayerBatch]:
+    """Samples of any batches as few batches on a device: those of one length and with one set of arguments are run at once."""
+    import torch
+
+    sets: dict[tuple[int, ...], list[tuple[LayerBatch, slice]]] = {}
+    for batch, row in rows:
+        key = (id(batch),) if row is None else (batch.mask.shape[1], *map(id, _tensors(batch.kwargs)))
+        sets.setdefault(key, []).append((batch, slice(None) if row is None else slice(row, row + 1)))
+    found = []
+    for parts in sets.values():
+        first = parts[0][0]
+        made = LayerBatch(None, torch.cat([b.mask[some] for b, some in parts]), first.kwargs, first.number)
+        for name in ("hidden", "reference", "target"):
+            if getattr(first, f"_{name}") is not None:
+                setattr(made, name, torch.cat([getattr(b, name)[some].to(device, non_blocking=True) for b, some in parts]))
+        found.append(made)
+    return found
 
 
 class _SeenError(Exception):
@@ -263,6 +288,16 @@ class Layer:
         self.quantized[site] = (result, self.quantized[site][1] if site in self.quantized else linear.weight.data)
         with torch.no_grad():
             linear.weight = torch.nn.Parameter(result.dequantize().to(linear.weight.dtype), requires_grad=False)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _to(value: Any, device: str) -> Any:

@@ -17,7 +17,7 @@ SINK_WEIGHT = 1 / 16
 
 
 def token_weights(batch: LayerBatch, sink_weight: float) -> Tensor | None:
-    """Weights [N] of the batch's real tokens, fp32 of mean 1; None if all count alike.
+    """Weights [N] of the batch's real tokens, fp32; None if all count 1.
 
     Args:
         sink_weight: what a sample's first token counts, in parts of the sample's other tokens; it never counts less than they do.
@@ -29,9 +29,7 @@ def token_weights(batch: LayerBatch, sink_weight: float) -> Tensor | None:
     mask = batch.mask
     weights = torch.ones(mask.shape)
     first = mask.int().argmax(1, keepdim=True)
-    weights.scatter_(1, first, (mask.sum(1, keepdim=True) * sink_weight).clamp_min(1))
-    found = weights[mask]
-    return found / found.mean()
+    return weights.scatter_(1, first, (mask.sum(1, keepdim=True) * sink_weight).clamp_min(1))[mask]
 
 
 def fitting(weight_N: Tensor | None, x_NI: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from angelslim_core.layer import joined
 from angelslim_core.schemes import Quantized
 
 from .gptaq import GPTAQ
@@ -57,8 +58,10 @@ class LearnedRounding(GPTAQ):
     def _train(self, layer: Layer) -> dict[str, Any]:
         import torch
 
-        group, own = layer.context.group, {batch.number: batch for batch in layer.batches}
-        sizes = dict(sorted(pair for part in group.gather([[n, batch.mask.shape[0]] for n, batch in own.items()]) for pair in part))
+        group = layer.context.group
+        own = {(batch.number, i): (batch, row) for batch in layer.batches for i, (batch, row) in enumerate(batch.rows())}
+        found = group.gather([[*place, batch.mask.shape[0] if row is None else 1] for place, (batch, row) in own.items()])
+        sizes = {(number, i): size for number, i, size in sorted(entry for part in found for entry in part)}
         started = self._loss_over(layer)
         rounders = {site: Rounder(self._before[site], layer.quantized[site][0]) for site in layer.sites}
         rate, iterations = self.config.rate, self.config.iterations
@@ -71,9 +74,9 @@ class LearnedRounding(GPTAQ):
                 layer.context.check_stop(f"layer {layer.index}")
                 weights = {f"{layer.inner(s)}.weight": r.weight().to(layer.linear(s).weight.dtype) for s, r in rounders.items()}
                 leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
-                for number in _draw(sizes, self.config.batch_size, generator):
-                    if number in own:
-                        self._loss(layer, own[number], leaves)[0].backward()
+                drawn = _draw(sizes, self.config.batch_size, generator)
+                for batch in joined((own[place] for place in drawn if place in own), layer.context.device):
+                    self._loss(layer, batch, leaves)[0].backward()
                 # an expert no token reached has none
                 grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
                 torch.autograd.backward(list(weights.values()), [group.reduce(g.float()).to(g.dtype) for g in grads])
@@ -93,14 +96,15 @@ class LearnedRounding(GPTAQ):
             ended = started
         return {"start_loss": started, "loss": ended}
 
-    def _loss(self, layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
-        """Mean over real tokens of the output's squared error relative to the token's mean square, and their number."""
+    @staticmethod
+    def _loss(layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
+        """Sum over real tokens of the output's squared error relative to the token's mean square, and their number."""
         assert batch.target is not None
         out = layer.forward(batch, weights=weights)
         mask = batch.mask.to(out.device)
         target = batch.target.to(out.device).float()[mask]
-        error = (out.float()[mask] - target).square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)
-        return error.mean(), error.shape[0]
+        error = (out.float()[mask] - target).square().mean(-1)
+        return (error / target.square().mean(-1).clamp_min(1e-12)).sum(), error.shape[0]
 
     def _loss_over(self, layer: Layer) -> float:
         """Mean over the real tokens of all batches."""
@@ -108,7 +112,7 @@ class LearnedRounding(GPTAQ):
 
         with torch.no_grad():
             losses = [self._loss(layer, batch) for batch in layer.batches]
-        sums = torch.tensor([sum(float(loss) * count for loss, count in losses), sum(count for _, count in losses)], dtype=torch.float64)
+        sums = torch.tensor([sum(float(loss) for loss, _ in losses), sum(count for _, count in losses)], dtype=torch.float64)
         total, tokens = layer.context.group.reduce(sums).tolist()
         return float(total / tokens)
 
@@ -175,14 +179,14 @@ def _spread(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Gr
     return dequantize(codes_OI, scale, zero_point, grid)
 
 
-def _draw(sizes: Mapping[int, int], samples: int, generator: torch.Generator) -> list[int]:
-    """Numbers of batches in random order until they hold that many samples; `sizes` says how many each has."""
+def _draw(sizes: Mapping[tuple[int, int], int], samples: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    """Parts of batches in random order until they hold that many samples; `sizes` says how many each has."""
     import torch
 
-    numbers, drawn, held = list(sizes), [], 0
-    for index in torch.randperm(len(numbers), generator=generator).tolist():
-        drawn.append(numbers[index])
-        held += sizes[numbers[index]]
+    places, drawn, held = list(sizes), [], 0
+    for index in torch.randperm(len(places), generator=generator).tolist():
+        drawn.append(places[index])
+        held += sizes[places[index]]
         if held >= samples:
             break
     return drawn
