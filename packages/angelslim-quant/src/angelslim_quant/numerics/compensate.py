@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 BLOCK = 128
 # rows whose fp32 copies are made at once, on the CPU
 ROWS = 1024
+# of H that are summed at once, at least
+COLUMNS = 256
 
 
 class Moments:
@@ -49,7 +51,12 @@ class Moments:
         self.rows += x.shape[0]
         if self._second is None:
             self._second = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        _add_products(self._second, x if weight_N is None else x.float() * weight_N[:, None], x)
+        x = x if x.is_cuda and x.dtype == torch.bfloat16 else x.float()
+        weighted = x if weight_N is None else x.float() * weight_N[:, None]
+        width = max(COLUMNS, x.shape[1] // 8)
+        for start in range(0, x.shape[1], width):  # symmetric: what lies below the diagonal's blocks is not computed
+            stop = start + width
+            _add_products(self._second[:stop, start:stop], weighted[:, :stop], x[:, start:stop])
         if reference_NI is not None:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._second)
@@ -83,7 +90,8 @@ class Moments:
         assert self._second is not None
         if not bool(torch.isfinite(self._second.diagonal().sum())):
             raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
-        return self._second * (2 / self.rows)
+        found = self._second.triu().mul_(2 / self.rows)
+        return found.add_(found.triu(1).T)
 
     @property
     def drift(self) -> Tensor | None:
@@ -93,8 +101,8 @@ class Moments:
 
 def _add_products(sums: Tensor, a_NI: Tensor, x_NI: Tensor) -> None:
     """Add a^T x to fp32 sums. A GPU multiplies BF16 many times as fast, exactly, and sums in fp32; an fp32 number is two of them."""
-    if not x_NI.is_cuda or x_NI.dtype != torch.bfloat16:
-        sums.addmm_(a_NI.float().T, x_NI.float())
+    if x_NI.dtype == torch.float32:
+        sums.addmm_(a_NI.T, x_NI)
         return
     high = a_NI.to(x_NI.dtype)
     sums += torch.mm(high.T, x_NI, out_dtype=torch.float32)
@@ -119,7 +127,7 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
         factor, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
         if not int(failed):
             one = torch.eye(len(factor), device=factor.device, dtype=factor.dtype)
-            factor = torch.linalg.solve_triangular(factor, one, upper=False)
+            factor = torch.linalg.solve_triangular(factor, one, upper=False, out=one)
             if bool(torch.isfinite(factor).all()):
                 return factor.flip(0, 1), attempt
     raise NumericError(31, "Hessian", "is not positive definite, however damped", "use more or other calibration samples")

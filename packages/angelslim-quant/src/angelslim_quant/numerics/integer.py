@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.schemes import Grid, against, dequantize
+from angelslim_core.schemes import Grid, against
 
 from ..kernels.round_columns import Steps
 from .amax import grouped
@@ -72,10 +72,19 @@ def search_range(weight_OI: Tensor, grid: Grid, importance_I: Tensor, shrinks: S
     low, high = range_of(weight_OI, grid)
     best_scale, best_zero = scale_of(low, high, grid)
 
+    weight = weight_OI.float()
+    half = 1 << (grid.bits - 1)
+    weights = grouped(importance_I.float().expand_as(weight), grid)
+
     def loss(scale: Tensor, zero: Tensor | None) -> Tensor:
-        codes, _, _ = quantize(weight_OI, grid, scale, zero)
-        error = dequantize(codes, scale, zero, grid).sub_(weight_OI.float()).square_().mul_(importance_I)
-        return grouped(error, grid).sum(-1)
+        values, scales = against(weight, scale.float(), grid)
+        found = (values / scales).round_()  # in place from here on: most of the search's time is memory
+        if zero is None:
+            found.clamp_(-half, half - 1)
+        else:
+            offset = against(weight, zero.float(), grid)[1]
+            found.add_(offset).clamp_(-half, half - 1).sub_(offset)
+        return grouped(found.mul_(scales).sub_(values).square_().reshape(weight.shape), grid).mul_(weights).sum(-1)
 
     best = loss(best_scale, best_zero)
     for shrink in shrinks:

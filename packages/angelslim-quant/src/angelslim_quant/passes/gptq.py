@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from angelslim_core.device import release_ram
 from angelslim_core.passes import LayerPass, PassConfig
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
@@ -62,7 +63,8 @@ class GPTQ(LayerPass):
             for stage in stages(layer.sites, self.config.true_sequential):
                 moments = self.collect(layer, stage)
                 for members in by_input(stage):
-                    self.solve(layer, members, moments[members[0]], report)
+                    self.solve(layer, members, moments.pop(members[0]), report)
+                release_ram()
         return report
 
     def on(self, layer: Layer) -> AbstractContextManager[None]:
