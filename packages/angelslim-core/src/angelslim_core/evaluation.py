@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .context import Progress, silent
 from .errors import NumericError, RecipeError, UsageError
+from .products import products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +140,8 @@ def compare(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor, p
 
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     """[T - 1, V] in the model's dtype, the positions that predict a scored token."""
-    return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
+    with products(model.device.type):
+        return model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]  # type: ignore[no-any-return]
 
 
 def _window(logits: Tensor, reference: Tensor | None, window: Tensor) -> list[float]:

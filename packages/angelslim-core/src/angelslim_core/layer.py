@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .activations import Stored
 from .adapters.base import Site
 from .kv_cache import Attend, round_cache, tapped
+from .products import products
 from .schemes import CACHE_SCALES, Quantized
 from .transforms import transforms_of
 
@@ -139,7 +140,8 @@ class Layer:
         device = self.context.device
         hidden = (batch.hidden if hidden is None else hidden).to(device, non_blocking=True)
         module, kwargs = module or self.module, _to(batch.kwargs, device)
-        out = module(hidden, **kwargs) if weights is None else torch.func.functional_call(module, dict(weights), (hidden,), kwargs)
+        with products(device):
+            out = module(hidden, **kwargs) if weights is None else torch.func.functional_call(module, dict(weights), (hidden,), kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def feeds(self) -> list[Fold]:
