@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from angelslim_core import LayerPass, PluginHost, compress, hookimpl
+from angelslim_core import LayerPass, PluginHost, compress, hookimpl, pipeline
 from angelslim_core import plan as planning
 from angelslim_core.activations import Stored
 from angelslim_core.adapters import builtin_layouts
@@ -63,47 +63,54 @@ def run(tiny, tmp_path):
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """No memory is free."""
-    monkeypatch.setattr(planning, "free_ram_bytes", lambda: 1)
+def in_memory(monkeypatch):
+    """Says whether hidden states stay in memory, as a GPU's do where there is room; at first they do."""
+    plain, held = planning._peak_ram, [True]
+    monkeypatch.setattr(planning, "_peak_ram", lambda plan, device: (plain(plan, device)[0], not held[0]))
+    return held
 
 
 def weights(result):
     return (result.path / "model.safetensors").read_bytes()
 
 
-def test_hidden_states_in_files_give_the_same_bytes(run, monkeypatch):
+def test_hidden_states_in_files_give_the_same_bytes(run, in_memory):
     plain = run("memory")
     assert Drift.seen == [{torch.Tensor}] * 3
-    monkeypatch.setattr(planning, "free_ram_bytes", lambda: 1)
+    in_memory[0] = False
     assert weights(run("files")) == weights(plain)
     assert Drift.seen == [{Stored}] * 3
 
 
-def test_max_ram_decides_where_hidden_states_are(run):
+def test_max_ram_decides_where_hidden_states_of_a_gpu_are(run, monkeypatch):
     many = ("calibration.samples=4096", "calibration.tokens=2048")  # two streams of 2 GB
+    cpu = run(None, *many, "runtime.max_ram=64GB")
+    monkeypatch.setattr(pipeline, "pick_device", lambda name: "cuda")
     small, large = run(None, *many, "runtime.max_ram=1GB"), run(None, *many, "runtime.max_ram=64GB")
-    assert small.spills and small.peak_ram_bytes < 1e9 and small.as_dict()["hidden_states"] == "files"
+    for plan in (cpu, small):
+        assert plan.spills and plan.peak_ram_bytes < 1e9 and plan.as_dict()["hidden_states"] == "files"
     assert not large.spills and large.peak_ram_bytes > 4e9
+    monkeypatch.setattr(planning, "free_ram_bytes", lambda: 1)
+    assert run(None).spills
 
 
 @pytest.mark.parametrize("first_in_files", [True, False])
-def test_a_stopped_run_goes_on_wherever_its_hidden_states_are(run, monkeypatch, first_in_files):
+def test_a_stopped_run_goes_on_wherever_its_hidden_states_are(run, in_memory, first_in_files):
     whole = run("whole")
-    free = [1, 1 << 40] if first_in_files else [1 << 40, 1]
-    monkeypatch.setattr(planning, "free_ram_bytes", lambda: free[0])
+    in_memory[0] = not first_in_files
     with pytest.raises(StoppedError):
         run("out", stop_requested=lambda: len(Drift.seen) == 2)
-    free.pop(0)
+    in_memory[0] = first_in_files
     resumed = run("out")
     assert resumed.resumed_layers == 2 and weights(resumed) == weights(whole)
     assert resumed.fallbacks == whole.fallbacks == [f"layer {i} drifted" for i in range(3)]
 
 
-def test_hidden_states_of_two_layers_are_kept(run, short, tmp_path):
+def test_hidden_states_of_three_layers_are_kept_at_most(run, tmp_path):
     kept = []
-    run("out", progress=lambda done, total, label: kept.append(sorted(p.name[:5] for p in tmp_path.glob(".out.angelslim/acts/*"))))
-    assert kept[:3] == [["00000", "00001", "00001"], ["00001"] * 2 + ["00002"] * 2, ["00002"] * 2 + ["00003"] * 2]
+    run("out", progress=lambda done, total, label: kept.append({int(p.name[:5]) for p in tmp_path.glob(".out.angelslim/acts/*")}))
+    for done, layers in enumerate(kept[:3], 1):  # the newest is written while the next is computed
+        assert {done - 1, done} <= layers <= {done - 2, done - 1, done}
 
 
 FULL = RuntimeError("DefaultCPUAllocator: can't allocate memory")
@@ -128,14 +135,6 @@ def test_smaller_batches_come_first(run, monkeypatch):
     assert weights(result) == weights(plain)
     lines = [f"layer 0: memory ran out, went on with {n} samples a forward pass" for n in (2, 1)]
     assert result.fallbacks == [*lines, *plain.fallbacks]
-
-
-def test_then_hidden_states_go_to_files(run, monkeypatch):
-    plain = run("plain")
-    failing(monkeypatch, lambda layer, batch: layer.index == 1 and isinstance(vars(batch)["_hidden"], torch.Tensor), MemoryError())
-    result = run("out")
-    assert weights(result) == weights(plain)
-    assert result.fallbacks == ["layer 0 drifted", "layer 1: memory ran out, went on with hidden states in files", *plain.fallbacks[1:]]
 
 
 def test_batches_stay_as_finished_layers_had_them(run, monkeypatch):

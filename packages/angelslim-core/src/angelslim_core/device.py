@@ -52,6 +52,12 @@ def release_ram() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def map_large_pieces() -> None:
+    """Give pieces of memory from 2 MB on pages of their own, which go back when freed; glibc raises the limit else, and the heap gets holes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 2 << 20)  # M_MMAP_THRESHOLD
+
+
 def free_ram_bytes() -> int:
     """Memory that this process may still take: of the machine, and of its control group (Linux)."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -76,11 +82,6 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the machine or of a GPU; torch reports the machine's as a RuntimeError."""
-    return isinstance(error, MemoryError) or is_on_gpu(error) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
-def is_on_gpu(error: BaseException) -> bool:
-    """Whether it was a GPU's memory that ran out."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .activations import Recording
 from .io.checkpoint import TensorSpec, dtype_name
 from .io.writer import ShardWriter, fsync_folder
 from .workdir import Workdir, digest
@@ -28,13 +27,11 @@ class Computed(NamedTuple):
 
     Args:
         outputs: its tensors.
-        recording: what this process's batches feed the next layer.
-        files: more of that, already written.
+        files: what this process's batches feed the next layer, already written.
         entry: of the journal; gets the digests of what is written.
     """
 
     outputs: Mapping[str, Tensor]
-    recording: Recording
     files: Sequence[Path]
     entry: dict[str, Any]
 
@@ -80,10 +77,9 @@ class Finished:
         self._take(entry)
 
     def _write(self, layer: Computed) -> dict[str, str]:
-        layer.recording.finish()
         if self._workdir:
             layer.entry["digest"] = _commit(self._folder / layer.entry["file"], layer.outputs)
-        acts = {f"acts/{path.name}": digest(path) for path in (layer.recording.path, *layer.files)}
+        acts = {f"acts/{path.name}": digest(path) for path in layer.files}
         if self._group.size == 1:
             self._record(layer.entry, [acts])
         return acts

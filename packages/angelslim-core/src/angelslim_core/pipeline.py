@@ -164,7 +164,7 @@ def prepare(
     if any(p.needs_calibration for p in passes) and bound.calibration is None:
         index = next(i for i, p in enumerate(passes) if p.needs_calibration)
         raise UsageError(5, bound.where(f"steps[{index}]"), f"{passes[index].id} needs calibration data", "--set calibration.data=FILE, or =self")
-    plan = make_plan(bound, passes, source, description, host.registry.exporters)
+    plan = make_plan(bound, passes, source, description, host.registry.exporters, chosen)
     host.hook.angelslim_modify_plan(plan=plan)
     return Prepared(bound, host, passes, source, plan.description, plan, Path(target) if target is not None else None, chosen)
 
@@ -331,7 +331,7 @@ def _train(prepared: Prepared, context: Context, timer: _Timer) -> Plan | None:
     source = open_source(folder, prepared.host.registry.exporters.values())
     source.checkpoint.warnings = []
     source, description = _rewritten(source, prepared.passes, prepared.host, prepared.device, context.seed)
-    return make_plan(prepared.recipe, prepared.passes, source, description, prepared.host.registry.exporters)
+    return make_plan(prepared.recipe, prepared.passes, source, description, prepared.host.registry.exporters, prepared.device)
 
 
 def _measure(prepared: Prepared, plan: Plan, context: Context, timer: _Timer) -> Plan:
@@ -344,7 +344,7 @@ def _measure(prepared: Prepared, plan: Plan, context: Context, timer: _Timer) ->
             passes[step.index] = timer.run(step, lambda step=step, pass_=pass_: pass_.measure(step.sites, context))  # type: ignore[misc]
     if all(new is s.pass_ for new, s in zip(passes, plan.steps, strict=True)):
         return plan
-    return make_plan(prepared.recipe, passes, plan.source, plan.description, prepared.host.registry.exporters)
+    return make_plan(prepared.recipe, passes, plan.source, plan.description, prepared.host.registry.exporters, prepared.device)
 
 
 def calibrate(prepared: Prepared, context: Context) -> None:

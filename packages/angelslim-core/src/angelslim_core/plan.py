@@ -123,12 +123,13 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, description: Description, exporters: Mapping[str, type[Exporter]]) -> Plan:
+def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, description: Description, exporters: Mapping[str, type[Exporter]], device: str) -> Plan:
     """Plan a recipe for a model.
 
     Args:
         passes: one bound pass per step of the recipe.
         exporters: known layouts by name.
+        device: "cpu" or "cuda".
 
     Raises:
         PlanError: the recipe does not fit the model, or its steps do not fit each other.
@@ -150,7 +151,7 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
     _check_gates(plan)
-    plan.peak_ram_bytes, plan.spills = _peak_ram(plan)
+    plan.peak_ram_bytes, plan.spills = _peak_ram(plan, device)
     limit = recipe.runtime.max_ram_bytes
     if limit is not None and plan.peak_ram_bytes > limit:
         plan.problems.append(f"about {plan.peak_ram_bytes} bytes of RAM are needed, runtime.max_ram allows {limit}")
@@ -363,8 +364,8 @@ def _towers(source: Source, description: Description) -> list[str]:
     return [f"re:.*{tower}.*" for tower in description.layout.towers if tower in beside]
 
 
-def _peak_ram(plan: Plan) -> tuple[int, bool]:
-    """Peak of memory, and whether hidden states between layers must stay in files for it.
+def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
+    """Peak of memory, and whether hidden states between layers stay in files: for a CPU, which reads those as fast, or for want of memory.
 
     It is that of the interpreter with the largest unit as read, in fp32 and twice as scratch, or of a layer pass: the
     embedding, or the largest layer with second moments of its widest input and a batch's forward pass.
@@ -390,7 +391,7 @@ def _peak_ram(plan: Plan) -> tuple[int, bool]:
         streams = 2 if any(isinstance(s.pass_, LayerPass) and s.pass_.needs_reference for s in plan.steps) else 1
         text = source.config.get("text_config") or source.config
         hidden = streams * calibration.samples * calibration.tokens * text["hidden_size"] * DTYPES[plan.description.sites[0].dtype][0] // 8
-        spills = max(peak, resident + hidden) > (plan.recipe.runtime.max_ram_bytes or free_ram_bytes())
+        spills = device == "cpu" or max(peak, resident + hidden) > (plan.recipe.runtime.max_ram_bytes or free_ram_bytes())
         peak = max(peak, resident + (0 if spills else hidden))
     if any(step.pass_.kind is Kind.MODEL for step in plan.steps):
         peak = max(peak, BASE_RAM + MODEL_RAM + 4 * plan.bytes_before)

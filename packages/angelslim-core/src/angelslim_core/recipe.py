@@ -47,7 +47,7 @@ class Runtime(_Model):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where passes compute; auto takes a GPU if there is one.")
     max_ram: str = Field(
         "auto",
-        description='Memory to plan for, such as "8GB": hidden states that would not fit stay in files, and a plan that needs more is refused. '
+        description='Memory to plan for, such as "8GB": a plan that needs more is refused, and hidden states of a GPU run that would not fit stay in files. '
         "auto: what is free, and nothing is refused.",
     )
 

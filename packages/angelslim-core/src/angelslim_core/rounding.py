@@ -27,8 +27,10 @@ def round_e2m1(x: Tensor) -> Tensor:
 
     x = x.float()
     magnitude = x.abs().clamp_max_(E2M1_MAX)
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return magnitude.div_(step).round_().mul_(step).copysign_(x)
+    # steps are half the power of two below; what is added to 1.5 * 2^23 steps is rounded to whole ones, ties to even
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
+    whole = power.clamp_(1, 4).mul_(0.75 * 2**23)
+    return magnitude.add_(whole).sub_(whole).copysign_(x)
 
 
 def e2m1_codes(values: Tensor) -> Tensor:

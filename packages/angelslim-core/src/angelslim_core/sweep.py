@@ -3,7 +3,7 @@
 The inputs of layer 0 and the other arguments of every layer are captured by running the model with its layers replaced
 by recorders. Each layer then runs on the outputs of the layers before it as they will be stored.
 
-What a layer is fed lies in `acts/` for a resumed run and, where memory is short, instead of in memory: `LAYER-RANK` as the
+What a layer is fed lies in `acts/` for a resumed run and, but for a GPU that has room for it in page-locked memory, nowhere else: `LAYER-RANK` as the
 compressed layers before it make it, `LAYER-RANK.reference` as the unchanged ones do, written a batch at a time by the
 process that has the batch.
 """
@@ -20,12 +20,13 @@ from .activations import Interned, Recording, stored
 from .adapters.base import Site
 from .analysis import LayerInputs, check_experts
 from .calibration.data import batches
-from .device import is_on_gpu, is_out_of_memory, release_ram, to_host
+from .device import is_out_of_memory, map_large_pieces, release_ram, to_host
 from .finished import Computed, Finished, resumable
 from .io.checkpoint import read_header
 from .layer import Layer, LayerBatch
 from .model import Skeleton
 from .passes import LayerPass, Pass, TensorPass
+from .products import products
 from .schemes import Quantized
 from .stream import check_finite, encode
 from .workdir import Workdir
@@ -83,7 +84,7 @@ def capture(skeleton: Skeleton, context: Context, file: Path | None = None) -> l
     captured = [[LayerBatch(None, batch.mask, number=number) for number, batch in own] for _ in layers]
     recording = Recording(file, captured[0]) if file else None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), products(context.device):
             for position, (number, batch) in enumerate(own):
                 seen.clear()
                 padded = not bool(batch.mask.all())
@@ -121,7 +122,8 @@ def logits_of(skeleton: Skeleton, input_ids_N: Tensor, hidden_NH: Tensor) -> Ten
     stand_ins[-1].register_forward_hook(lambda *_: hidden_NH[None])
     skeleton.backbone.layers = nn.ModuleList(stand_ins)
     try:
-        return skeleton.model(input_ids=input_ids_N[None], use_cache=False).logits[0]  # type: ignore[no-any-return]
+        with products(hidden_NH.device.type):
+            return skeleton.model(input_ids=input_ids_N[None], use_cache=False).logits[0]  # type: ignore[no-any-return]
     finally:
         skeleton.backbone.layers = layers
 
@@ -163,6 +165,7 @@ def _go_on(
     """Run the layers after those that are done, which grow by them."""
     import torch
 
+    map_large_pieces()
     skeleton = Skeleton(plan.source, plan.description)
     assert context.samples
     skeleton.fill_backbone(context.device, {PAD, *itertools.chain.from_iterable(context.samples.ids)})
@@ -184,9 +187,6 @@ def _go_on(
             computed.entry.update(sweep.notes(context))
             finished.add(computed)
             done.append(computed.entry)
-            if context.spills:
-                finished.settle()
-                _load([computed.recording.path, *computed.files], captured[index + 1] if index + 1 < len(captured) else [], spills=True)
             del computed
             context.progress(index + 1, plan.description.num_layers, f"layer {index}")
 
@@ -236,15 +236,12 @@ def _run_layer(
         check_finite(prefix + name, tensor)
     layer = Layer(index, module, prefix, captured[index], context)
     reports: dict[str, Any] = {}
-    recording = Recording(_acts(context, index + 1), layer.batches)
-    files: list[Path] = []
+    files = [_acts(context, index + 1)]
     if _needs_reference(steps):
-        expected = Recording(_acts(context, index + 1, ".reference"), layer.batches)
-        for _ in _outputs(layer, lambda batch: layer.forward(batch, batch.reference), expected):
+        files.append(_acts(context, index + 1, ".reference"))
+        for _ in _outputs(layer, lambda batch: layer.forward(batch, batch.reference), files[1]):
             pass
-        expected.finish()
-        files.append(expected.path)
-        targets = stored(files)
+        targets = stored(files[1:])
         for batch in layer.batches:
             batch.target = targets[batch.number]
     for step in steps:
@@ -265,11 +262,11 @@ def _run_layer(
     release_ram()  # pages of the steps
     inputs = LayerInputs(layer)
     with inputs.watched():
-        _advance(layer, inputs, captured[index + 1] if index + 1 < len(captured) else [], recording)
+        _advance(layer, inputs, captured[index + 1] if index + 1 < len(captured) else [], files)
     captured[index] = []
     skeleton.drop_layer(index)
     release_ram()
-    return Computed(outputs, recording, files, {
+    return Computed(outputs, files, {
         "layer": index, "file": f"layers/{index:05d}.safetensors",
         "batch_size": context.batch_size, "metrics": metrics, "analysis": inputs.numbers(), "reports": reports,
     })  # fmt: skip
@@ -301,8 +298,9 @@ def _acts(context: Context, index: int, kind: str = "") -> Path:
     return context.workdir / f"acts/{index:05d}-{context.group.rank}{kind}.safetensors"
 
 
-def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], recording: Recording) -> Iterator[tuple[int, Tensor]]:
-    """(position of a batch, what `forward` makes of it), each recorded as it is made."""
+def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], file: Path) -> Iterator[tuple[int, Tensor]]:
+    """(position of a batch, what `forward` makes of it), each written to the file as it is made."""
+    recording = Recording(file, layer.batches)
     try:
         for position, batch in enumerate(layer.batches):
             made = forward(batch)
@@ -315,17 +313,20 @@ def _outputs(layer: Layer, forward: Callable[[LayerBatch], Tensor], recording: R
     except BaseException:
         recording.close()
         raise
+    recording.finish()
 
 
-def _advance(layer: Layer, inputs: LayerInputs, following: Sequence[LayerBatch], recording: Recording) -> None:
+def _advance(layer: Layer, inputs: LayerInputs, following: Sequence[LayerBatch], files: Sequence[Path]) -> None:
     """Outputs of this layer become the inputs of the next, in their memory: pieces kept among freed ones would scatter the heap."""
     kept = not layer.context.spills
-    for position, out in _outputs(layer, inputs.forward, recording):
+    for position, out in _outputs(layer, inputs.forward, files[0]):
         batch = layer.batches[position]
         if following and kept:
             following[position].hidden, following[position].reference = batch.hidden.copy_(out), batch.target
         batch.hidden = batch.reference = batch.target = None
         del out
+    if not kept:
+        _load(files, following, spills=True)
 
 
 def _load(files: Iterable[Path], batches: Sequence[LayerBatch], spills: bool) -> None:
@@ -346,9 +347,6 @@ def _saving(context: Context, error: BaseException, has_begun: bool) -> str | No
     if context.batch_size > 1 and not has_begun:  # what is stored is in batches
         context.batch_size = (context.batch_size + 1) // 2
         return f"went on with {context.batch_size} samples a forward pass"
-    if not context.spills and not is_on_gpu(error):
-        context.spills = True
-        return "went on with hidden states in files"
     return None
 
 
