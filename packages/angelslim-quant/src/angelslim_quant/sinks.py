@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from torch import Tensor
 
-    from angelslim_core.layer import LayerBatch
+    from angelslim_core.adapters.base import Site
+    from angelslim_core.layer import Layer, LayerBatch
 
 SINK_WEIGHT = 1 / 16
 
@@ -32,6 +35,21 @@ def token_weights(batch: LayerBatch, sink_weight: float) -> Tensor | None:
     return weights.scatter_(1, first, (mask.sum(1, keepdim=True) * sink_weight).clamp_min(1))[mask]
 
 
-def fitting(weight_N: Tensor | None, x_NI: Tensor) -> Tensor | None:
-    """The weights where rows are tokens; None for experts that see a part of them."""
-    return weight_N.to(x_NI.device) if weight_N is not None and weight_N.shape[0] == x_NI.shape[0] else None
+def observe(
+    layer: Layer,
+    see: Callable[[Site, Tensor, Tensor | None], None],
+    sink_weight: float,
+    all_experts: bool = True,
+    *,
+    sites: Iterable[Site],
+    batches: Sequence[LayerBatch] | None = None,
+) -> None:
+    """As `Layer.observe`, but `see` also gets the weights [N] of the rows; None where all count 1, and for experts that see a part of the tokens."""
+    sites = tuple(sites)
+    for batch in layer.batches if batches is None else batches:
+        weight_N = token_weights(batch, sink_weight)
+
+        def look(site: Site, x_NI: Tensor, weight_N: Tensor | None = weight_N) -> None:
+            see(site, x_NI, weight_N.to(x_NI.device) if weight_N is not None and weight_N.shape[0] == x_NI.shape[0] else None)
+
+        layer.observe(look, all_experts, sites=sites, batches=[batch])

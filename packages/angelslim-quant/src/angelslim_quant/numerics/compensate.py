@@ -1,7 +1,7 @@
 """Column by column rounding that moves each column's error into the columns not yet rounded (GPTQ and its kin).
 
-Second moments of a linear's inputs x_1 .. x_n [I]: H = (2 / n) sum x x^T. Sources: Frantar et al., "GPTQ"
-(2210.17323), algorithm 1; Li et al., "GPTAQ" (2504.02692), equations 15-17, for the drift term.
+Second moments of a linear's inputs x_1 .. x_n [I]: H = sum x x^T; the papers' factor 2 / n cancels. Sources: Frantar et
+al., "GPTQ" (2210.17323), algorithm 1; Li et al., "GPTAQ" (2504.02692), equations 15-17, for the drift term.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from angelslim_core.errors import NumericError
 from ..kernels.round_columns import ROUND_COLUMNS, Steps
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from angelslim_core.parallel import Group
 
 BLOCK = 128
@@ -26,12 +28,12 @@ COLUMNS = 256
 
 
 class Moments:
-    """H and, with reference inputs, the drift D = (2 / n) sum (x~ - x) x^T; fp32, both [I, I]."""
+    """H and, with reference inputs, the drift D = sum (x~ - x) x^T; fp32, both [I, I]."""
 
     def __init__(self) -> None:
         self.rows = 0
         self._second: Tensor | None = None
-        self._drift: Tensor | None = None
+        self.drift: Tensor | None = None
 
     def add(self, x_NI: Tensor, reference_NI: Tensor | None = None, weight_N: Tensor | None = None) -> None:
         """Take rows into account.
@@ -53,15 +55,13 @@ class Moments:
             self._second = torch.zeros(x.shape[1], x.shape[1], device=x.device)
         x = x if x.is_cuda and x.dtype == torch.bfloat16 else x.float()
         weighted = x if weight_N is None else x.float() * weight_N[:, None]
-        width = max(COLUMNS, x.shape[1] // 8)
-        for start in range(0, x.shape[1], width):  # symmetric: what lies below the diagonal's blocks is not computed
-            stop = start + width
-            _add_products(self._second[:stop, start:stop], weighted[:, :stop], x[:, start:stop])
+        for some in _blocks(x.shape[1]):  # symmetric: what lies below the diagonal's blocks is not computed
+            _add_products(self._second[: some.stop, some], weighted[:, : some.stop], x[:, some])
         if reference_NI is not None:
-            if self._drift is None:
-                self._drift = torch.zeros_like(self._second)
+            if self.drift is None:
+                self.drift = torch.zeros_like(self._second)
             moved = reference_NI.float() - x.float()
-            _add_products(self._drift, moved if weight_N is None else moved.mul_(weight_N[:, None]), x)
+            _add_products(self.drift, moved if weight_N is None else moved.mul_(weight_N[:, None]), x)
 
     def reduce(self, group: Group, columns: int, device: str, drifts: bool = False) -> None:
         """Make these the moments of all processes' rows.
@@ -78,7 +78,7 @@ class Moments:
             nothing = torch.zeros(columns, columns, device=device)
             self._second = group.reduce(nothing.clone() if self._second is None else self._second)
             if drifts:
-                self._drift = group.reduce(nothing if self._drift is None else self._drift)
+                self.drift = group.reduce(nothing if self.drift is None else self.drift)
 
     @property
     def hessian(self) -> Tensor:
@@ -90,13 +90,16 @@ class Moments:
         assert self._second is not None
         if not bool(torch.isfinite(self._second.diagonal().sum())):
             raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
-        found = self._second.triu().mul_(2 / self.rows)
-        return found.add_(found.triu(1).T)
+        for some in _blocks(len(self._second)):
+            block = self._second[some, some].triu()
+            self._second[some, some] = block + block.triu(1).T
+            self._second[some.stop :, some] = self._second[some, some.stop :].T
+        return self._second
 
-    @property
-    def drift(self) -> Tensor | None:
-        """D, or None where no reference was given."""
-        return None if self._drift is None else self._drift * (2 / self.rows)
+
+def _blocks(columns: int) -> Iterator[slice]:
+    width = max(COLUMNS, columns // 8)
+    return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
 
 
 def _add_products(sums: Tensor, a_NI: Tensor, x_NI: Tensor) -> None:
@@ -110,8 +113,8 @@ def _add_products(sums: Tensor, a_NI: Tensor, x_NI: Tensor) -> None:
         sums += torch.mm((a_NI - high).to(x_NI.dtype).T, x_NI, out_dtype=torch.float32)
 
 
-def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
-    """Upper U with U^T U = H^-1 after damping, and how often damping was raised; H is overwritten.
+def inverse_factor(hessian_II: Tensor, damping: float, order_I: Tensor) -> tuple[Tensor, int]:
+    """Upper U with U^T U = H^-1, rows and columns in an order, after damping; and how often damping was raised.
 
     Dead inputs (H_ii = 0) get H_ii = 1. `damping` times the mean of the diagonal is added to it, and again after each
     failure of Cholesky's factorization. With rows and columns in reverse H = L L^T, and U is the inverse of L, reversed.
@@ -119,12 +122,15 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> tuple[Tensor, int]:
     Raises:
         NumericError: ten times were not enough.
     """
-    diagonal = hessian_II.diagonal()
+    backwards = order_I.flip(0)
+    diagonal = hessian_II.diagonal()[backwards]
     diagonal[diagonal == 0] = 1
     step = damping * float(diagonal.mean())
     for attempt in range(11):
-        diagonal += step
-        factor, failed = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
+        factor = hessian_II[backwards[:, None], backwards].T  # columns lie together: LAPACK then works in place
+        factor.diagonal().copy_(diagonal.add_(step))
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not int(failed):
             one = torch.eye(len(factor), device=factor.device, dtype=factor.dtype)
             factor = torch.linalg.solve_triangular(factor, one, upper=False, out=one)
@@ -173,7 +179,7 @@ def compensate(
     group_I = (order // (group_size or columns)).int()
     work = weight_OI.float().T[order].contiguous()  # one row per input: columns of the weight lie together
     work[diagonal[order] == 0] = 0
-    upper, raised = inverse_factor(hessian_II[order[:, None], order], damping)
+    upper, raised = inverse_factor(hessian_II, damping, order)
     pull = None
     if drift_II is not None:
         pull = torch.triu(drift_II[order][:, order] @ upper.T, 1) @ upper

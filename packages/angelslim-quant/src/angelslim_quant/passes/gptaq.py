@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ..sinks import fitting, token_weights
+from ..sinks import observe
 from ..stages import by_input
 from .gptq import GPTQ, CompensatedConfig
 
@@ -44,15 +44,14 @@ class GPTAQ(GPTQ):
 
         moments = {members[0]: Moments() for members in by_input(sites)}
         expected: dict[Site, Tensor] = {}
+
+        def see(site: Site, x_NI: Tensor, weight_N: Tensor | None) -> None:
+            moments[site].add(x_NI, expected[site], weight_N)
+
         # every expert sees every token: routing may differ between the two streams, rows may not
         for batch in layer.batches:
-            weight_N = token_weights(batch, self.config.sink_weight)
             layer.observe(expected.__setitem__, sites=moments, batches=[batch], reference=self._original)
-            layer.observe(
-                lambda site, x_NI: moments[site].add(x_NI, expected[site], fitting(weight_N, x_NI)),  # noqa: B023
-                sites=moments,
-                batches=[batch],
-            )
+            observe(layer, see, self.config.sink_weight, sites=moments, batches=[batch])
         self.reduce(layer, moments)
         return moments
 

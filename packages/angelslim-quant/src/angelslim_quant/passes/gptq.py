@@ -12,7 +12,7 @@ from angelslim_core.passes import LayerPass, PassConfig
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
 from ..grouped import GroupedConfig, grouped_scheme
-from ..sinks import SINK_WEIGHT, fitting, token_weights
+from ..sinks import SINK_WEIGHT, observe
 from ..stages import by_input, stages
 
 if TYPE_CHECKING:
@@ -76,14 +76,11 @@ class GPTQ(LayerPass):
         from ..numerics.compensate import Moments
 
         moments = {members[0]: Moments() for members in by_input(sites)}
-        for batch in layer.batches:
-            weight_N = token_weights(batch, self.config.sink_weight)
-            layer.observe(
-                lambda site, x_NI: moments[site].add(x_NI, None, fitting(weight_N, x_NI)),  # noqa: B023
-                self.config.calibrate_all_experts,
-                sites=moments,
-                batches=[batch],
-            )
+
+        def see(site: Site, x_NI: Tensor, weight_N: Tensor | None) -> None:
+            moments[site].add(x_NI, None, weight_N)
+
+        observe(layer, see, self.config.sink_weight, self.config.calibrate_all_experts, sites=moments)
         self.reduce(layer, moments)
         return moments
 

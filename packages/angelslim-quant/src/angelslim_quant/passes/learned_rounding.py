@@ -9,6 +9,7 @@ from pydantic import Field
 from angelslim_core.layer import joined
 from angelslim_core.schemes import Quantized
 
+from ..sinks import token_weights
 from .gptaq import GPTAQ
 from .gptq import SHRINKS
 
@@ -76,7 +77,7 @@ class LearnedRounding(GPTAQ):
                 leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
                 drawn = _draw(sizes, self.config.batch_size, generator)
                 for batch in joined((own[place] for place in drawn if place in own), layer.context.device):
-                    self._loss(layer, batch, leaves)[0].backward()
+                    self._loss(layer, batch, leaves).backward()
                 # an expert no token reached has none
                 grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values()]
                 torch.autograd.backward(list(weights.values()), [group.reduce(g.float()).to(g.dtype) for g in grads])
@@ -96,23 +97,23 @@ class LearnedRounding(GPTAQ):
             ended = started
         return {"start_loss": started, "loss": ended}
 
-    @staticmethod
-    def _loss(layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
-        """Sum over real tokens of the output's squared error relative to the token's mean square, and their number."""
+    def _loss(self, layer: Layer, batch: LayerBatch, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Weighted sum over real tokens of the output's squared error relative to the token's mean square."""
         assert batch.target is not None
         out = layer.forward(batch, weights=weights)
         mask = batch.mask.to(out.device)
         target = batch.target.to(out.device).float()[mask]
-        error = (out.float()[mask] - target).square().mean(-1)
-        return (error / target.square().mean(-1).clamp_min(1e-12)).sum(), error.shape[0]
+        error = (out.float()[mask] - target).square().mean(-1) / target.square().mean(-1).clamp_min(1e-12)
+        weight_N = token_weights(batch, self.config.sink_weight)
+        return error.sum() if weight_N is None else error @ weight_N.to(error.device)
 
     def _loss_over(self, layer: Layer) -> float:
         """Mean over the real tokens of all batches."""
         import torch
 
         with torch.no_grad():
-            losses = [self._loss(layer, batch) for batch in layer.batches]
-        sums = torch.tensor([sum(float(loss) for loss, _ in losses), sum(count for _, count in losses)], dtype=torch.float64)
+            loss = sum(float(self._loss(layer, batch)) for batch in layer.batches)
+        sums = torch.tensor([loss, sum(int(batch.mask.sum()) for batch in layer.batches)], dtype=torch.float64)
         total, tokens = layer.context.group.reduce(sums).tolist()
         return float(total / tokens)
 
