@@ -48,6 +48,7 @@ class Row(NamedTuple):
 ROWS = {
     "int8 smooth": Row("model", (("quant.smooth",), ("quant.int8_dynamic",)), (("llmcompressor", "smooth"),)),
     "fp8 static": Row("model", (("quant.fp8_static",),), (("llmcompressor", "fp8_static"),)),
+    "fp8 static smoothed": Row("model", (("quant.smooth",), ("quant.fp8_static",)), (("llmcompressor", "fp8_static"),)),
     "fp8 cache per tensor": Row("model", (("quant.kv_fp8",),), (("llmcompressor", "kv_fp8"),)),
     "fp8 cache per head": Row("model", (("quant.kv_fp8", "granularity=head"),), (("llmcompressor", "kv_fp8_head"),)),
     "w4 g64 gptq": Row("offgrid", (("quant.gptq", G64),), (("llmcompressor", "gptq"), ("llmcompressor", "gptq_no_order"), ("gptqmodel", "w4"))),
@@ -56,9 +57,14 @@ ROWS = {
     "w4 g64 awq asym": Row("offgrid", (("quant.awq", G64),), (("llmcompressor", "awq"),)),
     "w4 g64 learned rounding": Row("offgrid", (("quant.learned_rounding", G64),), (("autoround", "w4"),)),
     "w4 g64 learned rounding asym": Row("offgrid", (("quant.learned_rounding", G64, "symmetric=false"),), (("autoround", "w4_asym"),)),
+    "w4 g64 learned rounding asym 50 steps": Row(
+        "offgrid", (("quant.learned_rounding", G64, "symmetric=false", "iterations=50"),), (("autoround", "w4_asym"),)
+    ),
     "w4 g64 rotated learned rounding asym": Row("offgrid", (("quant.rotate",), ("quant.learned_rounding", G64, "symmetric=false"))),
     "nvfp4": Row("offgrid", (("quant.nvfp4",),), (("llmcompressor", "nvfp4"), ("autoround", "nvfp4"))),
+    "nvfp4 nearest": Row("offgrid", (("quant.nvfp4", "gptq=false"),), (("llmcompressor", "nvfp4"),)),
     "nvfp4 weight-only": Row("offgrid", (("quant.nvfp4", "weight_only=true"),), (("llmcompressor", "nvfp4a16"),)),
+    "nvfp4 weight-only nearest": Row("offgrid", (("quant.nvfp4", "weight_only=true", "gptq=false"),), (("llmcompressor", "nvfp4a16"),)),
 }
 
 

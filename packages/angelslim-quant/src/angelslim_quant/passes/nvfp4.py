@@ -13,7 +13,7 @@ from angelslim_core.schemes import Quantized, Scheme
 
 from ..experts import input_ranges
 from ..microscaled import fits
-from ..sinks import SINK_WEIGHT, fitting, token_weights
+from ..sinks import SINK_WEIGHT, observe
 from ..stages import by_input, stages
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from angelslim_core.context import Context
     from angelslim_core.layer import Layer
 
-    from ..numerics.compensate import Moments
+# inputs that share a scale
+BLOCK = 16
 
 
 class NVFP4Config(PassConfig):
@@ -65,76 +66,108 @@ class NVFP4(LayerPass):
 
     def run(self, layer: Layer) -> dict[str, Any]:
         report = {"hessian_dampings_raised": 0, "experts_rounded_to_nearest": 0, "input_scales_of_siblings": 0}
-        for stage in stages(layer.sites, sequential=True):
-            moments, input_scales = self._collect(layer, by_input(stage), report)
+        gptq, rounds_inputs = self.config.gptq, not self.config.weight_only
+        ranges, squares = self._survey(layer, report) if rounds_inputs or not gptq else ({}, {})
+        for stage in stages(layer.sites, sequential=gptq):
+            hessians = self._hessians(layer, by_input(stage), ranges) if gptq else {}
             for members in by_input(stage):
-                self._solve(layer, members, moments[members[0]], input_scales.get(members[0]), report)
+                first = members[0]
+                hessian = hessians.pop(first, None)
+                self._solve(layer, members, hessian, hessian.diagonal() if hessian is not None else squares.get(first), ranges.get(first), report)
         return report
 
-    def _collect(self, layer: Layer, sets: list[list[Site]], report: dict[str, int]) -> tuple[dict[Site, Moments], dict[Site, Tensor]]:
-        """Of the input of each set, by its first member: moments as engines see it, and the global scale."""
+    def _survey(self, layer: Layer, report: dict[str, int]) -> tuple[dict[Site, float], dict[Site, Tensor]]:
+        """Of the input of each set of the unquantized layer, by its first member: the largest |x|; sums of squares [I] where a token came."""
+        import torch
+
+        from angelslim_core.rounding import E2M1_MAX, E4M3_MAX
+
+        group, device = layer.context.group, layer.context.device
+        first = [members[0] for members in by_input(layer.sites)]
+        amax = {site: torch.zeros((), device=device) for site in first}
+        squares = {site: torch.zeros(site.shape[1], device=device) for site in first}
+        rows = dict.fromkeys(first, 0)
+
+        def see(site: Site, x_NI: Tensor, weight_N: Tensor | None) -> None:
+            if x_NI.numel():
+                x = x_NI.float()
+                amax[site] = amax[site].maximum(x.abs().amax())
+                squares[site] += x.square().sum(0) if weight_N is None else weight_N @ x.square()
+                rows[site] += x.shape[0]
+
+        observe(layer, see, self.config.sink_weight, self.config.calibrate_all_experts, sites=first)
+        found = {site: float(group.reduce(seen, "max")) for site, seen in amax.items()}
+        ranges, lent = input_ranges(layer, found, E2M1_MAX * E4M3_MAX) if not self.config.weight_only else ({}, 0)
+        report["input_scales_of_siblings"] += lent
+        total = {site: int(group.reduce(torch.tensor(rows[site]))) for site in first}
+        return ranges, {site: self._trusted(group.reduce(squares[site]), total[site]) for site in first if total[site]}
+
+    def _hessians(self, layer: Layer, sets: list[list[Site]], ranges: dict[Site, float]) -> dict[Site, Tensor]:
+        """H of the input of each set as engines see it, by its first member, where a token came; ranges widen to those that are met."""
         import torch
 
         from angelslim_core.emulation import round_input
-        from angelslim_core.rounding import E2M1_MAX, E4M3_MAX
 
         from ..numerics.compensate import Moments
         from ..numerics.microscale import global_scale_of
 
+        group, device = layer.context.group, layer.context.device
         first = [members[0] for members in sets]
         moments = {site: Moments() for site in first}
         grid = self.scheme(first[0]).input_activations
-        input_scales: dict[Site, Tensor] = {}
-        if grid:
-            device = layer.context.device
-            amax = {site: torch.zeros((), device=device) for site in first}
+        scales = {site: global_scale_of(torch.tensor(ranges[site], device=device)) for site in first} if grid else {}
+        amax = {site: torch.zeros((), device=device) for site in first}
 
-            def widen(site: Site, x_NI: Tensor) -> None:
-                if x_NI.numel():
-                    amax[site] = amax[site].maximum(x_NI.abs().amax())
+        def see(site: Site, x_NI: Tensor, weight_N: Tensor | None) -> None:
+            if grid and x_NI.numel():
+                amax[site] = amax[site].maximum(x_NI.abs().amax())
+            moments[site].add(round_input(x_NI, grid, scales[site]) if grid else x_NI, None, weight_N)
 
-            layer.observe(widen, self.config.calibrate_all_experts, sites=first)
-            found = {site: float(layer.context.group.reduce(seen, "max")) for site, seen in amax.items()}
-            ranges, lent = input_ranges(layer, found, E2M1_MAX * E4M3_MAX)
-            report["input_scales_of_siblings"] += lent
-            input_scales = {site: global_scale_of(torch.tensor(largest, device=device)) for site, largest in ranges.items()}
-
-        for batch in layer.batches:
-            weight_N = token_weights(batch, self.config.sink_weight)
-
-            def see(site: Site, x_NI: Tensor, weight_N: Tensor | None = weight_N) -> None:
-                moments[site].add(round_input(x_NI, grid, input_scales[site]) if grid else x_NI, None, fitting(weight_N, x_NI))
-
-            layer.observe(see, self.config.calibrate_all_experts, sites=first, batches=[batch])
+        observe(layer, see, self.config.sink_weight, self.config.calibrate_all_experts, sites=first)
         for site, seen in moments.items():
-            seen.reduce(layer.context.group, site.shape[1], layer.context.device)
-        return moments, input_scales
+            seen.reduce(group, site.shape[1], device)
+            if grid:
+                ranges[site] = max(ranges[site], float(group.reduce(amax[site], "max")))
+        hessians = {site: seen.hessian for site, seen in moments.items() if seen.rows}
+        for site, hessian in hessians.items():
+            self._trusted(hessian.diagonal(), moments[site].rows)
+        return hessians
 
-    def _solve(self, layer: Layer, members: list[Site], moments: Moments, input_scale: Tensor | None, report: dict[str, int]) -> None:
-        """Quantize and store linears that read one input."""
+    def _trusted(self, squares_I: Tensor, rows: int) -> Tensor:
+        """Sums of squares, raised in place where a few tokens say nothing of most inputs: those that are 0 in all of them are not dead."""
+        if rows < 2 * BLOCK:
+            squares_I += 10 * self.config.damping * squares_I.mean()
+        return squares_I
+
+    def _solve(
+        self, layer: Layer, members: list[Site], hessian: Tensor | None, importance_I: Tensor | None, amax: float | None, report: dict[str, int]
+    ) -> None:
+        """Quantize and store linears that read one input.
+
+        Args:
+            importance_I: weight of each input's squared error; None if no token came.
+            amax: the largest |x| of the input, if it is rounded.
+        """
         import torch
 
         from ..numerics.compensate import compensate
-        from ..numerics.microscale import block_scales, element_steps, quantize, stored_codes, weight_scale_of
+        from ..numerics.microscale import block_scales, element_steps, global_scale_of, quantize, stored_codes, weight_scale_of
 
         scheme = self.scheme(members[0])
         grid = scheme.weights
         weight = torch.cat([layer.linear(s).weight.data for s in members])
         t = weight_scale_of(weight.abs().amax())
-        hessian = moments.hessian if moments.rows else None
-        if hessian is not None and moments.rows < 2 * (grid.group_size or 0):
-            # a few tokens say nothing of most inputs; those that are 0 in all of them are not dead
-            hessian.diagonal().add_(10 * self.config.damping * hessian.diagonal().mean())
-        scale = block_scales(weight, grid, t, None if hessian is None else hessian.diagonal(), self.config.scale_search)
-        if hessian is None or not self.config.gptq:
-            codes = quantize(weight, grid, scale, t)
-            if hessian is None:
-                layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
-                report["experts_rounded_to_nearest"] += 1
-        else:
+        scale = block_scales(weight, grid, t, importance_I, self.config.scale_search)
+        if hessian is not None:
             found = compensate(weight, hessian, element_steps(scale, t), grid.group_size, damping=self.config.damping)
             codes = stored_codes(found.levels, grid)
             report["hessian_dampings_raised"] += found.raised
+        else:
+            codes = quantize(weight, grid, scale, t)
+        if importance_I is None:
+            layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
+            report["experts_rounded_to_nearest"] += 1
+        input_scale = None if amax is None else global_scale_of(torch.tensor(amax, device=weight.device))
         start = 0
         for site in members:
             rows = slice(start, start + site.shape[0])
