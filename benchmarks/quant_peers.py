@@ -48,7 +48,7 @@ class Row(NamedTuple):
 ROWS = {
     "int8 smooth": Row("model", (("quant.smooth",), ("quant.int8_dynamic",)), (("llmcompressor", "smooth"),)),
     "fp8 static": Row("model", (("quant.fp8_static",),), (("llmcompressor", "fp8_static"),)),
-    "fp8 static smoothed": Row("model", (("quant.smooth",), ("quant.fp8_static",)), (("llmcompressor", "fp8_static"),)),
+    "fp8 static gptq": Row("model", (("quant.fp8_static", "gptq=true"),), (("llmcompressor", "fp8_static"),)),
     "fp8 cache per tensor": Row("model", (("quant.kv_fp8",),), (("llmcompressor", "kv_fp8"),)),
     "fp8 cache per head": Row("model", (("quant.kv_fp8", "granularity=head"),), (("llmcompressor", "kv_fp8_head"),)),
     "w4 g64 gptq": Row("offgrid", (("quant.gptq", G64),), (("llmcompressor", "gptq"), ("llmcompressor", "gptq_no_order"), ("gptqmodel", "w4"))),

@@ -10,6 +10,7 @@ from angelslim_core.errors import NumericError
 from angelslim_core.layer import LayerBatch
 from angelslim_core.schemes import Grid, Quantized, Scheme, dequantize
 from angelslim_core.testing.conformance import check_pass
+from angelslim_quant.numerics import fp8
 from angelslim_quant.numerics.compensate import Moments, compensate, inverse_factor
 from angelslim_quant.numerics.integer import quantize, range_of, scale_of, search_range, steps
 from angelslim_quant.passes.learned_rounding import Rounder
@@ -48,6 +49,8 @@ def round_with(weight, moments, grid, **options):
         ("quant.awq", {"group_size": 32, "grid": 4}),
         ("quant.awq", {"group_size": 32, "grid": 4, "symmetric": True, "clip": False}),
         ("quant.smooth", {}),
+        ("quant.fp8_static", {"gptq": True}),
+        ("quant.lepto", {"gptq": True}),
         ("quant.learned_rounding", {"group_size": 32, "iterations": 3}),
         ("quant.learned_rounding", {"group_size": 32, "iterations": 3, "start": "nearest", "symmetric": False}),
     ],
@@ -92,6 +95,17 @@ def test_gptq_beats_nearest_on_the_same_grid(grid, act_order):
         errors = [float(((q - weight) @ moments.hessian * (q - weight)).sum()) for q in (value, nearest)]
         assert errors[0] < (0.9 if act_order else 0.97) * errors[1]
         assert codes.min() >= -8 and codes.max() <= 7
+
+
+def test_gptq_beats_nearest_in_fp8():
+    for seed in range(4):
+        weight, x = problem(seed)
+        codes, scale = fp8.quantize(weight, Grid(8, "float", "tensor"))
+        hessian = moments_of(x).hessian
+        found = compensate(weight, hessian, fp8.element_steps(scale, len(weight)), None).levels
+        assert torch.equal(found, found.to(torch.float8_e4m3fn).float())
+        errors = [float(((q * scale - weight) @ hessian * (q * scale - weight)).sum()) for q in (found, codes.float())]
+        assert errors[0] < 0.7 * errors[1]
 
 
 def test_gptq_with_a_diagonal_hessian_is_rounding_to_nearest():

@@ -5,7 +5,7 @@ import torch
 
 from angelslim_core.schemes import Grid, dequantize
 from angelslim_quant.kernels.round_columns import ROUND_COLUMNS, Steps
-from angelslim_quant.numerics import integer, microscale
+from angelslim_quant.numerics import fp8, integer, microscale
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRIDS = [
@@ -13,6 +13,7 @@ GRIDS = [
     Grid(3, "int", "group", 16, symmetric=False),
     Grid(8, "int", "channel"),
     Grid(4, "float", "group", 16, scale_dtype="F8_E4M3"),
+    Grid(8, "float", "tensor"),
 ]
 
 
@@ -23,6 +24,10 @@ def case(grid, outputs=37, inputs=48):
     if grid.type == "int":
         codes, scale, zero = integer.quantize(weight, grid)
         steps, levels, values = integer.steps(scale, zero, grid), codes.float(), dequantize(codes, scale, zero, grid)
+    elif grid.bits == 8:
+        weight[0, :16] *= torch.logspace(-6, 0, 16)  # subnormal ones too
+        codes, scale = fp8.quantize(weight, grid)
+        steps, levels, values = fp8.element_steps(scale, outputs), codes.float(), codes.float() * scale
     else:
         t = microscale.weight_scale_of(weight.abs().amax())
         scale = microscale.block_scales(weight, grid, t)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from angelslim_core.kernels import Implementation, Kernel
-from angelslim_core.rounding import round_e2m1
+from angelslim_core.rounding import cast_e4m3, round_e2m1
+
+# floats: the element value nearest to each
+ELEMENTS = {"e2m1": round_e2m1, "e4m3": lambda x: cast_e4m3(x).float()}
 
 
 class Steps(NamedTuple):
@@ -18,13 +21,13 @@ class Steps(NamedTuple):
     Args:
         step_GO: what an element value of group g and output o is multiplied by, fp32.
         zero_GO: zero points of integers, fp32, or None.
-        levels: "int": whole numbers in [-half, half - 1]; "e2m1": FP4 values.
+        levels: "int": whole numbers in [-half, half - 1]; "e2m1": FP4 values; "e4m3": FP8 values.
         half: of integers.
     """
 
     step_GO: Tensor
     zero_GO: Tensor | None
-    levels: Literal["int", "e2m1"]
+    levels: Literal["int", "e2m1", "e4m3"]
     half: int = 0
 
 
@@ -41,8 +44,8 @@ def reference(block_BO: Tensor, upper_BB: Tensor, pull_BB: Tensor | None, steps:
     for i, group in enumerate(group_B.tolist()):
         column = block_BO[i]
         step = steps.step_GO[group]
-        if steps.levels == "e2m1":
-            levels[i] = round_e2m1(column / step)
+        if steps.levels != "int":
+            levels[i] = ELEMENTS[steps.levels](column / step)
             value = levels[i] * step
         elif steps.zero_GO is None:
             levels[i] = (column / step).round_().clamp_(-steps.half, steps.half - 1)

@@ -9,6 +9,7 @@ from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.rounding import E4M3_MAX, cast_e4m3
 from angelslim_core.schemes import Grid, against
 
+from ..kernels.round_columns import Steps
 from .amax import amax_of
 
 
@@ -16,6 +17,11 @@ def scale_of(amax: Tensor, grid: Grid) -> Tensor:
     """amax / 448 in the dtype it is stored in; 1 where amax is 0 or the scale would underflow."""
     scale = (amax.float() / E4M3_MAX).to(torch_dtype(grid.scale_dtype))
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def element_steps(scale: Tensor, outputs: int) -> Steps:
+    """The FP8 values that `quantize` rounds to under one scale [1], for `compensate`."""
+    return Steps(scale.float().expand(1, outputs).contiguous(), None, "e4m3")
 
 
 def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,8 @@ class GPTAQ(GPTQ):
         for batch in layer.batches:
             layer.observe(expected.__setitem__, sites=moments, batches=[batch], reference=self._original)
             observe(layer, see, self.config.sink_weight, sites=moments, batches=[batch])
-        self.reduce(layer, moments)
+        for site, found in moments.items():
+            found.reduce(layer.context.group, site.shape[1], layer.context.device, drifts=True)
         return moments
 
     def drift(self, moments: Moments) -> Tensor | None:

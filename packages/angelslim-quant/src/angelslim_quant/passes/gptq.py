@@ -12,12 +12,11 @@ from angelslim_core.passes import LayerPass, PassConfig
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
 from ..grouped import GroupedConfig, grouped_scheme
-from ..sinks import SINK_WEIGHT, observe
+from ..second_moments import second_moments
+from ..sinks import SINK_WEIGHT
 from ..stages import by_input, stages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
     from angelslim_core.adapters.base import Site
@@ -73,21 +72,7 @@ class GPTQ(LayerPass):
 
     def collect(self, layer: Layer, sites: tuple[Site, ...]) -> dict[Site, Moments]:
         """Moments of the input of each set of linears that read one input, by its first member."""
-        from ..numerics.compensate import Moments
-
-        moments = {members[0]: Moments() for members in by_input(sites)}
-
-        def see(site: Site, x_NI: Tensor, weight_N: Tensor | None) -> None:
-            moments[site].add(x_NI, None, weight_N)
-
-        observe(layer, see, self.config.sink_weight, self.config.calibrate_all_experts, sites=moments)
-        self.reduce(layer, moments)
-        return moments
-
-    def reduce(self, layer: Layer, moments: Mapping[Site, Moments]) -> None:
-        """Make the moments those of all processes' batches."""
-        for site, found in moments.items():
-            found.reduce(layer.context.group, site.shape[1], layer.context.device, self.needs_reference)
+        return second_moments(layer, by_input(sites), self.config.sink_weight, self.config.calibrate_all_experts)
 
     def solve(self, layer: Layer, members: list[Site], moments: Moments, report: dict[str, int]) -> None:
         """Quantize and store linears that read one input."""

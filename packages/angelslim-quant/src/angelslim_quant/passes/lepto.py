@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from angelslim_core.passes import PassConfig
-
 from ..experts import input_ranges
-from .fp8_static import FLOOR, FP8Static
+from .fp8_static import FLOOR, FP8Static, FP8StaticConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,11 +51,10 @@ class Lepto(FP8Static):
 
     id = "quant.lepto"
 
-    class Config(PassConfig):
+    class Config(FP8StaticConfig):
         variant: Literal["clip", "ratio"] = Field(
             "clip", description="clip: candidates cut off the largest 1e-4 to 1e-3 of the inputs; ratio: candidates shift the grid and cut nothing."
         )
-        calibrate_all_experts: bool = Field(True, description="Every expert sees every token; else only those routed to it.")
 
     def input_ranges(self, layer: Layer, sets: Sequence[Sequence[Site]]) -> tuple[dict[Site, float], dict[str, Any]]:
         from ..numerics.fp8 import E4M3_MAX

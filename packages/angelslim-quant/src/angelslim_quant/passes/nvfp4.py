@@ -13,6 +13,7 @@ from angelslim_core.schemes import Quantized, Scheme
 
 from ..experts import input_ranges
 from ..microscaled import fits
+from ..second_moments import second_moments
 from ..sinks import SINK_WEIGHT, observe
 from ..stages import by_input, stages
 
@@ -108,26 +109,23 @@ class NVFP4(LayerPass):
 
         from angelslim_core.emulation import round_input
 
-        from ..numerics.compensate import Moments
         from ..numerics.microscale import global_scale_of
 
         group, device = layer.context.group, layer.context.device
         first = [members[0] for members in sets]
-        moments = {site: Moments() for site in first}
         grid = self.scheme(first[0]).input_activations
         scales = {site: global_scale_of(torch.tensor(ranges[site], device=device)) for site in first} if grid else {}
         amax = {site: torch.zeros((), device=device) for site in first}
 
-        def see(site: Site, x_NI: Tensor, weight_N: Tensor | None) -> None:
+        def stored(site: Site, x_NI: Tensor) -> Tensor:
             if grid and x_NI.numel():
                 amax[site] = amax[site].maximum(x_NI.abs().amax())
-            moments[site].add(round_input(x_NI, grid, scales[site]) if grid else x_NI, None, weight_N)
+                return round_input(x_NI, grid, scales[site])
+            return x_NI
 
-        observe(layer, see, self.config.sink_weight, self.config.calibrate_all_experts, sites=first)
-        for site, seen in moments.items():
-            seen.reduce(group, site.shape[1], device)
-            if grid:
-                ranges[site] = max(ranges[site], float(group.reduce(amax[site], "max")))
+        moments = second_moments(layer, sets, self.config.sink_weight, self.config.calibrate_all_experts, stored)
+        for site in scales:
+            ranges[site] = max(ranges[site], float(group.reduce(amax[site], "max")))
         hessians = {site: seen.hessian for site, seen in moments.items() if seen.rows}
         for site, hessian in hessians.items():
             self._trusted(hessian.diagonal(), moments[site].rows)

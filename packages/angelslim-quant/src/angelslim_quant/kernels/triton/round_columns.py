@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 OUTPUTS = 32
 # x + MAGIC - MAGIC rounds fp32 to the nearest whole number, ties to even, for |x| < 2^22
 MAGIC = tl.constexpr(12582912.0)
+# floats: least and largest power of two below a value, its steps in parts of that, largest value
+FORMATS = {"int": (0.0, 0.0, 0.0, 0.0), "e2m1": (1.0, 4.0, 0.5, 6.0), "e4m3": (2.0**-6, 256.0, 0.125, 448.0)}
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def _whole(x):
 @triton.jit
 def _kernel(
     block, upper, pull, step, zero, group, levels, errors, outputs, width, half,
-    FP4: tl.constexpr, ZERO: tl.constexpr, PULL: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr,
+    LEAST: tl.constexpr, MOST: tl.constexpr, PART: tl.constexpr, LARGEST: tl.constexpr, ZERO: tl.constexpr, PULL: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     c = tl.arange(0, COLUMNS)
@@ -39,9 +41,10 @@ def _kernel(
         at = tl.load(group + i).to(tl.int64) * outputs + o
         scale = tl.load(step + at, some, 1.0)
         x = tl.div_rn(column, scale)
-        if FP4:
-            size = tl.minimum(tl.abs(x), 6.0)
-            unit = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
+        if LARGEST > 0:
+            size = tl.minimum(tl.abs(x), LARGEST)
+            power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            unit = tl.minimum(tl.maximum(power, LEAST), MOST) * PART
             size = _whole(size / unit) * unit
             level = tl.where(x < 0.0, -size, size)
             value = level * scale
@@ -72,10 +75,11 @@ def round_columns(block_BO: Tensor, upper_BB: Tensor, pull_BB: Tensor | None, st
     levels, errors = torch.empty_like(block_BO), torch.empty_like(block_BO)
     upper_BB = upper_BB.contiguous()
     pull_BB = upper_BB if pull_BB is None else pull_BB.contiguous()
+    least, most, part, largest = FORMATS[steps.levels]
     _kernel[(triton.cdiv(outputs, OUTPUTS),)](
         block_BO, upper_BB, pull_BB, steps.step_GO, steps.step_GO if steps.zero_GO is None else steps.zero_GO, group_B, levels, errors,
         outputs, width, float(steps.half),
-        FP4=steps.levels == "e2m1", ZERO=steps.zero_GO is not None, PULL=pull_BB is not upper_BB,
+        LEAST=least, MOST=most, PART=part, LARGEST=largest, ZERO=steps.zero_GO is not None, PULL=pull_BB is not upper_BB,
         COLUMNS=max(16, triton.next_power_of_2(width)), OUTPUTS=OUTPUTS, num_warps=4,
     )  # fmt: skip
     return levels, errors
