@@ -1,19 +1,24 @@
 """GPTQ, GPTAQ, AWQ, smoothing and learned rounding against their definitions, and that each is worth its calibration."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import angelslim_quant.plugin as plugin
 from angelslim_core import compress, evaluate
+from angelslim_core.adapters.base import Site
 from angelslim_core.errors import NumericError
 from angelslim_core.layer import LayerBatch
+from angelslim_core.parallel import Group
 from angelslim_core.schemes import Grid, Quantized, Scheme, dequantize
 from angelslim_core.testing.conformance import check_pass
 from angelslim_quant.numerics import fp8
 from angelslim_quant.numerics.compensate import Moments, compensate, inverse_factor
 from angelslim_quant.numerics.integer import quantize, range_of, scale_of, search_range, steps
 from angelslim_quant.passes.learned_rounding import Rounder
+from angelslim_quant.passes.nvfp4 import NVFP4
 from angelslim_quant.passes.smooth import _losses, smoothing
 from angelslim_quant.sinks import token_weights
 
@@ -224,3 +229,19 @@ def test_a_texts_first_token_counts_a_sixteenth_of_its_sample():
     weighted, plain = Moments(), moments_of(torch.cat([x, x[:1], x[:1], x[:1]]))
     weighted.add(x, None, weights)
     assert torch.allclose(weighted.hessian, plain.hessian, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("gptq", [True, False])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_nvfp4_refuses_inputs_that_are_not_finite(gptq, value):
+    site = Site("l.q", "l.q.weight", "q", 0, (8, 16), "BF16")
+    x = torch.randn(4, 16)
+    layer = SimpleNamespace(
+        sites=(site,), batches=[LayerBatch(None, torch.ones(1, 4, dtype=torch.bool))], context=SimpleNamespace(group=Group(), device="cpu"),
+        observe=lambda see, *_, **__: see(site, x),
+    )  # fmt: skip
+    step = NVFP4(NVFP4.Config(gptq=gptq))
+    step._survey(layer, {"input_scales_of_siblings": 0})
+    x[2, 3] = value
+    with pytest.raises(NumericError, match="not finite"):
+        step._survey(layer, {"input_scales_of_siblings": 0})

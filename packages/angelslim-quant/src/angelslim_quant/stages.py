@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,3 +35,11 @@ def by_input(sites: Iterable[Site]) -> list[list[Site]]:
     for site in sites:
         sets.setdefault(site.fused or site.name, []).append(site)
     return list(sets.values())
+
+
+def rows_of(members: Iterable[Site]) -> Iterator[tuple[Site, slice]]:
+    """Each linear of a set with its rows in the set's joined weights."""
+    start = 0
+    for site in members:
+        yield site, slice(start, start + site.shape[0])
+        start += site.shape[0]

@@ -88,13 +88,18 @@ class Moments:
             NumericError: an input was not finite.
         """
         assert self._second is not None
-        if not bool(torch.isfinite(self._second.diagonal().sum())):
-            raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
+        check_squares(self._second.diagonal())
         for some in _blocks(len(self._second)):
             block = self._second[some, some].triu()
             self._second[some, some] = block + block.triu(1).T
             self._second[some.stop :, some] = self._second[some, some.stop :].T
         return self._second
+
+
+def check_squares(sums_I: Tensor) -> None:
+    """Raise a NumericError if the sums of squares of what was calibrated on tell of an input that is not finite."""
+    if not bool(torch.isfinite(sums_I.sum())):
+        raise NumericError(30, "calibration", "met an activation that is not finite", "calibrate in a wider dtype, or check the model")
 
 
 def _blocks(columns: int) -> Iterator[slice]:

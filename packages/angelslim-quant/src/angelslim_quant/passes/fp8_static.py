@@ -13,7 +13,7 @@ from angelslim_core.schemes import Grid, Quantized, Scheme
 from ..experts import input_ranges
 from ..second_moments import second_moments
 from ..sinks import SINK_WEIGHT
-from ..stages import by_input, stages
+from ..stages import by_input, rows_of, stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,10 +95,7 @@ class FP8Static(LayerPass):
             if moments is not None:
                 layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
                 report["experts_rounded_to_nearest"] += 1
-        start = 0
-        for site in members:
-            rows = slice(start, start + site.shape[0])
-            start = rows.stop
+        for site, rows in rows_of(members):
             layer.store(site, Quantized(scheme, codes[rows].contiguous(), scale, input_scale=input_scale))
 
     def input_ranges(self, layer: Layer, sets: Sequence[Sequence[Site]]) -> tuple[dict[Site, float], dict[str, Any]]:

@@ -14,7 +14,7 @@ from angelslim_core.schemes import Grid, Quantized, Scheme
 from ..grouped import GroupedConfig, grouped_scheme
 from ..second_moments import second_moments
 from ..sinks import SINK_WEIGHT
-from ..stages import by_input, stages
+from ..stages import by_input, rows_of, stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +104,7 @@ class GPTQ(LayerPass):
             )
             codes = levels.to(torch.int8)
             report["hessian_dampings_raised"] += raised
-        start = 0
-        for site in members:
-            rows = slice(start, start + site.shape[0])
-            start = rows.stop
+        for site, rows in rows_of(members):
             zeros = None if zero is None else zero[rows].contiguous()
             self.finish(layer, site, Quantized(scheme, codes[rows].contiguous(), scale[rows].contiguous(), zeros), before[rows])
 

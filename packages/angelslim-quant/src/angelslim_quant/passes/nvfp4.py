@@ -15,7 +15,7 @@ from ..experts import input_ranges
 from ..microscaled import fits
 from ..second_moments import second_moments
 from ..sinks import SINK_WEIGHT, observe
-from ..stages import by_input, stages
+from ..stages import by_input, rows_of, stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from angelslim_core.adapters.base import Site
     from angelslim_core.context import Context
     from angelslim_core.layer import Layer
-
-# inputs that share a scale
-BLOCK = 16
 
 
 class NVFP4Config(PassConfig):
@@ -83,6 +80,8 @@ class NVFP4(LayerPass):
 
         from angelslim_core.rounding import E2M1_MAX, E4M3_MAX
 
+        from ..numerics.compensate import check_squares
+
         group, device = layer.context.group, layer.context.device
         first = [members[0] for members in by_input(layer.sites)]
         amax = {site: torch.zeros((), device=device) for site in first}
@@ -100,8 +99,10 @@ class NVFP4(LayerPass):
         found = {site: float(group.reduce(seen, "max")) for site, seen in amax.items()}
         ranges, lent = input_ranges(layer, found, E2M1_MAX * E4M3_MAX) if not self.config.weight_only else ({}, 0)
         report["input_scales_of_siblings"] += lent
+        for sums in squares.values():
+            check_squares(sums)
         total = {site: int(group.reduce(torch.tensor(rows[site]))) for site in first}
-        return ranges, {site: self._trusted(group.reduce(squares[site]), total[site]) for site in first if total[site]}
+        return ranges, {site: self._trusted(site, group.reduce(squares[site]), total[site]) for site in first if total[site]}
 
     def _hessians(self, layer: Layer, sets: list[list[Site]], ranges: dict[Site, float]) -> dict[Site, Tensor]:
         """H of the input of each set as engines see it, by its first member, where a token came; ranges widen to those that are met."""
@@ -128,12 +129,12 @@ class NVFP4(LayerPass):
             ranges[site] = max(ranges[site], float(group.reduce(amax[site], "max")))
         hessians = {site: seen.hessian for site, seen in moments.items() if seen.rows}
         for site, hessian in hessians.items():
-            self._trusted(hessian.diagonal(), moments[site].rows)
+            self._trusted(site, hessian.diagonal(), moments[site].rows)
         return hessians
 
-    def _trusted(self, squares_I: Tensor, rows: int) -> Tensor:
+    def _trusted(self, site: Site, squares_I: Tensor, rows: int) -> Tensor:
         """Sums of squares, raised in place where a few tokens say nothing of most inputs: those that are 0 in all of them are not dead."""
-        if rows < 2 * BLOCK:
+        if rows < 2 * (self.scheme(site).weights.group_size or 0):
             squares_I += 10 * self.config.damping * squares_I.mean()
         return squares_I
 
@@ -166,10 +167,7 @@ class NVFP4(LayerPass):
             layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
             report["experts_rounded_to_nearest"] += 1
         input_scale = None if amax is None else global_scale_of(torch.tensor(amax, device=weight.device))
-        start = 0
-        for site in members:
-            rows = slice(start, start + site.shape[0])
-            start = rows.stop
+        for site, rows in rows_of(members):
             layer.store(site, Quantized(scheme, codes[rows].contiguous(), scale[rows].contiguous(), input_scale=input_scale, global_scale=t))
 
 
