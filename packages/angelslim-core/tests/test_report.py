@@ -21,7 +21,7 @@ class Found(TensorPass):
     def apply(self, weights, context):
         return weights
 
-    def findings(self):
+    def findings(self, linears):
         return {"spent": 4.5, "curves": [{"title": HOSTILE, "x": "bits", "y": "KL", "points": [[2, 1.0], [4, 0.1]], "mark": [4, 0.1]}]}
 
 

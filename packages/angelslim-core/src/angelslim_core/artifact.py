@@ -19,6 +19,7 @@ import yaml
 from .adapters import loaded_names
 from .io.writer import write_index, write_json, write_text
 from .model import sanitized
+from .passes import WeightPass
 from .recipe import to_yaml
 from .records import RECORDS
 from .transforms import transform_config
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .plugins import PluginHost
     from .schemes import Scheme
+    from .source import Source
 
 _LIBRARIES = ("angelslim-core", "torch", "transformers", "safetensors", "compressed-tensors")
 
@@ -64,11 +66,10 @@ def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any
     Shards count by name, size, time of change and header: hashing a terabyte before the first tensor would double the
     reading, and a changed file changes its time.
     """
-    files = sorted({info.file for info in plan.source.checkpoint.tensors.values()})
-    shards = {f.name: [f.stat().st_size, f.stat().st_mtime_ns, _header_digest(f)] for f in files}
     recipe = plan.recipe.model_dump(mode="json", by_alias=True, exclude={"export": {"to"}, "model": True, "eval": True, "gates": True})
     return {
-        "source": shards,
+        "source": _shards(plan.source),
+        "other sources": [_shards(source) for step in plan.steps if isinstance(step.pass_, WeightPass) for source in step.pass_.sources],
         "config": hashlib.sha256(json.dumps(plan.source.config, sort_keys=True).encode()).hexdigest(),
         "recipe": recipe,
         "schemes": hashlib.sha256(json.dumps({n: s.as_dict() for n, s in plan.schemes.items()}, sort_keys=True).encode()).hexdigest(),
@@ -78,6 +79,11 @@ def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any
         "plugins": plugin_records(host),
         "device": context.device,
     }
+
+
+def _shards(source: Source) -> dict[str, list[Any]]:
+    files = sorted({info.file for info in source.checkpoint.tensors.values()})
+    return {f.name: [f.stat().st_size, f.stat().st_mtime_ns, _header_digest(f)] for f in files}
 
 
 def _header_digest(file: Path) -> str:

@@ -100,8 +100,16 @@ class WeightPass(Pass):
         """What only the run can decide, a line each, for `--dry-run`."""
         return []
 
-    def findings(self) -> Mapping[str, Any]:
+    @property
+    def sources(self) -> Sequence[Source]:
+        """Other checkpoints that the settled pass reads; a run whose were changed is not resumed."""
+        return ()
+
+    def findings(self, linears: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
         """Numbers about the step as a whole, for the report.
+
+        Args:
+            linears: what the report says of each linear that the step quantized, `Quantized.numbers` among it.
 
         Under `curves` it may give curves to be drawn: `{title, x, y, points: [[x, y], ...]}`, x and y being labels, and
         with `mark: [x, y]` the point that was chosen.

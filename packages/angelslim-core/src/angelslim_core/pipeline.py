@@ -216,7 +216,8 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         timer.reports.update({s.index: plan.source.reports[s.pass_.id] for s in plan.steps if isinstance(s.pass_, SourcePass)})
         for step in plan.steps:
             if isinstance(step.pass_, WeightPass):
-                timer.reports[step.index] = {**timer.reports.get(step.index, {}), **step.pass_.findings()}
+                own = {s.name: metrics[s.name] for s in step.sites if s.name in metrics}
+                timer.reports[step.index] = {**timer.reports.get(step.index, {}), **step.pass_.findings(own)}
         passes = [timer.entry(s, metrics) for s in plan.steps]
         after = sum(p.stat().st_size for p in workdir.stage.glob("*.safetensors"))
         before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())

@@ -6,7 +6,8 @@ Shapes: O out features, I in features, G groups along `in`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Quantized:
         zero_point: int8, shape of `scale`, or None when symmetric.
         input_scale: [1] fp32, static activation scale (of strategy "tensor_group": of the block scales), or None.
         global_scale: [1] fp32, multiplies the block scales of strategy "tensor_group", or None.
+        numbers: what the pass has to say of this weight in the report, JSON only.
     """
 
     scheme: Scheme
@@ -128,6 +130,7 @@ class Quantized:
     zero_point: Tensor | None = None
     input_scale: Tensor | None = None
     global_scale: Tensor | None = None
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def dequantize(self) -> Tensor:
         """The represented weight [O, I] in fp32."""

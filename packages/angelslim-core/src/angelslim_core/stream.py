@@ -193,7 +193,7 @@ def encode(site: Site, result: Quantized | Tensor, weight: Tensor, exporter: Exp
     if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
         raise NumericError(1, site.name, "got a scale that is zero or not finite")
     packed = exporter.pack(result)
-    metrics[site.name] = weight_numbers(weight.to(result.codes.device), result, packed)
+    metrics[site.name] = {**weight_numbers(weight.to(result.codes.device), result, packed), **result.numbers}
     return {f"{site.name}.{suffix}": tensor for suffix, tensor in packed.items()}
 
 

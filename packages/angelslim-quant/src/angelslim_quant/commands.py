@@ -45,3 +45,31 @@ def sensitivity(
         [(r["scheme"], f"{r['bits_per_weight']:.3f}", f"{r['predicted_kl']:.4f}") for r in found["uniform"]], ("all linears", "bits a weight", "predicted KL")
     )
     click.echo(f"{len(found['units'])} units, {found['tokens']} tokens   {found['path']}")
+
+
+@click.command("delta")
+@click.argument("base")
+@click.argument("post")
+@click.argument("out")
+@plugins_option
+@json_option
+def delta(base: str, post: str, out: str, plugins: list[str], as_json: bool) -> None:
+    """How much of what training changed, POST - BASE, is left in OUT, quantized from POST."""
+    from angelslim_core.io.hub import resolve
+
+    from .delta_report import delta_report
+
+    host = host_of(plugins)
+    with progress("comparing") as report:
+        found = delta_report(
+            resolve(base), resolve(post), resolve(out), layouts=host.registry.layouts, exporters=host.registry.exporters.values(), progress=report
+        )
+    if as_json:
+        emit(found)
+        return
+    share = {name: count / max(1, found["weights"]) for name, count in found["outcomes"].items()}
+    click.echo(f"{found['weights']} weights, of which {found['changed'] / max(1, found['weights']):.1%} changed")
+    click.echo(f"sign preservation {found['spr']:.4f}   cosine {found['cosine']:.4f}   mean squared error {found['mse']:.3e}")
+    click.echo("   ".join(f"{name} {part:.1%}" for name, part in share.items()))
+    worst = sorted(found["tensors"], key=lambda row: row["cosine"])[:8]
+    table([(r["name"], f"{r['spr']:.4f}", f"{r['cosine']:.4f}", f"{r['mse']:.3e}") for r in worst], ("least cosine", "SPR", "cosine", "MSE"))

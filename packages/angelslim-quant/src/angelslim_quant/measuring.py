@@ -50,4 +50,4 @@ def measure_model(
         write_json(workdir.out, found.model_dump(mode="json"))
         shutil.rmtree(workdir.path)
     measured = Mixed(pass_.config, found).settle(step.sites, prepared.source)
-    return {"path": str(out), "warnings": context.warnings, "tokens": found.tokens, **{k: measured.findings()[k] for k in ("uniform", "units")}}
+    return {"path": str(out), "warnings": context.warnings, "tokens": found.tokens, **{k: measured.findings({})[k] for k in ("uniform", "units")}}

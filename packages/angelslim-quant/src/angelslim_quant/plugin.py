@@ -18,6 +18,7 @@ ANGELSLIM_HOOKS = 1
 @hookimpl
 def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.awq import AWQ
+    from .passes.daq import DAQ
     from .passes.fp8_block import FP8Block
     from .passes.fp8_dynamic import FP8Dynamic
     from .passes.fp8_static import FP8Static
@@ -57,21 +58,24 @@ def angelslim_register_passes() -> list[type[Pass]]:
         W4A8Int8,
         KVFP8,
         Mixed,
+        DAQ,
     ]
 
 
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
+    from .kernels.delta_sums import DELTA_SUMS
     from .kernels.round_columns import ROUND_COLUMNS
 
-    return [ROUND_COLUMNS]
+    return [ROUND_COLUMNS, DELTA_SUMS]
 
 
 @hookimpl
 def angelslim_register_commands(cli: click.Group) -> None:
-    from .commands import sensitivity
+    from .commands import delta, sensitivity
 
     cli.add_command(sensitivity)
+    cli.add_command(delta)
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -167,7 +167,7 @@ class Mixed(LayerPass):
                         run_on_layer(pass_, layer)
         return report
 
-    def findings(self) -> dict[str, Any]:
+    def findings(self, linears: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if self._choice is None or not self._choice.units:
             return {}
         choice, names = self._choice, list(self._passes)
