@@ -13,7 +13,7 @@ from angelslim_core.errors import AngelslimError, ModelError, NumericError, Reci
 from angelslim_core.rounding import cast_e4m3, round_e4m3
 from angelslim_core.schemes import Grid, Quantized
 from angelslim_core.source import open_any
-from angelslim_quant.kernels.delta_sums import DELTA_SUMS, Candidates, _chunked
+from angelslim_quant.kernels.delta_sums import DELTA_SUMS, Candidates, _chunked, round_pulled
 from angelslim_quant.numerics import delta, fp8, integer
 from angelslim_quant.numerics.microscale import weight_scale_of
 
@@ -110,7 +110,7 @@ def test_the_scale_is_the_best_of_those_tried():
 def test_without_a_change_it_is_absmax(name):
     grid = GRIDS[name]
     weight, _ = pair(130, 192)
-    found, value = stored(weight, weight, grid, delta.Search(pulls=(0.5, 1.0), max_error=2))
+    found, _value = stored(weight, weight, grid, delta.Search(pulls=(0.5, 1.0), max_error=2))
     if name in ("block", "channel"):
         codes, scale = fp8.quantize(weight, grid)
         assert found.codes.float().equal(codes.float()) and found.scale.equal(scale)
@@ -151,7 +151,7 @@ CASES = [("e4m3", None), ("e2m1", None), ("int", None), ("int", 3.0)]
 
 
 @pytest.mark.parametrize("pulls", [(0.0, 0.0, 0.0), (0.0, 0.5, 2.0)])
-@pytest.mark.parametrize("elements, zero", CASES)
+@pytest.mark.parametrize(("elements", "zero"), CASES)
 @pytest.mark.parametrize("shape", [(5, 16), (3, 192), (2, 9000)])
 def test_kernels_are_the_reference(elements, zero, pulls, shape):
     weight, base = pair(*shape, dtype=torch.bfloat16)
@@ -161,7 +161,8 @@ def test_kernels_are_the_reference(elements, zero, pulls, shape):
     candidates = Candidates(elements, step, zeros, pulls, 8 if elements == "int" else 0)
     wanted = DELTA_SUMS.reference(weight, base, candidates, 1e-5)
     for found in (_chunked(weight, base, candidates, 1e-5), _triton(weight, base, candidates)):
-        assert torch.allclose(found.kept_CT, wanted.kept_CT, atol=2) and found.changed_T.equal(wanted.changed_T)
+        assert torch.allclose(found.kept_CT, wanted.kept_CT, atol=2)
+        assert found.changed_T.equal(wanted.changed_T)
         for name in ("dot_CT", "found_CT", "error_CT", "learned_T"):
             assert torch.allclose(getattr(found, name), getattr(wanted, name), rtol=1e-3, atol=1e-9), name
 
@@ -169,7 +170,13 @@ def test_kernels_are_the_reference(elements, zero, pulls, shape):
 def _triton(weight, base, candidates):
     pytest.importorskip("triton")
     from angelslim_quant.kernels.triton.delta_sums import delta_sums
+    from angelslim_quant.kernels.triton.delta_sums import round_pulled as round_on_gpu
 
+    step, zero = candidates.step_CT[1], None if candidates.zero_CT is None else candidates.zero_CT[1]
+    arguments = (weight, base, step, zero, torch.linspace(0, 2, len(weight)), candidates.elements, candidates.half)
+    there = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in arguments]
+    same = round_on_gpu(*there).float().cpu() == round_pulled(*arguments)
+    assert same.float().mean() > 0.999
     moved = candidates._replace(step_CT=candidates.step_CT.to(DEVICE), zero_CT=None if candidates.zero_CT is None else candidates.zero_CT.to(DEVICE))
     found = delta_sums(weight.to(DEVICE), base.to(DEVICE), moved, 1e-5)
     return type(found)(*(t.cpu() for t in found))
@@ -263,7 +270,7 @@ def test_the_report_counts_every_weight(trained, tmp_path):
 
 
 def test_what_the_base_lacks_gets_absmax_and_is_counted(trained, tiny_copy, tmp_path):
-    base, post = trained()
+    _base, post = trained()
     poor = tiny_copy("llama", name="poor")
     file = poor / "model.safetensors"
     weights = load_file(file)

@@ -64,10 +64,10 @@ def angelslim_register_passes() -> list[type[Pass]]:
 
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
-    from .kernels.delta_sums import DELTA_SUMS
+    from .kernels.delta_sums import DELTA_SUMS, ROUND_PULLED
     from .kernels.round_columns import ROUND_COLUMNS
 
-    return [ROUND_COLUMNS, DELTA_SUMS]
+    return [ROUND_COLUMNS, DELTA_SUMS, ROUND_PULLED]
 
 
 @hookimpl

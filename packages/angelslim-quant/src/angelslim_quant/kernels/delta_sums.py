@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,18 +65,18 @@ class Sums(NamedTuple):
 
 
 def round_pulled(
-    weight_TN: Tensor, delta_TN: Tensor | None, step_T: Tensor, zero_T: Tensor | None, pull: float | Tensor, elements: Elements, half: int
-) -> Tensor:
-    """Element values [T, N] (of integers: codes) that a tile is stored as.
+    weight_TN: Tensor, base_TN: Tensor | None, step_T: Tensor, zero_T: Tensor | None, pull_T: Tensor | None, elements: Elements, half: int
+) -> Tensor:  # fmt: skip
+    """Element values [T, N] (of integers: codes) that tiles are stored as.
 
     Args:
-        weight_TN: fp32.
-        delta_TN: fp32; not needed where nothing is pulled.
-        pull: see `Candidates`; a number, or [T, 1].
+        weight_TN, base_TN: any float dtype; the base is not needed where nothing is pulled.
+        pull_T: see `Candidates`, or None.
     """
-    x = weight_TN / step_T[:, None]
-    if delta_TN is not None:
-        x = _pulled(x, delta_TN * pull / step_T[:, None], elements)
+    weight = weight_TN.float()
+    x = weight / step_T[:, None]
+    if base_TN is not None and pull_T is not None:
+        x = _pulled(x, (weight - base_TN.float()) * pull_T[:, None] / step_T[:, None], elements)
     if elements != "int":
         return round_e4m3(x) if elements == "e4m3" else round_e2m1(x)
     x = x.round_()
@@ -112,8 +112,8 @@ def reference(weight_TN: Tensor, base_TN: Tensor, candidates: Candidates, thresh
     rows = []
     for c, step in enumerate(candidates.step_CT):
         zero = None if candidates.zero_CT is None else candidates.zero_CT[c]
-        pull = candidates.pulls[c]
-        value = round_pulled(weight, delta if pull else None, step, zero, pull, candidates.elements, candidates.half)
+        pull = step.new_full((len(weight),), candidates.pulls[c]) if candidates.pulls[c] else None
+        value = round_pulled(weight, base, step, zero, pull, candidates.elements, candidates.half)
         if zero is not None:
             value = value - zero[:, None]
         value = value * step[:, None]
@@ -140,6 +140,12 @@ def _triton(weight_TN: Tensor, base_TN: Tensor, candidates: Candidates, threshol
     return delta_sums(weight_TN, base_TN, candidates, threshold)
 
 
+def _triton_round(weight_TN: Tensor, *others: Any) -> Tensor:
+    from .triton.delta_sums import round_pulled
+
+    return round_pulled(weight_TN, *others)
+
+
 def _on_gpu(weight_TN: Tensor, *_: object) -> tuple[bool, str]:
     return weight_TN.is_cuda, "tensors on a GPU"
 
@@ -150,3 +156,4 @@ def _installed() -> tuple[bool, str]:
 
 
 DELTA_SUMS = Kernel("quant.delta_sums", reference, (Implementation("triton", _triton, _on_gpu, _installed), Implementation("torch", _chunked)))
+ROUND_PULLED = Kernel("quant.round_pulled", round_pulled, (Implementation("triton", _triton_round, _on_gpu, _installed), Implementation("torch", round_pulled)))

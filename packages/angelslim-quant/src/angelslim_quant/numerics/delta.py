@@ -17,9 +17,9 @@ from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.rounding import E2M1_MAX, cast_e4m3, e2m1_codes
 from angelslim_core.schemes import Grid
 
-from ..kernels.delta_sums import DELTA_SUMS, Candidates, Elements, Sums, round_pulled
+from ..kernels.delta_sums import DELTA_SUMS, ROUND_PULLED, Candidates, Elements, Sums
 from . import fp8, integer
-from .amax import amax_of, grouped
+from .amax import grouped
 
 Metric = Literal["sign", "cosine", "mse", "joint"]
 # a change of this size or less is none (paper, section 3.2)
@@ -111,8 +111,8 @@ def quantize(weight_OI: Tensor, base_OI: Tensor, grid: Grid, search: Search, glo
         grid: FP8 of strategy "channel" or "block", integers of strategy "group", or NVFP4.
         global_scale: [1], of NVFP4.
     """
-    ruler = _Ruler(weight_OI, grid, global_scale)
     weight_TN, base_TN = tiles(weight_OI, grid), tiles(base_OI, grid)
+    ruler = _Ruler(weight_TN, grid, global_scale)
     candidates = (48 if search.dense else 16) + len(search.pulls)
     count = max(1, _ROOM // candidates if weight_OI.device.type == "cpu" else (_ROOM << 6) // candidates)
     levels, scales, zeros, totals = [], [], [], []
@@ -139,7 +139,8 @@ def tiles(weight_OI: Tensor, grid: Grid) -> Tensor:
     assert grid.block_structure
     tall, wide = grid.block_structure
     rows, columns = weight_OI.shape
-    padded = torch.nn.functional.pad(weight_OI, (0, -columns % wide, 0, -rows % tall))
+    more = (0, -columns % wide, 0, -rows % tall)
+    padded = torch.nn.functional.pad(weight_OI, more) if any(more) else weight_OI
     return padded.unflatten(0, (-1, tall)).unflatten(2, (-1, wide)).transpose(1, 2).reshape(-1, tall * wide)
 
 
@@ -156,14 +157,13 @@ def untiled(tiles_TN: Tensor, grid: Grid, shape: tuple[int, int]) -> Tensor:
 class _Ruler:
     """The scales of a grid at multiples of absmax's."""
 
-    def __init__(self, weight_OI: Tensor, grid: Grid, global_scale: Tensor | None) -> None:
+    def __init__(self, weight_TN: Tensor, grid: Grid, global_scale: Tensor | None) -> None:
         self.grid, self.global_scale = grid, global_scale
         self.elements: Elements = "int" if grid.type == "int" else "e4m3" if grid.bits == 8 else "e2m1"
         self.half = 1 << (grid.bits - 1) if grid.type == "int" else 0
-        if grid.type == "int":
-            self._low, self._high = (found.reshape(-1) for found in integer.range_of(weight_OI, grid))
-        else:
-            self._amax = amax_of(weight_OI, grid).reshape(-1)
+        low, high = torch.aminmax(weight_TN, dim=1)
+        self._low, self._high = low.float().clamp_(max=0), high.float().clamp_(min=0)
+        self._amax = torch.maximum(-self._low, self._high)
 
     def scales(self, piece: slice, ratio_CT: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scales [C, T] as they are stored, and zero points."""
@@ -232,11 +232,9 @@ class _Choice:
     def codes(self) -> Tensor:
         """Codes [T, N]."""
         ruler = self.ruler
-        step = ruler.step(self.scale_T)
         zero = None if self.zero_T is None else self.zero_T.float()
-        weight = self.weight_TN.float()
-        delta = weight - self.base_TN.float() if self.search.pulls else None
-        levels = round_pulled(weight, delta, step, zero, self.pull_T[:, None], ruler.elements, ruler.half)
+        base, pull = (self.base_TN, self.pull_T) if self.search.pulls else (None, None)
+        levels = ROUND_PULLED(self.weight_TN, base, ruler.step(self.scale_T), zero, pull, ruler.elements, ruler.half)
         if ruler.elements == "int":
             return levels.to(torch.int8)
         return cast_e4m3(levels) if ruler.elements == "e4m3" else e2m1_codes(levels)
