@@ -41,16 +41,15 @@ class Search:
             neither below absmax's; mse: least squared error, blind to d.
         lowest, highest: ratios to the scale of absmax.
         dense: 48 ratios from lowest, evenly spaced, without highest; else 5 with both, then 10 around the best of them.
-        pulls: besides 0; see `Candidates`. Tried under the scale that was chosen.
-        max_error: pulls may raise the squared error to this many times that of the scale of absmax without them.
+        max_projection: None: weights are rounded to nearest. Else they are pulled along d, all by the same part of it, until
+            d' reaches that far along d as a whole: <d, d'> = max_projection <d, d>.
     """
 
     metric: Metric = "joint"
     lowest: float = 0.8
     highest: float = 1.5
     dense: bool = False
-    pulls: tuple[float, ...] = ()
-    max_error: float = 1.0
+    max_projection: float | None = None
 
 
 @dataclass
@@ -113,17 +112,19 @@ def quantize(weight_OI: Tensor, base_OI: Tensor, grid: Grid, search: Search, glo
     """
     weight_TN, base_TN = tiles(weight_OI, grid), tiles(base_OI, grid)
     ruler = _Ruler(weight_TN, grid, global_scale)
-    candidates = (48 if search.dense else 16) + len(search.pulls)
+    candidates = 49 if search.dense else 16
     count = max(1, _ROOM // candidates if weight_OI.device.type == "cpu" else (_ROOM << 6) // candidates)
-    levels, scales, zeros, totals = [], [], [], []
-    for start in range(0, len(weight_TN), count):
-        piece = slice(start, start + count)
-        part = _Choice(ruler, piece, weight_TN[piece], base_TN[piece], search)
-        levels.append(part.codes())
-        scales.append(part.scale_T)
-        if part.zero_T is not None:
-            zeros.append(part.zero_T)
-        totals.append(part.totals())
+    pieces = [slice(start, start + count) for start in range(0, len(weight_TN), count)]
+    parts = [_Choice(ruler, piece, weight_TN[piece], base_TN[piece], search) for piece in pieces]
+    if search.max_projection is not None:
+        pull = _pull(parts, search.max_projection)
+        if pull:
+            for part in parts:
+                part.pull(pull)
+    levels = [part.codes() for part in parts]
+    scales = [part.scale_T for part in parts]
+    zeros = [part.zero_T for part in parts if part.zero_T is not None]
+    totals = [part.totals() for part in parts]
     codes = untiled(torch.cat(levels), grid, (weight_OI.shape[0], weight_OI.shape[1]))
     shape = grid.scale_shape((weight_OI.shape[0], weight_OI.shape[1]))
     found = torch.stack(totals).sum(0).tolist()  # the only wait for a GPU
@@ -182,8 +183,34 @@ class _Ruler:
         return scale.float() if self.global_scale is None else scale.float() * self.global_scale
 
 
+def _pull(parts: Sequence[_Choice], projection: float) -> float:
+    """The pull with which all tiles together reach a projection, at most; 0 if they do without.
+
+    A weight goes to its other neighbour if |d| times the pull reaches past the middle between both: those first that gain
+    most of d for what they add in squared error.
+    """
+    learned = float(sum(part.sums.learned_T.sum(dtype=torch.float64) for part in parts))
+
+    def largest(pulls: list[float]) -> int:
+        """How many of the pulls, in order, stay within the projection."""
+        dots = sum(part.pulled(pulls).dot_CT.sum(1, dtype=torch.float64) for part in parts)
+        assert isinstance(dots, Tensor)
+        within = (dots <= projection * learned).tolist()
+        return within.index(False) if False in within else len(within)
+
+    if not learned or not math.isfinite(learned):
+        return 0.0
+    pulls = [0.0, *(2.0**k for k in range(-4, 8))]
+    place = largest(pulls)
+    if place in (0, len(pulls)):
+        return 0.0 if place == 0 else pulls[-1]
+    low, high = pulls[place - 1], pulls[place]
+    fine = [low + (high - low) * k / 12 for k in range(13)]
+    return fine[max(1, largest(fine)) - 1]
+
+
 class _Choice:
-    """The best scale of each of some tiles, and the pull."""
+    """The best scale of each of some tiles."""
 
     def __init__(self, ruler: _Ruler, piece: slice, weight_TN: Tensor, base_TN: Tensor, search: Search) -> None:
         self.ruler, self.piece, self.search = ruler, piece, search
@@ -207,8 +234,6 @@ class _Choice:
         scale, zero = ruler.scales(piece, self.ratio_T[None])
         self.scale_T, self.zero_T = scale[0], None if zero is None else zero[0]
         self.pull_T = torch.zeros_like(self.ratio_T)
-        if search.pulls:
-            self._pull()
 
     def _tried(self, ratio_CT: Tensor) -> tuple[Tensor, Sums]:
         scale, zero = self.ruler.scales(self.piece, ratio_CT)
@@ -219,21 +244,26 @@ class _Choice:
         found: Sums = DELTA_SUMS(self.weight_TN, self.base_TN, Candidates(self.ruler.elements, step_CT, zero, pulls, self.ruler.half), THRESHOLD)
         return found
 
-    def _pull(self) -> None:
-        pulls = (0.0, *self.search.pulls)
+    def pulled(self, pulls: Sequence[float]) -> Sums:
+        """The sums under the scales that were chosen, with each pull."""
         step = self.ruler.step(self.scale_T)[None].expand(len(pulls), -1)
-        sums = self._sums(step, None if self.zero_T is None else self.zero_T[None].expand(len(pulls), -1), pulls)
-        dear = sums.error_CT > self.absmax.error_CT * self.search.max_error * (1 + _SUMMING)
-        dear[0] = False
-        chosen = best(sums, self.search.metric, dear)
-        self.pull_T = torch.tensor(pulls, device=step.device)[chosen]
-        self.sums = _rows(sums, chosen)
+        zero = None if self.zero_T is None else self.zero_T[None].expand(len(pulls), -1)
+        return self._sums(step, zero, tuple(pulls))
+
+    def pull(self, pull: float) -> None:
+        """Pull the tiles that keep more by it than under absmax; the metric is the search's, or the cosine for mse."""
+        sums = self.pulled((pull,))
+        metric = "cosine" if self.search.metric == "mse" else self.search.metric
+        worse = best(self.absmax.joined(sums), metric) == 0
+        self.pull_T = torch.where(worse, 0, pull)
+        kept = [torch.where(worse, old, new) for old, new in zip(self.sums[:4], sums[:4], strict=True)]
+        self.sums = Sums(kept[0], kept[1], kept[2], kept[3], sums.changed_T, sums.learned_T)
 
     def codes(self) -> Tensor:
         """Codes [T, N]."""
         ruler = self.ruler
         zero = None if self.zero_T is None else self.zero_T.float()
-        base, pull = (self.base_TN, self.pull_T) if self.search.pulls else (None, None)
+        base, pull = (None, None) if self.search.max_projection is None else (self.base_TN, self.pull_T)
         levels = ROUND_PULLED(self.weight_TN, base, ruler.step(self.scale_T), zero, pull, ruler.elements, ruler.half)
         if ruler.elements == "int":
             return levels.to(torch.int8)

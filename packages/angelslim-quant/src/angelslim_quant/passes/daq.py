@@ -24,22 +24,21 @@ if TYPE_CHECKING:
     from angelslim_core.adapters.base import Site
     from angelslim_core.context import Context
 
-    from ..numerics.delta import Search
+    from ..numerics.delta import Metric, Search
 
-# by format: options that only it knows, and the ratios to absmax's scale that are tried; integers gain by cutting ends, floats do not
+# by format: options that only it knows, and the ratios to absmax's scale that are tried: floats lose by cutting the largest
+# weights (KL, benchmarks/daq_behaviour.py), integers gain
 _ONLY = {"granularity": "fp8", "block_size": "fp8", "group_size": "int4", "symmetric": "int4"}
-_RANGE = {"fp8": (0.8, 1.5), "int4": (0.5, 1.1), "nvfp4": (0.8, 1.6)}
-# parts of max_pull that are tried
-_PULLS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+_RANGE = {"fp8": (1.0, 1.9), "int4": (0.5, 1.1), "nvfp4": (1.0, 1.6)}
 
 
 class DAQConfig(PassConfig):
     """Options of DAQ."""
 
     base: Path = Field(description="Folder of the model that this one was trained from, in 16 bits or block FP8.")
-    metric: Literal["joint", "sign", "cosine", "mse"] = Field(
-        "joint",
-        description="What scales keep most of: sign, the rate of changes whose sign survives; cosine, their direction; joint, the mean of both, neither below absmax's; mse, the weights.",
+    metric: Literal["joint", "sign", "cosine", "mse"] | None = Field(
+        None,
+        description="What scales keep most of: sign, the rate of changes whose sign survives; cosine, their direction; joint, the mean of both, neither below absmax's; mse, the weights. Unset: joint for fp8 rounded to nearest, else mse, as what a group of few weights keeps of the change is chance.",
     )
     format: Literal["fp8", "int4", "nvfp4"] = Field("fp8", description="fp8: weights and inputs; int4 and nvfp4: weights only.")
     granularity: Literal["block", "channel"] = Field("block", description="fp8: what shares a scale.")
@@ -49,15 +48,14 @@ class DAQConfig(PassConfig):
     search: Literal["coarse", "dense"] = Field(
         "coarse", description="coarse: 5 scales, then 10 around the best; dense: 48, evenly spaced. Absmax's is always among them."
     )
-    min_range: float | None = Field(None, gt=0, le=1, description="Least scale that is tried, in parts of absmax's; fp8 and nvfp4 0.8, int4 0.5.")
-    max_range: float | None = Field(None, gt=1, le=4, description="Largest; fp8 1.5, nvfp4 1.6, int4 1.1.")
+    min_range: float | None = Field(None, gt=0, le=1, description="Least scale that is tried, in parts of absmax's; unset 1, int4 0.5.")
+    max_range: float | None = Field(None, gt=1, le=4, description="Largest; unset: fp8 1.9, nvfp4 1.6, int4 1.1.")
     rounding: Literal["nearest", "delta"] = Field(
-        "nearest", description="delta: round weights as if training had moved them further, by as much as the metric likes within max_pull and max_error."
+        "nearest", description="delta: round weights to the neighbour on the side of the change where that gains most for its error, within max_projection."
     )
-    max_pull: float = Field(
-        1.0, gt=0, le=64, description="rounding delta: how much further, in parts of what it did, at most; to a neighbouring value in any case."
+    max_projection: float = Field(
+        1.2, gt=0, le=4, description="rounding delta: how far along the change the stored weights go as a whole; 1 is as far as training went."
     )
-    max_error: float = Field(1.05, ge=1, le=4, description="rounding delta: largest squared error of what shares a scale, in parts of absmax's.")
     scale_fmt: Literal["float32"] = Field("float32", description="Powers of two are refused: E4M3 times two is E4M3, so that they leave nothing to choose.")
 
     @field_validator("scale_fmt", mode="before")
@@ -72,11 +70,8 @@ class DAQConfig(PassConfig):
         for name, owner in _ONLY.items():
             if name in self.model_fields_set and self.format != owner:
                 raise ValueError(f"{name} is an option of format {owner}, not of {self.format}")
-        for name in ("max_pull", "max_error"):
-            if name in self.model_fields_set and self.rounding != "delta":
-                raise ValueError(f"{name} is an option of rounding delta")
-        if self.rounding == "delta" and self.metric == "mse":
-            raise ValueError("rounding delta needs a metric that sees the change, not mse")
+        if "max_projection" in self.model_fields_set and self.rounding != "delta":
+            raise ValueError("max_projection is an option of rounding delta")
         return self
 
 
@@ -176,7 +171,6 @@ class DAQ(TensorPass):
 
         config = self.config
         lowest, highest = _RANGE[config.format]
-        return Search(
-            config.metric, config.min_range or lowest, config.max_range or highest, config.search == "dense",
-            tuple(config.max_pull * part for part in _PULLS) if config.rounding == "delta" else (), config.max_error,
-        )  # fmt: skip
+        usual: Metric = "joint" if config.format == "fp8" and config.rounding == "nearest" else "mse"
+        projection = config.max_projection if config.rounding == "delta" else None
+        return Search(config.metric or usual, config.min_range or lowest, config.max_range or highest, config.search == "dense", projection)

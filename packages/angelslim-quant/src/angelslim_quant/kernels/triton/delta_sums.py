@@ -17,6 +17,8 @@ MAGIC = tl.constexpr(12582912.0)
 FORMATS = {"int": (0.0, 0.0, 0.0, 0.0), "e2m1": (1.0, 4.0, 0.5, 6.0), "e4m3": (2.0**-6, 256.0, 0.125, 448.0)}
 # weights a program holds at once
 STRIP = 2048
+# a product joined to a difference is not rounded, and d' not 0 where a weight is stored as the base's
+EXACT = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -141,7 +143,7 @@ def delta_sums(weight_TN: Tensor, base_TN: Tensor, candidates: "Candidates", thr
     pull = torch.tensor(list(candidates.pulls), device=device) if pulled else step
     _sums[(triton.cdiv(tiles, high), strips)](
         weight_TN.contiguous(), base_TN.contiguous(), step, zero, pull, found, own, tiles, width, count, threshold, float(candidates.half),
-        LEAST=least, MOST=most, PART=part, LARGEST=largest, ZERO=candidates.zero_CT is not None, PULL=pulled, TILES=high, WIDTH=wide, num_warps=4,
+        LEAST=least, MOST=most, PART=part, LARGEST=largest, ZERO=candidates.zero_CT is not None, PULL=pulled, TILES=high, WIDTH=wide, num_warps=4, **EXACT,
     )  # fmt: skip
     kept, dot, squares, error = found.sum(2).unbind(1)
     changed, learned = own.sum(1).unbind(0)
@@ -161,6 +163,6 @@ def round_pulled(
     _levels[(triton.cdiv(tiles, high), triton.cdiv(width, wide))](
         weight, base_TN.contiguous() if base_TN is not None else weight, step_T.contiguous(), step_T if zero_T is None else zero_T.contiguous(),
         step_T if pull_T is None else pull_T.contiguous(), levels, tiles, width, float(half),
-        LEAST=least, MOST=most, PART=part, LARGEST=largest, ZERO=zero_T is not None, PULL=pulled, TILES=high, WIDTH=wide, num_warps=4,
+        LEAST=least, MOST=most, PART=part, LARGEST=largest, ZERO=zero_T is not None, PULL=pulled, TILES=high, WIDTH=wide, num_warps=4, **EXACT,
     )  # fmt: skip
     return levels
