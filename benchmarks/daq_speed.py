@@ -1,0 +1,77 @@
+"""Speed of DAQ's search: gigabytes of resident BF16 weights a minute, on a GPU or on CPU threads.
+
+    python benchmarks/daq_speed.py --device cuda --out benchmarks/results/daq_speed.json
+
+Weights of Llama-3.1-8B's shapes, generated: N(0, 0.02^2), changed by N(0, 3e-4^2). What is timed is the whole of
+`numerics.delta.quantize`: tiles, search, codes and totals. GB count the weights, without their base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import machine, write
+
+from angelslim_core.schemes import Grid
+from angelslim_quant.numerics.delta import Search, quantize
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+GRIDS = {
+    "fp8 block": Grid(8, "float", "block", block_structure=(128, 128)),
+    "fp8 channel": Grid(8, "float", "channel", scale_dtype="BF16"),
+    "int4 g128": Grid(4, "int", "group", 128, scale_dtype="BF16"),
+    "nvfp4": Grid(4, "float", "tensor_group", 16, scale_dtype="F8_E4M3"),
+}
+SEARCHES = {
+    "joint": Search("joint", 1.0, 1.9),
+    "joint dense": Search("joint", 1.0, 1.9, dense=True),
+    "mse and delta rounding": Search("mse", 1.0, 1.9, max_projection=1.2),
+}
+
+
+def measured(grid: Grid, search: Search, weight: torch.Tensor, base: torch.Tensor, repeats: int) -> float:
+    """Median seconds of a call."""
+    scale = torch.tensor([2.0**-14], device=weight.device) if grid.strategy == "tensor_group" else None
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        quantize(weight, base, grid, search, scale)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=1 << 20, help="Rows of each weight, at most.")
+    parser.add_argument("--out", required=True)
+    given = parser.parse_args()
+    out = Path(given.out)
+    document: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    generator = torch.Generator(given.device).manual_seed(0)
+    rows: dict[str, dict[str, float]] = {}
+    for shape in SHAPES:
+        base = 0.02 * torch.randn(min(shape[0], given.rows), shape[1], device=given.device, generator=generator)
+        weight = (base + 3e-4 * torch.randn(base.shape, device=given.device, generator=generator)).bfloat16()
+        base = base.bfloat16()
+        for grid_name, grid in GRIDS.items():
+            for name, search in SEARCHES.items():
+                seconds = measured(grid, search, weight, base, given.repeats)
+                rate = weight.nbytes / 1e9 / seconds * 60
+                rows.setdefault(f"{grid_name}, {name}", {})["x".join(map(str, base.shape))] = round(rate, 1)
+                print(f"{base.shape} {grid_name} {name}: {seconds * 1e3:.2f} ms, {rate:.0f} GB a minute", flush=True)
+    document[given.device] = {"machine": machine(), "threads": torch.get_num_threads(), "gb_per_minute": rows}
+    write(out, document)
+
+
+if __name__ == "__main__":
+    main()
