@@ -1,7 +1,10 @@
 """From recipe to published folder: the four kinds of pass, ledger, gates, resume, and what must leave nothing behind."""
 
 import json
+from pathlib import Path
+from threading import get_ident
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from angelslim_core import LayerPass, ModelPass, PassConfig, PluginHost, RuntimePass, TensorPass, compress, hookimpl, load
 from angelslim_core.errors import EngineError, ModelError, NumericError, OutputError, PlanError, RecipeError, ResourceError, StoppedError, UsageError
 from angelslim_core.pipeline import prepare
+from angelslim_core.source import open_source
 from angelslim_core.testing.models import add_mtp, split_shards, stack_experts
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
@@ -55,6 +59,30 @@ class Train(ModelPass):
         return {"loss": 0.5}
 
 
+class Toward(TensorPass):
+    """Goes half of the way to another checkpoint, which is read ahead."""
+
+    id = "toy.toward"
+    threads: ClassVar[set[int]] = set()
+
+    class Config(PassConfig):
+        base: Path = Field(description="The other checkpoint.")
+
+    def prepare(self, context):
+        self._base = open_source(self.config.base)
+
+    def fetch(self, sites, context):
+        self.threads.add(get_ident())
+        return {site: self._base.read(site.tensor, site.part) for site in sites}
+
+    def apply(self, weights, context):
+        return self.apply_with(weights, self.fetch([*weights], context), context)
+
+    def apply_with(self, weights, fetched, context):
+        assert weights.keys() == fetched.keys()
+        return {site: ((w.float() + fetched[site].float()) / 2).to(w.dtype) for site, w in weights.items()}
+
+
 class Bias(RuntimePass):
     """Multiplies logits when the model is loaded."""
 
@@ -95,7 +123,7 @@ class Clashes(Double):
 
 @hookimpl
 def angelslim_register_passes():
-    return [Double, Scale, Train, Bias, Claims, Needs, Clashes]
+    return [Double, Toward, Scale, Train, Bias, Claims, Needs, Clashes]
 
 
 def toys(**hooks):
@@ -137,6 +165,28 @@ def test_steps_run_in_order_and_ignore_takes_out(tiny, tmp_path):
     before, after = tensors(tiny()), tensors(tmp_path / "o")
     assert after["model.layers.0.self_attn.q_proj.weight"].equal(before["model.layers.0.self_attn.q_proj.weight"] * 6)
     assert after["model.layers.0.self_attn.v_proj.weight"].equal(before["model.layers.0.self_attn.v_proj.weight"] * 2)
+
+
+def test_what_a_pass_fetches_is_read_ahead(tiny, tiny_copy, tmp_path, text):
+    """Also in a sweep, after a step that changed the weights, and of experts cut out of a stacked tensor."""
+    step = {"use": "toy.toward", "with": {"base": str(tiny())}}
+    double = run(tiny(), tmp_path / "double", "toy.double").path
+    Toward.threads.clear()
+    options = {"plugins": ["toy", "quant"], "host": toys()}
+    result = compress(tiny(), out=tmp_path / "o", recipe={"steps": [{"use": "toy.double"}, step]}, **options)
+    assert Toward.threads and get_ident() not in Toward.threads
+    before, twice, after = tensors(tiny()), tensors(double), tensors(result.path)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], ((twice[name].float() + tensor.float()) / 2).to(tensor.dtype)), name
+    swept = compress(tiny(), out=tmp_path / "s", recipe=calibrated(text, {"use": "toy.double"}, step, {"use": "toy.scale", "targets": ["layers[1:2].q"]}), **options)
+    changed = [n for n, t in tensors(swept.path).items() if not torch.equal(t, after[n])]
+    assert changed == ["model.layers.1.self_attn.q_proj.weight"]
+    stacked = tiny_copy("qwen3_moe")
+    stack_experts(stacked)
+    result = compress(stacked, out=tmp_path / "m", recipe={"steps": [{"use": "toy.double"}, {**step, "with": {"base": str(stacked)}}]}, **options)
+    before, after = tensors(stacked), tensors(result.path)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    assert before.keys() == after.keys() and torch.equal(after[name], (before[name].float() * 1.5).to(before[name].dtype))
 
 
 def test_layer_and_tensor_passes_share_a_sweep(tiny, tmp_path, text):

@@ -139,6 +139,23 @@ class TensorPass(WeightPass):
     def prepare(self, context: Context) -> None:
         """Called once before the first tensor, for instance to open a second checkpoint."""
 
+    def fetch(self, sites: Sequence[Site], context: Context) -> Mapping[Site, Tensor]:
+        """What the pass needs to read beside the weights of one unit, for instance those of a second checkpoint.
+
+        Called on the thread that reads ahead, while `apply_with` may be at work on an earlier unit.
+
+        Returns:
+            at most one tensor for each site, on the CPU, of any shape and dtype; nothing by default.
+        """
+        return {}
+
+    def apply_with(self, weights: Mapping[Site, Tensor], fetched: Mapping[Site, Tensor], context: Context) -> Mapping[Site, Quantized | Tensor]:
+        """`apply`, with what `fetch` read for these sites, on the device where the weights are.
+
+        A pass that fetches implements this one; its `apply` is `self.apply_with(weights, self.fetch([*weights], context), context)`.
+        """
+        return self.apply(weights, context)
+
     @abstractmethod
     def apply(self, weights: Mapping[Site, Tensor], context: Context) -> Mapping[Site, Quantized | Tensor]:
         """Compress one unit.

@@ -364,6 +364,10 @@ def _towers(source: Source, description: Description) -> list[str]:
     return [f"re:.*{tower}.*" for tower in description.layout.towers if tower in beside]
 
 
+def _fetches(pass_: Pass) -> bool:
+    return isinstance(pass_, TensorPass) and type(pass_).fetch is not TensorPass.fetch
+
+
 def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
     """Peak of memory, and whether hidden states between layers stay in files: for a CPU, which reads those as fast, or for want of memory.
 
@@ -376,7 +380,8 @@ def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
         read = sum(s.shape[0] * s.shape[1] for s in unit.sites) if unit.sites else 0
         copied = sum(spec_bytes(s) for s in unit.outputs.values())
         scratch = max((source.scratch(name) for name in unit.tensors), default=0)
-        largest = max(largest, (read * 14 + copied if unit.steps else copied) + scratch)
+        beside = sum(1 for i in unit.steps if _fetches(plan.steps[i].pass_))  # as large as the weights, in BF16
+        largest = max(largest, (read * (14 + 2 * beside) + copied if unit.steps else copied) + scratch)
     peak, spills = BASE_RAM + largest, False
     calibration = plan.recipe.calibration
     if plan.layer_steps and calibration:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,7 +52,7 @@ def write_shards(plan: Plan, context: Context, workdir: Workdir, journal: Iterab
         writer = ShardWriter(path, {n: spec for unit in units for n, spec in unit.outputs.items()})
         found: dict[str, Any] = {}
         try:
-            for unit, weights in prefetch(units, lambda unit: _read(unit, plan, store)):
+            for unit, weights in prefetch(units, lambda unit: _read(unit, plan, store, context)):
                 context.check_stop(name)
                 for tensor, value in _process(unit, weights, plan, context, found).items():
                     writer.write(tensor, value)
@@ -93,30 +94,48 @@ class _LayerStore:
         return self._open[path].read(name)
 
 
-def _read(unit: Unit, plan: Plan, store: _LayerStore) -> tuple[bool, Any]:
-    """(True, finished outputs) or (False, weights by site)."""
+@dataclass
+class _Read:
+    """A unit as it was read.
+
+    Args:
+        finished: outputs by name, of a unit that is only written.
+        weights: else by site.
+        fetched: step -> what its pass reads beside them.
+    """
+
+    finished: Mapping[str, Tensor]
+    weights: Mapping[Site, Tensor]
+    fetched: Mapping[int, Mapping[Site, Tensor]]
+
+
+def _read(unit: Unit, plan: Plan, store: _LayerStore, context: Context) -> _Read:
     stored = [name for name in unit.outputs if name in store.files]
     if stored:
-        return True, {name: store.read(name) for name in unit.outputs}
+        return _Read({name: store.read(name) for name in unit.outputs}, {}, {})
     if not unit.sites:
         (name,) = unit.tensors
-        return True, {name: plan.source.read(name)}
+        return _Read({name: plan.source.read(name)}, {}, {})
     swept = {site: f"{site.name}.weight" for site in unit.sites}  # parts of a stacked tensor that the sweep changed
-    return False, {s: store.read(n) if n in store.files else plan.source.read(s.tensor, s.part) for s, n in swept.items()}
+    weights = {s: store.read(n) if n in store.files else plan.source.read(s.tensor, s.part) for s, n in swept.items()}
+    return _Read({}, weights, {} if _is_swept(unit, plan) else fetch(unit, plan, context))
 
 
-def _process(unit: Unit, read: tuple[bool, Any], plan: Plan, context: Context, metrics: dict[str, Any]) -> dict[str, Tensor]:
-    finished, tensors = read
-    if finished:
-        for name, tensor in tensors.items():
+def _is_swept(unit: Unit, plan: Plan) -> bool:
+    """Whether the layer sweep went over it; what it did not write, it left as it was."""
+    return bool(plan.layer_steps) and unit.sites[0].layer is not None
+
+
+def _process(unit: Unit, read: _Read, plan: Plan, context: Context, metrics: dict[str, Any]) -> dict[str, Tensor]:
+    if read.finished:
+        for name, tensor in read.finished.items():
             check_finite(name, tensor)
-        return dict(tensors)
+        return dict(read.finished)
+    tensors = read.weights
     for site, weight in tensors.items():
         check_finite(site.tensor, weight)
     outputs: dict[str, Tensor] = {}
-    # what the layer sweep went over and did not write, it left as it was
-    swept = bool(plan.layer_steps) and unit.sites[0].layer is not None
-    for site, result in (tensors if swept else apply_steps(unit.steps, tensors, plan, context)).items():
+    for site, result in (tensors if _is_swept(unit, plan) else apply_steps(unit.steps, tensors, read.fetched, plan, context)).items():
         outputs.update(encode(site, result, tensors[site], plan.exporter, metrics))
     # a stacked tensor that keeps its form is transformed part by part
     if len(unit.outputs) == 1 and len(outputs) > 1 and unit.sites and unit.sites[0].part:
@@ -131,7 +150,20 @@ def _process(unit: Unit, read: tuple[bool, Any], plan: Plan, context: Context, m
     return outputs
 
 
-def apply_steps(steps: Iterable[int], weights: Mapping[Site, Tensor], plan: Plan, context: Context) -> dict[Site, Quantized | Tensor]:
+def fetch(unit: Unit, plan: Plan, context: Context) -> dict[int, Mapping[Site, Tensor]]:
+    """Step -> what its pass reads beside the weights of a unit."""
+    found: dict[int, Mapping[Site, Tensor]] = {}
+    for index in unit.steps:
+        step = plan.steps[index]
+        chosen = {site.name for site in step.sites}
+        if isinstance(step.pass_, TensorPass):
+            found[index] = step.pass_.fetch([s for s in unit.sites if s.name in chosen], context)
+    return found
+
+
+def apply_steps(
+    steps: Iterable[int], weights: Mapping[Site, Tensor], fetched: Mapping[int, Mapping[Site, Tensor]], plan: Plan, context: Context
+) -> dict[Site, Quantized | Tensor]:  # fmt: skip
     """Run the tensor passes of a unit in order over its weights."""
     current: dict[Site, Quantized | Tensor] = dict(weights)
     for index in steps:
@@ -140,7 +172,8 @@ def apply_steps(steps: Iterable[int], weights: Mapping[Site, Tensor], plan: Plan
         assert isinstance(pass_, TensorPass)
         chosen = {site.name for site in step.sites}
         inputs = {s: w for s, w in current.items() if s.name in chosen and not isinstance(w, Quantized)}
-        current.update(pass_.apply({s: w.to(context.device) for s, w in inputs.items()}, context))
+        moved = [{s: t.to(context.device) for s, t in found.items()} for found in (inputs, fetched[index])]
+        current.update(pass_.apply_with(moved[0], moved[1], context))
     return current
 
 
