@@ -178,7 +178,9 @@ def test_what_a_pass_fetches_is_read_ahead(tiny, tiny_copy, tmp_path, text):
     before, twice, after = tensors(tiny()), tensors(double), tensors(result.path)
     for name, tensor in before.items():
         assert torch.equal(after[name], ((twice[name].float() + tensor.float()) / 2).to(tensor.dtype)), name
-    swept = compress(tiny(), out=tmp_path / "s", recipe=calibrated(text, {"use": "toy.double"}, step, {"use": "toy.scale", "targets": ["layers[1:2].q"]}), **options)
+    swept = compress(
+        tiny(), out=tmp_path / "s", recipe=calibrated(text, {"use": "toy.double"}, step, {"use": "toy.scale", "targets": ["layers[1:2].q"]}), **options
+    )
     changed = [n for n, t in tensors(swept.path).items() if not torch.equal(t, after[n])]
     assert changed == ["model.layers.1.self_attn.q_proj.weight"]
     stacked = tiny_copy("qwen3_moe")
