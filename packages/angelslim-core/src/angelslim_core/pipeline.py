@@ -47,6 +47,8 @@ class Result:
     resumed_layers: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    peak_ram_bytes: int = 0  # of the process that took most
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -60,7 +62,8 @@ class Result:
             "warnings": self.warnings,
             "fallbacks": len(self.fallbacks),
             "resumed_layers": self.resumed_layers,
-            "peak_ram_bytes": peak_ram_bytes(),
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "processes": self.processes,
             "seconds": round(self.seconds, 3),
             "metrics": self.metrics,
         }
@@ -188,7 +191,8 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         if group.rank:
             with memory_errors(plan), disk_errors(prepared.out, plan.bytes_after):
                 context = _context(prepared, Path(group.share(None)), group, silent, stop)
-                _calibrated(prepared, context, None, _Timer(host, context))
+                final, *_ = _calibrated(prepared, context, None, _Timer(host, context))
+                write_shards(final, context, [], [])
                 return Result(**group.share(None))
         result = _write(prepared, group, replace, progress, stop, start)
         return Result(**group.share(vars(result) | {"path": str(result.path)}))
@@ -208,10 +212,11 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         context = _context(prepared, Path(group.share(str(workdir.path))), group, progress, stop)
         timer = _Timer(host, context)
         plan, journal, policies, sweep = _calibrated(prepared, context, workdir, timer)
-        metrics, resumed, files, layers = dict(sweep.metrics), sweep.resumed_layers, sweep.files, sweep.analysis
+        metrics, layers = dict(sweep.metrics), sweep.analysis
         timer.reports.update({i: _merge(r) for i, r in sweep.reports.items()})
         streaming = time.perf_counter()
-        metrics.update(write_shards(plan, context, workdir, journal, files))
+        written = write_shards(plan, context, journal, sorted(set(sweep.files.values())))
+        metrics.update(written.metrics)
         timer.share([s for s in plan.steps if not isinstance(s.pass_, RuntimePass | ModelPass)], time.perf_counter() - streaming)
         timer.reports.update({s.index: plan.source.reports[s.pass_.id] for s in plan.steps if isinstance(s.pass_, SourcePass)})
         for step in plan.steps:
@@ -222,7 +227,7 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())
         analysis = summarized(plan, metrics, layers)
         context.warnings += warnings_of(analysis, plan)
-        artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context, analysis)
+        artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context, analysis, written.digests)
         evaluation = write_records(artifact, host, before, after, start)
         verify_written(workdir.stage, plan)
         check_gates(recipe, evaluation)
@@ -230,8 +235,8 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
     artifact.path = prepared.out
     host.hook.angelslim_run_finished(artifact=artifact)
     return Result(
-        prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, resumed,
-        {**summary(metrics), **evaluation}, plan.as_dict(),
+        prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, sweep.resumed_layers,
+        {**summary(metrics), **evaluation}, plan.as_dict(), group.size, max(written.peak_ram_bytes, peak_ram_bytes()),
     )  # fmt: skip
 
 
