@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import NumericError
 from .io.checkpoint import DTYPES
-from .schemes import scale_values
+from .schemes import pieces, scale_values
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,9 +49,12 @@ def weight_numbers(weight_OI: Tensor, result: Quantized, packed: Mapping[str, Te
     """
     import torch
 
-    reference = weight_OI.float()
-    signal = float(reference.square().sum())
-    noise = float(result.dequantize().sub_(reference).square_().sum())
+    signal = noise = 0.0
+    for rows in pieces(weight_OI, result.scheme.weights):
+        reference = weight_OI[rows].float()
+        noise += float(result.rows(rows).dequantize().sub_(reference).square_().sum())
+        signal += float(reference.square().sum())
+        del reference
     if not math.isfinite(noise):
         raise NumericError(2, result.scheme.name, "a dequantized weight is not finite")
     # squares of huge weights overflow fp32

@@ -105,7 +105,7 @@ class Source:
         module = name.removesuffix(".weight")
         if module not in self.quantized:
             return self.read(name, part)
-        return self.read_quantized(module, device).dequantize().to(torch_dtype(self.dtypes[name]))
+        return self.read_quantized(module, device).dequantize(torch_dtype(self.dtypes[name]))
 
     def read_quantized(self, module: str, device: torch.device | None = None) -> Quantized:
         """Codes and scales of a module that is stored quantized, on the CPU if no device is given."""
