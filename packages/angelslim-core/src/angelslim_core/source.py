@@ -211,6 +211,9 @@ def open_source(folder: Path | str, exporters: Iterable[type[Exporter]] | None =
     if source.exporter and source.exporter.name not in SOURCES:
         method = source.exporter.quant_method
         raise ModelError(55, str(folder), f"is already quantized ({method})", "start from the original model; only block-FP8 checkpoints are also sources")
+    bare = next((name for name, dtype in source.dtypes.items() if dtype.startswith("F8_")), None) if source.exporter else None
+    if bare:
+        raise ModelError(463, bare, "is stored in FP8, but has no scale beside it", "fetch the model again; experts stacked in one tensor are not read as FP8")
     return source
 
 
@@ -284,7 +287,10 @@ def _logical(
         if suffix in CODES:
             dtypes[f"{module}.weight"] = dtype
             specs = {s: TensorSpec(i.dtype, i.shape) for s in modules[module] if (i := infos[f"{module}.{s}"])}
-            found = exporter.weight_shape(specs, schemes[module])
+            try:
+                found = exporter.weight_shape(specs, schemes[module])
+            except ModelError as error:
+                raise ModelError(error.number, f"{module}.{error.where}", error.what, error.hint) from error
             shapes[f"{module}.weight"] = found or (info.shape if suffix == "weight" else _packed_shape(checkpoint, info, module))
     for module in schemes:
         if f"{module}.weight" not in shapes:
