@@ -6,7 +6,7 @@ Histograms count |x| in half octaves: bin 2k begins at 2^k and bin 2k + 1 at 1.5
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -273,3 +273,18 @@ def warnings_of(analysis: Mapping[str, Any], plan: Plan) -> list[str]:
         f"{len(large)} linears have an FP8 input scale above {LARGE_SCALE}, the largest {large[worst]:.3g} ({worst}): "
         f"inputs below {large[worst] * 2**-6:.2g} lose precision there; smoothing before this step helps"
     ]
+
+
+def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and worst SQNR over quantized linears, dB."""
+    values = {name: m["sqnr_db"] for name, m in metrics.items() if isinstance(m, Mapping) and m.get("sqnr_db") is not None}
+    if not values:
+        return {}
+    worst = min(values, key=lambda name: values[name])
+    return {"sqnr_db_mean": round(sum(values.values()) / len(values), 3), "sqnr_db_min": values[worst], "worst": worst, "linears": len(values)}
+
+
+def merged_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers of a layer pass over all layers: sums of counts, otherwise a list per layer."""
+    keys = dict.fromkeys(k for r in reports for k in r)
+    return {k: sum(r.get(k, 0) for r in reports) if all(type(r.get(k, 0)) is int for r in reports) else [r.get(k) for r in reports] for k in keys}

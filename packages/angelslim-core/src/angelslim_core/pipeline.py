@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description
-from .analysis import summarized, warnings_of
+from .analysis import merged_reports, summarized, summary, warnings_of
 from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
 from .device import device_name, peak_ram_bytes, pick_device, release_ram
@@ -213,7 +213,7 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         timer = _Timer(host, context)
         plan, journal, policies, sweep = _calibrated(prepared, context, workdir, timer)
         metrics, layers = dict(sweep.metrics), sweep.analysis
-        timer.reports.update({i: _merge(r) for i, r in sweep.reports.items()})
+        timer.reports.update({i: merged_reports(r) for i, r in sweep.reports.items()})
         streaming = time.perf_counter()
         written = write_shards(plan, context, journal, sorted(set(sweep.files.values())))
         metrics.update(written.metrics)
@@ -387,18 +387,3 @@ def _samples(prepared: Prepared, seed: int) -> Samples:
         return self_samples(loaded.model, tokenizer, num, tokens, seed)
 
     return load_samples(calibration, tokenizer, seed, generate)
-
-
-def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and worst SQNR over quantized linears, dB."""
-    values = {name: m["sqnr_db"] for name, m in metrics.items() if isinstance(m, Mapping) and m.get("sqnr_db") is not None}
-    if not values:
-        return {}
-    worst = min(values, key=lambda name: values[name])
-    return {"sqnr_db_mean": round(sum(values.values()) / len(values), 3), "sqnr_db_min": values[worst], "worst": worst, "linears": len(values)}
-
-
-def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Numbers of a layer pass over all layers: sums of counts, otherwise a list per layer."""
-    keys = dict.fromkeys(k for r in reports for k in r)
-    return {k: sum(r.get(k, 0) for r in reports) if all(type(r.get(k, 0)) is int for r in reports) else [r.get(k) for r in reports] for k in keys}
