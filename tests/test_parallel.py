@@ -1,15 +1,17 @@
 """Several processes of one run: they make what one makes, end together, and go on where they ended.
 
 The file is also a program: a server that imports the libraries once and forks the processes of each run, as torchrun
-would start them, in one of which something happens at a layer.
+would start them, in one of which something happens at a layer or a shard.
 """
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,18 @@ def serve():
             plain(context, where)
 
         Context.check_stop = check_stop
+        if request["telling"]:  # each linear that is compressed is a warning, and a fallback
+            from angelslim_quant.passes.int8_dynamic import INT8Dynamic
+
+            apply = INT8Dynamic.apply
+
+            def telling(pass_, weights, context):
+                names = [site.name for site in weights]
+                context.warnings += names
+                context.fallbacks += names
+                return apply(pass_, weights, context)
+
+            INT8Dynamic.apply = telling
         code = cli._guarded(request["arguments"])
         sys.stdout.flush()
         os._exit(code)
@@ -88,13 +102,13 @@ class Server:
             options += ["--use", use, *(f"--set=steps[{i}].with.{o}" for o in given)]
         return [*map(str, ("run", "--model", self.model, "--out", self.folder / out, "--device", "cpu", *options, *self.calibration)), "--json"]
 
-    def run(self, out, *steps, processes=2, rank=None, where="", what="", here=False, more=()):
+    def run(self, out, *steps, processes=2, rank=None, where="", what="", here=False, telling=False, more=()):
         """Exit codes by process."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         request = {
             "arguments": [*self.command(out, *steps), *more], "processes": processes, "port": port, "log": str(self.folder / "log"),
-            "rank": rank, "where": where, "what": what, "here": here,
+            "rank": rank, "where": where, "what": what, "here": here, "telling": telling,
         }  # fmt: skip
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -111,6 +125,9 @@ class Server:
 
     def weights(self, out):
         return {p.name: p.read_bytes() for p in (self.folder / out).glob("*.safetensors")}
+
+    def remove(self, out):
+        shutil.rmtree(self.folder / out)
 
     def left(self, out):
         return [p.name for p in self.folder.iterdir() if out in p.name]
@@ -220,6 +237,116 @@ def test_another_number_of_processes_goes_on(server):
     assert server.document()["resumed_layers"] == 1  # the second was done, but not all had said that it is on disk
     assert server.run("one-of-one", step, processes=1) == [0], server.log(0)
     assert server.weights("one-of-two") == server.weights("one-of-one")
+
+
+SHARDS = ["--set", "export.max_shard=20kB"]
+INT8 = "quant.int8_dynamic"
+
+
+@pytest.fixture(scope="module")
+def free(server):
+    """Output of one process without calibration, and its number of shards."""
+    assert server.run("free", INT8, processes=1, more=SHARDS) == [0], server.log(0)
+    return "free", len(server.weights("free"))
+
+
+def shard(free, number):
+    return f"model-{number:05}-of-{free[1]:05}.safetensors"
+
+
+def records(server, out):
+    folder = server.folder / out / "angelslim"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    sums = {line for line in (folder / "SHA256SUMS").read_text().splitlines() if line.endswith(".safetensors")}
+    return metrics["linears"], sums, json.loads((folder / "analysis.json").read_text())
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shards_are_shared_and_their_bytes_the_same(server, free, processes):
+    name = f"free-{processes}"
+    assert server.run(name, INT8, processes=processes, more=SHARDS) == [0] * processes, server.log(0)
+    assert server.document()["processes"] == processes and server.document()["peak_ram_bytes"] > 0
+    assert server.weights(name) == server.weights("free") and records(server, name) == records(server, "free")
+    assert list(records(server, name)[0]) == list(records(server, "free")[0])  # in the same order
+    assert server.left(name) == [name] and all(server.log(rank) == "" for rank in range(1, processes))
+
+
+def test_a_process_without_a_shard_waits(server):
+    assert server.run("single", INT8, processes=1) == [0] and server.run("idle", INT8) == [0, 0], server.log(0)
+    assert server.weights("idle") == server.weights("single") and len(server.weights("idle")) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("what", ["error", "bug"])
+def test_an_error_at_a_shard_ends_all(server, free, rank, what):
+    code = 8 if what == "error" else 1
+    for number in range(1, free[1] + 1):  # one of them is this process's
+        codes = server.run("lost", INT8, rank=rank, where=shard(free, number), what=what, more=SHARDS)
+        if codes != [0, 0]:
+            break
+        server.remove("lost")
+    assert codes == [code, code] and server.left("lost") == []
+    assert server.log(0).count("error[") == 1 and (what == "bug" or server.log(1) == "")
+
+
+def test_a_process_does_not_go_on_once_another_has_failed(tiny, tmp_path, monkeypatch):
+    """It hears of it between two units, not after its last shard; its threads have ended before the work folder may go."""
+    from angelslim_core import compress, stream
+    from angelslim_core.errors import NumericError
+    from angelslim_core.parallel import Group
+
+    done = []
+
+    class Failing(Group):
+        def is_over(self):
+            return len(done) == 2
+
+        def gather(self, value):
+            if len(done) == 2:
+                assert not [t.name for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
+                raise NumericError(999, "there", "another's")
+            return [value]
+
+    plain = stream._process
+    monkeypatch.setattr(stream, "_process", lambda *args: (done.append(args), plain(*args))[1])
+    monkeypatch.setattr("angelslim_core.context.Group", Failing)
+    monkeypatch.setattr("angelslim_core.parallel.Group", Failing)
+    with pytest.raises(NumericError, match="another's"):
+        compress(tiny(), [INT8], tmp_path / "o", overrides=["export.max_shard=20kB"])
+    assert len(done) == 2 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("before", "after", "rank", "what"), [(3, 2, 1, "SIGKILL"), (2, 3, 0, "SIGKILL"), (2, 1, 1, "SIGTERM"), (1, 2, 0, "SIGTERM")])
+def test_shards_that_are_done_are_kept_by_another_number_of_processes(server, free, before, after, rank, what):
+    name = f"kept-{before}-{after}"
+    for number in range(free[1], 0, -1):  # the last of this process's, again and again
+        codes = server.run(name, INT8, processes=before, rank=rank, where=shard(free, number), what=what, telling=True, more=SHARDS)
+        if codes != [0] * before:
+            break
+        server.remove(name)
+    assert codes[rank] == (-signal.SIGKILL if what == "SIGKILL" else 75)
+    kept = [json.loads(line) for path in (server.folder / f".{name}.angelslim").glob("journal*.jsonl") for line in path.read_text().splitlines()]
+    assert kept and len(kept) < free[1]
+    written = {path.name: path.stat().st_mtime_ns for path in (server.folder / f".{name}.angelslim/stage").glob("*.safetensors")}
+    assert server.run(name, INT8, processes=after, telling=True, more=SHARDS) == [0] * after, server.log(0)
+    assert server.weights(name) == server.weights("free") and records(server, name) == records(server, "free")
+    for entry in kept:
+        assert (server.folder / name / entry["shard"]).stat().st_mtime_ns == written[entry["shard"]]  # not made again
+    linears = records(server, "free")[0]
+    assert sorted(server.document()["warnings"][1:]) == sorted(linears) and server.document()["fallbacks"] == len(linears)
+
+
+def test_layers_and_shards_go_on(server):
+    """Layers a sweep left are read by all processes; another number of them goes on after a kill at a shard."""
+    step = "quant.fp8_static"
+    assert server.run("swept", step, processes=1, more=SHARDS) == [0], server.log(0)
+    count = len(server.weights("swept"))
+    for number in range(count, 0, -1):
+        if server.run("swept-2", step, rank=1, where=shard(("", count), number), what="SIGKILL", more=SHARDS) != [0, 0]:
+            break
+        server.remove("swept-2")
+    assert server.run("swept-2", step, processes=3, more=SHARDS) == [0, 0, 0], server.log(0)
+    assert server.document()["resumed_layers"] == 3 and server.weights("swept-2") == server.weights("swept")
 
 
 def test_torchrun(server):

@@ -6,13 +6,13 @@ Histograms count |x| in half octaves: bin 2k begins at 2^k and bin 2k + 1 at 1.5
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .errors import NumericError
 from .io.checkpoint import DTYPES
-from .schemes import scale_values
+from .schemes import pieces, scale_values
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,9 +49,12 @@ def weight_numbers(weight_OI: Tensor, result: Quantized, packed: Mapping[str, Te
     """
     import torch
 
-    reference = weight_OI.float()
-    signal = float(reference.square().sum())
-    noise = float(result.dequantize().sub_(reference).square_().sum())
+    signal = noise = 0.0
+    for rows in pieces(weight_OI, result.scheme.weights):
+        reference = weight_OI[rows].float()
+        noise += float(result.rows(rows).dequantize().sub_(reference).square_().sum())
+        signal += float(reference.square().sum())
+        del reference
     if not math.isfinite(noise):
         raise NumericError(2, result.scheme.name, "a dequantized weight is not finite")
     # squares of huge weights overflow fp32
@@ -270,3 +273,18 @@ def warnings_of(analysis: Mapping[str, Any], plan: Plan) -> list[str]:
         f"{len(large)} linears have an FP8 input scale above {LARGE_SCALE}, the largest {large[worst]:.3g} ({worst}): "
         f"inputs below {large[worst] * 2**-6:.2g} lose precision there; smoothing before this step helps"
     ]
+
+
+def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean and worst SQNR over quantized linears, dB."""
+    values = {name: m["sqnr_db"] for name, m in metrics.items() if isinstance(m, Mapping) and m.get("sqnr_db") is not None}
+    if not values:
+        return {}
+    worst = min(values, key=lambda name: values[name])
+    return {"sqnr_db_mean": round(sum(values.values()) / len(values), 3), "sqnr_db_min": values[worst], "worst": worst, "linears": len(values)}
+
+
+def merged_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers of a layer pass over all layers: sums of counts, otherwise a list per layer."""
+    keys = dict.fromkeys(k for r in reports for k in r)
+    return {k: sum(r.get(k, 0) for r in reports) if all(type(r.get(k, 0)) is int for r in reports) else [r.get(k) for r in reports] for k in keys}

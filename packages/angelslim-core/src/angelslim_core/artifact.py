@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ class Artifact:
         policies: `{pass, policy}` of runtime passes.
         context: warnings and fallbacks of the run.
         analysis: what the report draws (`analysis.summarized`).
+        digests: SHA-256 of files that are already known, by name.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Artifact:
     policies: list[dict[str, Any]]
     context: Context
     analysis: dict[str, Any]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any]:
@@ -173,14 +175,15 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
         },
     )
     write_text(stage / "README.md", card(artifact, before, after, evaluation))
-    write_checksums(stage)
+    write_checksums(stage, artifact.digests)
     return evaluation
 
 
-def write_checksums(stage: Path) -> None:
-    """Write SHA256SUMS over all that is in the stage."""
+def write_checksums(stage: Path, known: Mapping[str, str] | None = None) -> None:
+    """Write SHA256SUMS over all that is in the stage; files whose digest is known are not read again."""
+    known = known or {}
     names = sorted(p.relative_to(stage).as_posix() for p in stage.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
-    write_text(stage / RECORDS / "SHA256SUMS", "".join(f"{sha256(stage / name)}  {name}\n" for name in names))
+    write_text(stage / RECORDS / "SHA256SUMS", "".join(f"{known.get(name) or sha256(stage / name)}  {name}\n" for name in names))
 
 
 def output_config(plan: Plan) -> dict[str, Any]:

@@ -6,13 +6,17 @@ import contextlib
 import ctypes
 import os
 import resource
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import UsageError
+from .io.checkpoint import page_locked
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Key = TypeVar("Key")
 
 
 def pick_device(name: str) -> str:
@@ -73,11 +77,82 @@ def free_ram_bytes() -> int:
 
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in the machine's memory; of a GPU's tensor in page-locked memory, which it reads many times as fast."""
-    import torch
-
     if not tensor.is_cuda:
         return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return pinned(tensor).copy_(tensor)
+
+
+class Worker:
+    """Moves tensors between the machine and a GPU in a thread and a stream of its own; in a run on a CPU it does nothing.
+
+    Attributes:
+        device: this process's.
+    """
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+        self._stream = torch.cuda.Stream() if device == "cuda" else None
+
+    def start(self) -> None:
+        """Called first in the thread, which else would use the first GPU."""
+        import torch
+
+        if self._stream:
+            torch.cuda.set_device(self.device)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What is read inside comes into page-locked memory, from where it moves without a copy on the way."""
+        with page_locked() if self._stream else contextlib.nullcontext(), self._streaming():
+            yield
+
+    def to_device(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        """Tensors on the device, arrived; whoever uses them there calls `take_over` first."""
+        if not self._stream:
+            return dict(tensors)
+        with self._streaming():
+            moved = {key: tensor.to(self.device, non_blocking=True) for key, tensor in tensors.items()}
+        self._stream.synchronize()
+        return moved
+
+    def mark(self) -> Any:
+        """For `to_host`: all that the calling thread has asked of the GPU."""
+        import torch
+
+        return torch.cuda.current_stream().record_event() if self._stream else None
+
+    def to_host(self, tensor: Tensor, mark: Any) -> Tensor:
+        """A tensor in the machine's memory, arrived, once the GPU has come to the mark."""
+        if not tensor.is_cuda or not self._stream:
+            return tensor
+        with self._streaming():
+            self._stream.wait_event(mark)
+            host = pinned(tensor).copy_(tensor, non_blocking=True)
+        self._stream.synchronize()
+        return host
+
+    def _streaming(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        return torch.cuda.stream(self._stream)  # does nothing for None
+
+
+def take_over(tensors: Iterable[Tensor]) -> None:
+    """Their memory is used by this thread's stream from now on and not to be given away before it is done."""
+    import torch
+
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Uninitialized page-locked memory for a copy."""
+    import torch
+
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

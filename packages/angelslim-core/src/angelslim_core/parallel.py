@@ -1,7 +1,7 @@
-"""Several processes of one run, as torchrun starts them: each takes a share of the calibration batches.
+"""Several processes of one run, as torchrun starts them: each takes a share of the calibration batches and of the files written.
 
 Whatever they must agree on goes through a `Group`. Before each exchange the processes tell each other whether they are
-well, so that an error of one ends all, with its message.
+well, so that an error of one ends all, with its message. Where exchanges are far apart, `is_over` says that one waits there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import AngelslimError, ResourceError, UsageError, error_from
 if TYPE_CHECKING:
     from torch import Tensor
 
-# the first process writes the output while the others wait; torchrun ends them all if one dies
+# processes wait for the one that works longest; torchrun ends them all if one dies
 _PATIENCE = timedelta(days=30)
 
 
@@ -26,7 +26,7 @@ class Group:
     """The processes of a run; this class is the group of one.
 
     Attributes:
-        rank: number of this process; the first, 0, writes the output.
+        rank: number of this process; the first, 0, makes the folder of the output.
         size: number of processes.
     """
 
@@ -44,6 +44,10 @@ class Group:
     def gather(self, value: Any) -> list[Any]:
         """The values (JSON) of all processes, by rank."""
         return [value]
+
+    def is_over(self) -> bool:
+        """Whether another process has failed and waits for this one's next exchange, which will say why."""
+        return False
 
     @contextmanager
     def telling(self) -> Iterator[None]:
@@ -63,8 +67,10 @@ class Joined(Group):
             if local > have:
                 raise UsageError(300, "torchrun", f"{local} processes on a machine with {have} GPUs", "give --nproc-per-node at most their number")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        self._store = dist.PrefixStore("angelslim", store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
         self._dist, self._torch = dist, torch
         self._over = False
 
@@ -79,6 +85,12 @@ class Joined(Group):
 
     def gather(self, value: Any) -> list[Any]:
         return self._gather(value)
+
+    def is_over(self) -> bool:
+        try:
+            return bool(self._store.check(["over"]))
+        except RuntimeError:  # the connection broke: so will the next exchange
+            return True
 
     def _gather(self, value: Any) -> list[Any]:
         data = json.dumps(value).encode()
@@ -124,6 +136,7 @@ class Joined(Group):
                 bug = AngelslimError(301, f"process {self.rank}", f"{type(error).__name__}: {error}", "this is a bug of ours")
                 known = error if isinstance(error, AngelslimError) else bug
                 with suppress(RuntimeError):  # nobody may be left to hear it
+                    self._store.set("over", "1")
                     self._bytes(json.dumps(known.as_dict()).encode())
             raise
 

@@ -157,6 +157,11 @@ class TensorPass(WeightPass):
         """
         return {}
 
+    @property
+    def fetches(self) -> bool:
+        """Whether it has a `fetch` of its own."""
+        return type(self).fetch is not TensorPass.fetch
+
     def apply_with(self, weights: Mapping[Site, Tensor], fetched: Mapping[Site, Tensor], context: Context) -> Mapping[Site, Quantized | Tensor]:
         """`apply`, with what `fetch` read for these sites, on the device where the weights are.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description
-from .analysis import summarized, warnings_of
+from .analysis import merged_reports, summarized, summary, warnings_of
 from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
 from .device import device_name, peak_ram_bytes, pick_device, release_ram
@@ -47,6 +47,8 @@ class Result:
     resumed_layers: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    peak_ram_bytes: int = 0  # of the process that took most
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -60,7 +62,8 @@ class Result:
             "warnings": self.warnings,
             "fallbacks": len(self.fallbacks),
             "resumed_layers": self.resumed_layers,
-            "peak_ram_bytes": peak_ram_bytes(),
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "processes": self.processes,
             "seconds": round(self.seconds, 3),
             "metrics": self.metrics,
         }
@@ -188,7 +191,8 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         if group.rank:
             with memory_errors(plan), disk_errors(prepared.out, plan.bytes_after):
                 context = _context(prepared, Path(group.share(None)), group, silent, stop)
-                _calibrated(prepared, context, None, _Timer(host, context))
+                final, *_ = _calibrated(prepared, context, None, _Timer(host, context))
+                write_shards(final, context, [], [])
                 return Result(**group.share(None))
         result = _write(prepared, group, replace, progress, stop, start)
         return Result(**group.share(vars(result) | {"path": str(result.path)}))
@@ -208,10 +212,11 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         context = _context(prepared, Path(group.share(str(workdir.path))), group, progress, stop)
         timer = _Timer(host, context)
         plan, journal, policies, sweep = _calibrated(prepared, context, workdir, timer)
-        metrics, resumed, files, layers = dict(sweep.metrics), sweep.resumed_layers, sweep.files, sweep.analysis
-        timer.reports.update({i: _merge(r) for i, r in sweep.reports.items()})
+        metrics, layers = dict(sweep.metrics), sweep.analysis
+        timer.reports.update({i: merged_reports(r) for i, r in sweep.reports.items()})
         streaming = time.perf_counter()
-        metrics.update(write_shards(plan, context, workdir, journal, files))
+        written = write_shards(plan, context, journal, sorted(set(sweep.files.values())))
+        metrics.update(written.metrics)
         timer.share([s for s in plan.steps if not isinstance(s.pass_, RuntimePass | ModelPass)], time.perf_counter() - streaming)
         timer.reports.update({s.index: plan.source.reports[s.pass_.id] for s in plan.steps if isinstance(s.pass_, SourcePass)})
         for step in plan.steps:
@@ -223,7 +228,7 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())
         analysis = summarized(plan, metrics, layers)
         context.warnings += warnings_of(analysis, plan)
-        artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context, analysis)
+        artifact = Artifact(workdir.stage, plan, passes, metrics, policies, context, analysis, written.digests)
         evaluation = write_records(artifact, host, before, after, start)
         verify_written(workdir.stage, plan)
         check_gates(recipe, evaluation)
@@ -231,8 +236,8 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
     artifact.path = prepared.out
     host.hook.angelslim_run_finished(artifact=artifact)
     return Result(
-        prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, resumed,
-        {**summary(metrics), **evaluation}, plan.as_dict(),
+        prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, sweep.resumed_layers,
+        {**summary(metrics), **evaluation}, plan.as_dict(), group.size, max(written.peak_ram_bytes, peak_ram_bytes()),
     )  # fmt: skip
 
 
@@ -383,18 +388,3 @@ def _samples(prepared: Prepared, seed: int) -> Samples:
         return self_samples(loaded.model, tokenizer, num, tokens, seed)
 
     return load_samples(calibration, tokenizer, seed, generate)
-
-
-def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and worst SQNR over quantized linears, dB."""
-    values = {name: m["sqnr_db"] for name, m in metrics.items() if isinstance(m, Mapping) and m.get("sqnr_db") is not None}
-    if not values:
-        return {}
-    worst = min(values, key=lambda name: values[name])
-    return {"sqnr_db_mean": round(sum(values.values()) / len(values), 3), "sqnr_db_min": values[worst], "worst": worst, "linears": len(values)}
-
-
-def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Numbers of a layer pass over all layers: sums of counts, otherwise a list per layer."""
-    keys = dict.fromkeys(k for r in reports for k in r)
-    return {k: sum(r.get(k, 0) for r in reports) if all(type(r.get(k, 0)) is int for r in reports) else [r.get(k) for r in reports] for k in keys}

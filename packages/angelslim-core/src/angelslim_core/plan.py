@@ -364,10 +364,6 @@ def _towers(source: Source, description: Description) -> list[str]:
     return [f"re:.*{tower}.*" for tower in description.layout.towers if tower in beside]
 
 
-def _fetches(pass_: Pass) -> bool:
-    return isinstance(pass_, TensorPass) and type(pass_).fetch is not TensorPass.fetch
-
-
 def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
     """Peak of memory, and whether hidden states between layers stay in files: for a CPU, which reads those as fast, or for want of memory.
 
@@ -380,7 +376,7 @@ def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
         read = sum(s.shape[0] * s.shape[1] for s in unit.sites) if unit.sites else 0
         copied = sum(spec_bytes(s) for s in unit.outputs.values())
         scratch = max((source.scratch(name) for name in unit.tensors), default=0)
-        beside = sum(1 for i in unit.steps if _fetches(plan.steps[i].pass_))  # as large as the weights, in BF16
+        beside = sum(isinstance(p := plan.steps[i].pass_, TensorPass) and p.fetches for i in unit.steps)  # as large as the weights, in BF16
         largest = max(largest, (read * (14 + 2 * beside) + copied if unit.steps else copied) + scratch)
     peak, spills = BASE_RAM + largest, False
     calibration = plan.recipe.calibration

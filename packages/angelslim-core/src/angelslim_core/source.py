@@ -22,6 +22,7 @@ from .schemes import CACHE_SCALES, CacheScheme, Quantized, Scheme
 from .transforms import Transform, read_transforms
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # exporters whose checkpoints are also published as sources
@@ -92,18 +93,24 @@ class Source:
 
     def read(self, name: str, part: Part | None = None) -> Tensor:
         """A logical tensor on the CPU; `part` cuts one linear [out, in] out of a stacked tensor."""
-        module = name.removesuffix(".weight")
-        if module in self.quantized:
-            return self.read_quantized(module).dequantize().to(torch_dtype(self.dtypes[name]))
+        if name.removesuffix(".weight") in self.quantized:
+            return self.read_near(name)
         if part is None:
             return self.checkpoint.read(name)
         stacked = self.checkpoint.read(name, (part.expert, part.expert + 1))[0]
         return (stacked.T if part.transposed else stacked)[part.start : part.stop].contiguous()
 
-    def read_quantized(self, module: str) -> Quantized:
-        """Codes and scales of a module that is stored quantized."""
+    def read_near(self, name: str, part: Part | None = None, device: torch.device | None = None) -> Tensor:
+        """`read`, but what is stored quantized is dequantized on a device and stays there."""
+        module = name.removesuffix(".weight")
+        if module not in self.quantized:
+            return self.read(name, part)
+        return self.read_quantized(module, device).dequantize(torch_dtype(self.dtypes[name]))
+
+    def read_quantized(self, module: str, device: torch.device | None = None) -> Quantized:
+        """Codes and scales of a module that is stored quantized, on the CPU if no device is given."""
         assert self.exporter
-        tensors = {n.removeprefix(f"{module}."): self.checkpoint.read(n) for n in self._parts[module]}
+        tensors = {n.removeprefix(f"{module}."): self.checkpoint.read(n).to(device, non_blocking=True) for n in self._parts[module]}
         return self.exporter.unpack(tensors, self.quantized[module])
 
     def cache_scales(self, attention: str, heads: int) -> tuple[Tensor, Tensor]:
@@ -204,6 +211,9 @@ def open_source(folder: Path | str, exporters: Iterable[type[Exporter]] | None =
     if source.exporter and source.exporter.name not in SOURCES:
         method = source.exporter.quant_method
         raise ModelError(55, str(folder), f"is already quantized ({method})", "start from the original model; only block-FP8 checkpoints are also sources")
+    bare = next((name for name, dtype in source.dtypes.items() if dtype.startswith("F8_")), None) if source.exporter else None
+    if bare:
+        raise ModelError(463, bare, "is stored in FP8, but has no scale beside it", "fetch the model again; experts stacked in one tensor are not read as FP8")
     return source
 
 
@@ -277,7 +287,10 @@ def _logical(
         if suffix in CODES:
             dtypes[f"{module}.weight"] = dtype
             specs = {s: TensorSpec(i.dtype, i.shape) for s in modules[module] if (i := infos[f"{module}.{s}"])}
-            found = exporter.weight_shape(specs, schemes[module])
+            try:
+                found = exporter.weight_shape(specs, schemes[module])
+            except ModelError as error:
+                raise ModelError(error.number, f"{module}.{error.where}", error.what, error.hint) from error
             shapes[f"{module}.weight"] = found or (info.shape if suffix == "weight" else _packed_shape(checkpoint, info, module))
     for module in schemes:
         if f"{module}.weight" not in shapes:

@@ -1,7 +1,7 @@
 """The private folder beside the output: lock, journal, stage. The output appears by one rename, whole or not at all.
 
-`.OUT.angelslim/` holds `manifest.json` (fingerprint of the run), `journal.jsonl` (finished layers and shards),
-`layers/`, `acts/` and `stage/`. A run that is killed leaves it behind; the same command finds it and goes on.
+`.OUT.angelslim/` holds `manifest.json` (fingerprint of the run), `journal.jsonl` (finished layers and shards; of other
+processes than the first `journal-RANK.jsonl`), `layers/`, `acts/` and `stage/`. A run that is killed leaves it behind; the same command finds it and goes on.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Workdir:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # keep only what another try can build on
-        begun = any((self.path / name).exists() for name in ("journal.jsonl", "trained", "measured"))
+        begun = any(any(self.path.glob(name)) for name in ("journal*.jsonl", "trained", "measured"))
         resumable = isinstance(error, _Unfinished) or (begun and isinstance(error, StoppedError | ResourceError | KeyboardInterrupt))
         if kind is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)  # before another run may take the lock
@@ -127,33 +127,13 @@ class Workdir:
                                   f"run that one again, or delete {self.path.name} beside the output")  # fmt: skip
             for unfinished in self.stage.rglob(".*.tmp"):  # would be taken for a part of the output
                 unfinished.unlink()
-            return self._read_journal()
+            return read_journals(self.path)
         write_json(manifest, dict(fingerprint))
         return []
 
     def record(self, **entry: Any) -> None:
-        """Append one finished item to the journal, durably."""
-        try:
-            with (self.path / "journal.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise disk_error(error, self.path, 4096) from error
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        journal = self.path / "journal.jsonl"
-        if not journal.is_file():
-            return []
-        entries = []
-        for line in journal.read_text().split("\n"):
-            try:
-                entries.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # the line a crash cut short, or the empty end
-        with journal.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(entry) + "\n" for entry in entries)
-        return entries
+        """Append one finished item to the first process's journal, durably."""
+        record(self.path, 0, entry)
 
     def publish(self) -> None:
         """Make the stage the output by one rename, then drop the work folder."""
@@ -172,6 +152,44 @@ class Workdir:
 
 class _Unfinished(RecipeError):
     """Raised before the work folder may be touched, so that it is kept."""
+
+
+def record(folder: Path, rank: int, entry: Mapping[str, Any]) -> None:
+    """Append one finished item to a process's journal in a work folder, durably.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    try:
+        with _journal(folder, rank).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_error(error, folder, 4096) from error
+
+
+def read_journals(folder: Path) -> list[dict[str, Any]]:
+    """What all processes recorded, however many they were; a line that a crash cut short is dropped, also from the file."""
+    found = []
+    for journal in sorted(folder.glob("journal*.jsonl")):
+        entries = []
+        text = journal.read_text(encoding="utf-8")
+        for line in text.split("\n"):
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the line a crash cut short, or the empty end
+        kept = "".join(json.dumps(entry) + "\n" for entry in entries)
+        if kept != text:
+            with journal.open("w", encoding="utf-8") as stream:
+                stream.write(kept)
+        found += entries
+    return found
+
+
+def _journal(folder: Path, rank: int) -> Path:
+    return folder / (f"journal-{rank}.jsonl" if rank else "journal.jsonl")
 
 
 def sha256(path: Path) -> str:

@@ -65,8 +65,9 @@ def run(
     if "perplexity" in done["metrics"]:
         show_evaluation(done["metrics"])
     ratio = done["bytes_after"] / done["bytes_before"]
+    of = f" in the largest of {done['processes']} processes" if done["processes"] > 1 else ""
     click.echo(
-        f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {size(done['peak_ram_bytes'])}"
+        f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {size(done['peak_ram_bytes'])}{of}"
     )
     click.echo(f"{done['path']}   next: angelslim eval {done['path']} --base {model or 'MODEL'} --text FILE")
 

@@ -33,11 +33,7 @@ class HFFP8(Exporter):
         return {"weight": quantized.codes, "weight_scale_inv": quantized.scale}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
-        weight, scale = tensors["weight"], tensors["weight_scale_inv"]
-        wanted = scheme.weights.scale_shape((weight.shape[0], weight.shape[1]))
-        if tuple(scale.shape) != wanted:
-            raise ModelError(53, "weight_scale_inv", f"has shape {list(scale.shape)} where blocks need {list(wanted)}")
-        return Quantized(scheme, weight, scale)
+        return Quantized(scheme, tensors["weight"], tensors["weight_scale_inv"])
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         blocks = {scheme.weights.block_structure for scheme in schemes.values()}
@@ -58,8 +54,25 @@ class HFFP8(Exporter):
         block = config.get("weight_block_size")
         if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
             raise ModelError(54, _WHERE, f"weight_block_size is {block!r:.100}, not two positive numbers")
+        if config.get("activation_scheme", "dynamic") != "dynamic":
+            raise ModelError(460, _WHERE, f"activation_scheme is {config['activation_scheme']!r:.100}; with blocks only dynamic inputs are known")
         scheme = block_scheme((block[0], block[1]))
         return dict.fromkeys((m for m, suffixes in modules.items() if "weight_scale_inv" in suffixes), scheme)
+
+    def weight_shape(self, specs: Mapping[str, TensorSpec], scheme: Scheme) -> None:
+        """None, as the shape is that of `weight`; what does not fit the blocks is refused from the headers.
+
+        Raises:
+            ModelError: a weight is no FP8 matrix, or a scale is none of its blocks.
+        """
+        weight, scale = specs["weight"], specs["weight_scale_inv"]
+        if weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
+            raise ModelError(461, "weight", f"has FP8 scales, but is {weight.dtype} {list(weight.shape)} and no matrix of F8_E4M3")
+        if scale.dtype not in ("F32", "BF16", "F16", "F8_E8M0"):
+            raise ModelError(462, "weight_scale_inv", f"is {scale.dtype}, which is no dtype of scales")
+        wanted = scheme.weights.scale_shape((weight.shape[0], weight.shape[1]))
+        if scale.shape != wanted:
+            raise ModelError(53, "weight_scale_inv", f"has shape {list(scale.shape)} where blocks need {list(wanted)}")
 
 
 def block_scheme(block: tuple[int, int]) -> Scheme:

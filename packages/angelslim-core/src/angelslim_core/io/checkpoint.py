@@ -9,6 +9,9 @@ from __future__ import annotations
 import fnmatch
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,11 +145,25 @@ class Checkpoint:
         return any(p.name.startswith(("tokenizer", "spiece", "vocab")) for p in self.companions)
 
 
+# whether tensors are read into page-locked memory
+_locked = ContextVar("_locked", default=False)
+
+
+@contextmanager
+def page_locked() -> Iterator[None]:
+    """What this thread reads inside comes into page-locked memory, which a GPU reads many times as fast."""
+    token = _locked.set(True)
+    try:
+        yield
+    finally:
+        _locked.reset(token)
+
+
 def read_bytes(file: Path, offset: int, nbytes: int) -> torch.Tensor:
     """`nbytes` of a file as a uint8 tensor."""
     import torch
 
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=_locked.get())
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
     done = 0
     descriptor = os.open(file, os.O_RDONLY)

@@ -92,7 +92,10 @@ class ShardWriter:
         self.missing.discard(name)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Close the file; once more does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
 
     def finish(self, flush: bool = True) -> None:
         """Flush to disk and close; every tensor must have been written."""

@@ -149,6 +149,50 @@ def split_shards(folder: Path, count: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def store_as_fp8(folder: Path, *, block: tuple[int, int] = (128, 128), scale: str = "F32", scattered: bool = False) -> Path:
+    """Store the linears but the head and the routers as block FP8, in the form DeepSeek publishes; returns where the plain values are.
+
+    Args:
+        scale: dtype of the scales, "F32", "BF16" or "F8_E8M0" (powers of two), or "ue8m0" for powers of two in fp32.
+        scattered: over three files, scales in another one than their weights.
+    """
+    import math
+    import shutil
+
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = _load(folder)
+    plain = Path(shutil.copytree(folder, folder.with_name(f"{folder.name}-plain")))
+    tall, wide = block
+    kept = []
+    for name in [n for n, t in tensors.items() if n.endswith(".weight") and t.dim() == 2]:
+        if "_proj" not in name or "eh_proj" in name:
+            kept.append(name.removesuffix(".weight"))
+            continue
+        weight = tensors[name].float()
+        rows, columns = weight.shape
+        amax = torch.zeros(math.ceil(rows / tall), math.ceil(columns / wide))
+        for i in range(amax.shape[0]):
+            for j in range(amax.shape[1]):
+                amax[i, j] = weight[i * tall : (i + 1) * tall, j * wide : (j + 1) * wide].abs().max()
+        stored = (amax / 448).clamp(min=1e-12)
+        if scale in ("F8_E8M0", "ue8m0"):
+            stored = torch.exp2(stored.log2().ceil())
+        stored = stored.to({"BF16": torch.bfloat16, "F8_E8M0": torch.float8_e8m0fnu}.get(scale, torch.float32))
+        spread = stored.float().repeat_interleave(tall, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+        codes = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        kind = tensors[name].dtype
+        tensors |= {name: codes, f"{name}_scale_inv": stored}
+        save_file(_load(plain) | {name: (codes.float() * spread).to(kind)}, plain / "model.safetensors", metadata={"format": "pt"})
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block), "modules_to_not_convert": kept}
+    _edit(folder / "config.json", quantization_config=config | ({"scale_fmt": "ue8m0"} if scale in ("F8_E8M0", "ue8m0") else {}))
+    _save(folder, tensors)
+    if scattered:
+        split_shards(folder, 3)
+    return plain
+
+
 def _load(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 

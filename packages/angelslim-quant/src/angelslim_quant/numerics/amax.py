@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from angelslim_core.schemes import Grid
+from angelslim_core.schemes import Grid, pieces
 
 
 def grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
@@ -18,14 +18,27 @@ def grouped(weight_OI: Tensor, grid: Grid) -> Tensor:
     return weight_OI.unflatten(1, (-1, grid.group_size))
 
 
+def extremes(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """fp32 lowest and highest values, of `grid.scale_shape`; strategies "tensor", "channel" and "group"."""
+    if weight_OI.device.type != "cpu" or grid.strategy == "tensor":
+        low, high = torch.aminmax(grouped(weight_OI, grid), dim=-1)
+        return low.float(), high.float()
+    # on a CPU the two reductions of fp32 in its cache are vector code, the joint one and those of half precision are not
+    found = [(values.amin(-1), values.amax(-1)) for rows in pieces(weight_OI, grid) for values in (grouped(weight_OI[rows].float(), grid),)]
+    return torch.cat([low for low, _ in found]), torch.cat([high for _, high in found])
+
+
 def amax_of(weight_OI: Tensor, grid: Grid) -> Tensor:
     """fp32 absolute maxima, of `grid.scale_shape`; ragged blocks at the edge count what is there."""
     if grid.strategy != "block":
-        low, high = torch.aminmax(grouped(weight_OI, grid), dim=-1)
-        return torch.maximum(-low, high).float()
+        low, high = extremes(weight_OI, grid)
+        return torch.maximum(-low, high)
     assert grid.block_structure
     tall, wide = grid.block_structure
-    rows, columns = weight_OI.shape
-    padded = torch.nn.functional.pad(weight_OI, (0, -columns % wide, 0, -rows % tall))
-    blocks = padded.view(padded.shape[0] // tall, tall, padded.shape[1] // wide, wide)
-    return blocks.abs().amax((1, 3)).float()
+    found = []
+    for rows in pieces(weight_OI, grid):
+        part = weight_OI[rows]
+        padded = torch.nn.functional.pad(part, (0, -part.shape[1] % wide, 0, -part.shape[0] % tall))
+        blocks = padded.view(padded.shape[0] // tall, tall, padded.shape[1] // wide, wide)
+        found.append(blocks.abs().amax((1, 3)).float())
+    return torch.cat(found)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.rounding import E4M3_MAX, cast_e4m3
-from angelslim_core.schemes import Grid, against
+from angelslim_core.schemes import Grid, against, pieces, scale_rows
 
 from ..kernels.round_columns import Steps
 from .amax import amax_of
@@ -34,5 +34,8 @@ def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None) -> tupl
     """
     if scale is None:
         scale = scale_of(amax_of(weight_OI, grid), grid)
-    values, scales = against(weight_OI.float(), scale.float(), grid)
-    return cast_e4m3(values / scales).reshape(weight_OI.shape), scale
+    codes = torch.empty(weight_OI.shape, dtype=torch.float8_e4m3fn, device=weight_OI.device)
+    for rows in pieces(weight_OI, grid):
+        values, scales = against(weight_OI[rows].float(), scale_rows(scale, rows, grid).float(), grid)
+        codes[rows] = cast_e4m3(values / scales).reshape(values.shape)
+    return codes, scale

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.schemes import Grid, against
+from angelslim_core.schemes import Grid, against, pieces, scale_rows
 
 from ..kernels.round_columns import Steps
-from .amax import grouped
+from .amax import extremes, grouped
 
 
 def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None, zero_point: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -25,18 +25,26 @@ def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None, zero_po
     """
     if scale is None:
         scale, zero_point = scale_of(*range_of(weight_OI, grid), grid)
+    codes = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+    for rows in pieces(weight_OI, grid):
+        codes[rows] = _codes(weight_OI[rows], scale_rows(scale, rows, grid), scale_rows(zero_point, rows, grid), grid)
+    return codes, scale, zero_point
+
+
+def _codes(weight_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Codes in fp32."""
     half = 1 << (grid.bits - 1)
     values, scales = against(weight_OI.float(), scale.float(), grid)
     codes = (values / scales).round_()
     if zero_point is not None:
         codes += against(weight_OI, zero_point.float(), grid)[1]
-    return codes.clamp_(-half, half - 1).to(torch.int8).reshape(weight_OI.shape), scale, zero_point
+    return codes.clamp_(-half, half - 1).reshape(weight_OI.shape)
 
 
 def range_of(weight_OI: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """fp32 lowest and highest weight of whatever shares a scale, zero included; of `grid.scale_shape`."""
-    low, high = torch.aminmax(grouped(weight_OI, grid), dim=-1)
-    return low.float().clamp_(max=0), high.float().clamp_(min=0)
+    low, high = extremes(weight_OI, grid)
+    return low.clamp_(max=0), high.clamp_(min=0)
 
 
 def scale_of(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
