@@ -6,7 +6,7 @@ Shapes: O out features, I in features, G groups along `in`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -129,10 +129,52 @@ class Quantized:
     input_scale: Tensor | None = None
     global_scale: Tensor | None = None
 
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Some rows, as views; of strategy "block" whole blocks of them."""
+        grid = self.scheme.weights
+        if grid.strategy == "tensor":
+            return replace(self, codes=self.codes[start:stop])
+        tall = grid.block_structure[0] if grid.block_structure else 1
+        some = slice(start // tall, -(-stop // tall))
+        return replace(self, codes=self.codes[start:stop], scale=self.scale[some], zero_point=None if self.zero_point is None else self.zero_point[some])
+
     def dequantize(self) -> Tensor:
         """The represented weight [O, I] in fp32."""
         scale = scale_values(self.scale) if self.global_scale is None else scale_values(self.scale) * self.global_scale
         return dequantize(self.codes, scale, self.zero_point, self.scheme.weights)
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """A stored scale in fp32; uint8 is an E8M0 exponent, 2^(e - 127)."""
+    import torch
+
+    if scale.dtype == torch.uint8:
+        return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
+    return scale.float()
+
+
+def code_values(codes: Tensor) -> Tensor:
+    """Codes in fp32; uint8 is E2M1, sign << 3 | index."""
+    import torch
+
+    fp4, fp8 = codes.dtype == torch.uint8, codes.dtype == torch.float8_e4m3fn
+    if codes.is_cuda and fp4:
+        return torch.tensor([*E2M1, *(-v for v in E2M1)], device=codes.device)[codes.int()]
+    if codes.is_cuda or not (fp4 or fp8):
+        return codes.float()
+    # on the CPU a table or a cast takes five times as long as this: in F16 both are the same bits with a wider exponent, subnormal ones too
+    bits = codes.view(torch.int8).to(torch.int16)
+    sign = (bits << 12 if fp4 else bits) & -0x8000
+    size = bits.bitwise_and_(7 if fp4 else 0x7F)
+    holes = size == 0x7F if fp8 else None
+    values = (size << (9 if fp4 else 7)).bitwise_or_(sign).view(torch.float16).float().mul_(2.0**14 if fp4 else 2.0**8)
+    return values if holes is None else values.masked_fill_(holes, float("nan"))
+
+
+def dequantize(self) -> Tensor:
+    """The represented weight [O, I] in fp32."""
+    scale = scale_values(self.scale) if self.global_scale is None else scale_values(self.scale) * self.global_scale
+    return dequantize(self.codes, scale, self.zero_point, self.scheme.weights)
 
 
 def scale_values(scale: Tensor) -> Tensor:
