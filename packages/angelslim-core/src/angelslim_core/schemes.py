@@ -171,30 +171,6 @@ def code_values(codes: Tensor) -> Tensor:
     return values if holes is None else values.masked_fill_(holes, float("nan"))
 
 
-def dequantize(self) -> Tensor:
-    """The represented weight [O, I] in fp32."""
-    scale = scale_values(self.scale) if self.global_scale is None else scale_values(self.scale) * self.global_scale
-    return dequantize(self.codes, scale, self.zero_point, self.scheme.weights)
-
-
-def scale_values(scale: Tensor) -> Tensor:
-    """A stored scale in fp32; uint8 is an E8M0 exponent, 2^(e - 127)."""
-    import torch
-
-    if scale.dtype == torch.uint8:
-        return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
-    return scale.float()
-
-
-def code_values(codes: Tensor) -> Tensor:
-    """Codes in fp32; uint8 is E2M1, sign << 3 | index."""
-    import torch
-
-    if codes.dtype == torch.uint8:
-        return torch.tensor([*E2M1, *(-v for v in E2M1)], device=codes.device)[codes.int()]
-    return codes.float()
-
-
 def dequantize(codes_OI: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
     """(code - zero_point) * scale in fp32, scales spread as `grid` says; ragged blocks are cut at the edge."""
     values, scales = against(code_values(codes_OI), scale.float(), grid)

@@ -96,7 +96,7 @@ def _torch(
     codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=device)
     scales = torch.empty(outputs, inputs // size, dtype=torch.uint8, device=device)
     least, most = E4M3_BYTES if nested else E8M0_CODES
-    table = torch.arange(0x7F, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float() * global_scale if nested else None
+    table = None if global_scale is None else torch.arange(0x7F, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float() * global_scale
     weights = None
     for rows in row_chunks(weight_OI):
         blocks = weight_OI[rows].reshape(-1, size)

@@ -81,9 +81,8 @@ def _torch(weight_OI: Tensor, grid: Grid, importance_I: Tensor, shrinks: Sequenc
             if zero is None:
                 scratch.clamp_(-half, half - 1)
             else:
-                # the codes less the zero point, without adding it first: whole numbers, so the same
                 offset = zero.float()[..., None]
-                torch.clamp(scratch, -half - offset, half - 1 - offset, out=scratch)
+                scratch.add_(offset).clamp_(-half, half - 1).sub_(offset)
             error = torch.addcmul(negative, scratch, step, out=scratch).square_().mul_(weights).sum(-1)
             if best is None:
                 best, chosen, chosen_zero = error, scale, zero
