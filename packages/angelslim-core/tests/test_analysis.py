@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from angelslim_core import compress
+from angelslim_core import analysis, compress
 from angelslim_core.analysis import half_octaves, merged, weight_numbers
 from angelslim_core.errors import NumericError, PlanError
 from angelslim_core.exporters.compressed_tensors import CompressedTensors
-from angelslim_core.schemes import Grid, Quantized, Scheme
+from angelslim_core.rounding import e2m1_codes
+from angelslim_core.schemes import E2M1, Grid, Quantized, Scheme, code_values
 
 
 @pytest.fixture
@@ -141,3 +142,42 @@ def test_the_gate_on_tokens_per_expert(tiny, tmp_path, text):
     for model, step in (("llama", recipe["steps"][0]), ("qwen3_moe", {"use": "quant.int8_dynamic"})):
         with pytest.raises(PlanError):
             compress(tiny(model), out=tmp_path / "o", recipe={**recipe, "steps": [step], "gates": {"min_expert_tokens": 1}})
+
+
+def test_code_values_are_those_of_the_formats():
+    fp4 = torch.tensor([*E2M1, *(-v for v in E2M1)])
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert code_values(codes).equal(fp4) and code_values(codes).signbit().equal(fp4.signbit())
+    assert e2m1_codes(fp4).equal(codes.masked_fill(codes == 8, 0))  # zero has no sign
+    fp8 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found, wanted = code_values(fp8), fp8.float()
+    assert found.isnan().sum() == 2 and found.isnan().equal(wanted.isnan()) and found.nan_to_num().equal(wanted.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(4, "int", "group", 16, symmetric=False),
+        Grid(8, "int", "channel"),
+        Grid(8, "float", "tensor"),
+        Grid(8, "float", "block", block_structure=(8, 24)),
+        Grid(4, "float", "tensor_group", 16, scale_dtype="F8_E4M3"),
+    ],
+    ids=lambda g: g.strategy,
+)
+def test_numbers_do_not_depend_on_how_many_rows_are_looked_at_together(monkeypatch, grid):
+    generator = torch.Generator().manual_seed(0)
+    shape = (37, 64)
+    codes = torch.randint(0, 8, shape, generator=generator).to(torch.int8)
+    if grid.type == "float":
+        codes = codes.float().to(torch.float8_e4m3fn) if grid.bits == 8 else codes.view(torch.uint8)
+    scale = torch.rand(grid.scale_shape(shape), generator=generator) + 0.5
+    zero = None if grid.symmetric else torch.randint(-8, 8, scale.shape, generator=generator).to(torch.int8)
+    result = Quantized(Scheme("", grid), codes, scale.to(torch.float8_e4m3fn) if grid.strategy == "tensor_group" else scale, zero)
+    weight = result.dequantize() + torch.randn(shape, generator=generator)
+    whole = weight_numbers(weight, result, {"codes": codes})
+    noise = (result.dequantize() - weight).square().sum().double()
+    assert math.isclose(whole["sqnr_db"], 10 * math.log10(weight.square().sum().double() / noise), abs_tol=2e-3)
+    for rows in (1, 10):
+        monkeypatch.setattr(analysis, "CHUNK", rows * 64)
+        assert weight_numbers(weight, result, {"codes": codes}) == whole

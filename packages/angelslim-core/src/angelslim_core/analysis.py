@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import NumericError
 from .io.checkpoint import DTYPES
-from .schemes import pieces, scale_values
+from .schemes import scale_values
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # values counted of a weight, and of a batch of an input
 SAMPLE = 1 << 14
+# weights whose fp32 copies are made at once: on the CPU, a thread; on a GPU
+CHUNK, GPU_CHUNK = 1 << 17, 1 << 25
 # bins below the one of the largest value; what is smaller is counted in the lowest
 DEPTH = 40
 # channels listed of an input
@@ -49,12 +51,7 @@ def weight_numbers(weight_OI: Tensor, result: Quantized, packed: Mapping[str, Te
     """
     import torch
 
-    signal = noise = 0.0
-    for rows in pieces(weight_OI, result.scheme.weights):
-        reference = weight_OI[rows].float()
-        noise += float(result.rows(rows).dequantize().sub_(reference).square_().sum())
-        signal += float(reference.square().sum())
-        del reference
+    signal, noise = _signal_and_noise(weight_OI, result)
     if not math.isfinite(noise):
         raise NumericError(2, result.scheme.name, "a dequantized weight is not finite")
     # squares of huge weights overflow fp32
@@ -73,6 +70,23 @@ def weight_numbers(weight_OI: Tensor, result: Quantized, packed: Mapping[str, Te
         "histogram": _trimmed(half_octaves(_sampled(weight_OI, weight_OI.shape[1]))),
     }
     return numbers if result.input_scale is None else numbers | {"input_scale": _short(float(result.input_scale))}
+
+
+def _signal_and_noise(weight_OI: Tensor, result: Quantized) -> tuple[float, float]:
+    """sum w^2 and sum (w - q)^2, some rows at a time: fp32 copies stay in a core's cache, and on a GPU its memory is bounded."""
+    import torch
+
+    tall = result.scheme.weights.block_structure[0] if result.scheme.weights.block_structure else 1
+    size = CHUNK * torch.get_num_threads() if weight_OI.device.type == "cpu" else GPU_CHUNK
+    rows = max(1, size // max(1, weight_OI.shape[1] * tall)) * tall
+    sums = []
+    for start in range(0, weight_OI.shape[0], rows):
+        some = slice(start, start + rows)
+        reference = weight_OI[some].float()
+        noise = result.rows(some).dequantize().sub_(reference).square_().sum()
+        sums.append(torch.stack([reference.square().sum(), noise]))
+    signal, noise = torch.stack(sums).double().sum(0).tolist()
+    return signal, noise
 
 
 def half_octaves(x: Tensor) -> Tensor:

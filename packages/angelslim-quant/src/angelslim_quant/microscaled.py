@@ -67,11 +67,10 @@ class MXPass(TensorPass):
         return fits(site, Scheme(name, grid, replace(grid, dynamic=True)))
 
     def apply(self, weights: Mapping[Site, Tensor], context: Context) -> dict[Site, Quantized | Tensor]:
-        from .numerics.microscale import mx_scales, quantize
+        from .numerics.microscale import quantize_mx
 
         results: dict[Site, Quantized | Tensor] = {}
         for site, weight in weights.items():
             scheme = self.scheme(site)
-            scale = mx_scales(weight, scheme.weights, self.config.scale)
-            results[site] = Quantized(scheme, quantize(weight, scheme.weights, scale), scale)
+            results[site] = Quantized(scheme, *quantize_mx(weight, scheme.weights, self.config.scale))
         return results

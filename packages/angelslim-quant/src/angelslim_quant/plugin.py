@@ -65,9 +65,13 @@ def angelslim_register_passes() -> list[type[Pass]]:
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.delta_sums import DELTA_SUMS, ROUND_PULLED
+    from .kernels.quantize_fp8 import QUANTIZE_FP8
+    from .kernels.quantize_groups import QUANTIZE_GROUPS
     from .kernels.round_columns import ROUND_COLUMNS
+    from .kernels.search_blocks import SEARCH_BLOCKS
+    from .kernels.search_range import SEARCH_RANGE
 
-    return [ROUND_COLUMNS, DELTA_SUMS, ROUND_PULLED]
+    return [ROUND_COLUMNS, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, QUANTIZE_FP8, DELTA_SUMS, ROUND_PULLED]
 
 
 @hookimpl

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from ..schemes import Quantized, Scheme
 from . import Exporter, TensorSpec
-from .packing import pack, unpack
+from .packing import unpack
 from .words import WHERE, check_held, check_parts, read_grid, single_grid
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class AWQ(Exporter):
         import torch
 
         zero = torch.zeros_like(quantized.scale, dtype=torch.int8) if quantized.zero_point is None else quantized.zero_point
-        return {"qweight": _pack(quantized.codes.T), "qzeros": _pack(zero.T), "scales": quantized.scale.T.contiguous()}
+        return {"qweight": _pack(quantized.codes), "qzeros": _pack(zero), "scales": quantized.scale.T.contiguous()}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
         words, scales = tensors["qweight"], tensors["scales"]
@@ -77,9 +77,14 @@ class AWQ(Exporter):
         return dict.fromkeys((m for m, suffixes in modules.items() if "qweight" in suffixes), scheme)
 
 
-def _pack(codes_RO: Tensor) -> Tensor:
-    rows, outputs = codes_RO.shape
-    return pack(codes_RO.reshape(rows, outputs // 8, 8)[..., list(ORDER)].reshape(rows, outputs), 4)
+def _pack(codes_OR: Tensor) -> Tensor:
+    """[R, O / 8] words; bytes are put together before anything is transposed, which then is an eighth as many values."""
+    import torch
+
+    outputs, rows = codes_OR.shape
+    eights = (codes_OR.contiguous().view(torch.uint8) + 8).view(outputs // 8, 8, rows)
+    data = torch.stack([eights[:, low] | eights[:, high] << 4 for low, high in zip(ORDER[::2], ORDER[1::2], strict=True)], -1)
+    return data.view(torch.int32).squeeze(-1).T.contiguous()
 
 
 def _unpack(words_RW: Tensor) -> Tensor:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.rounding import E4M3_MAX, cast_e4m3
-from angelslim_core.schemes import Grid, against, pieces, scale_rows
+from angelslim_core.schemes import Grid
 
+from ..kernels.quantize_fp8 import QUANTIZE_FP8, scale_of
 from ..kernels.round_columns import Steps
-from .amax import amax_of
 
-
-def scale_of(amax: Tensor, grid: Grid) -> Tensor:
-    """amax / 448 in the dtype it is stored in; 1 where amax is 0 or the scale would underflow."""
-    scale = (amax.float() / E4M3_MAX).to(torch_dtype(grid.scale_dtype))
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+__all__ = ["E4M3_MAX", "cast_e4m3", "element_steps", "quantize", "scale_of"]
 
 
 def element_steps(scale: Tensor, outputs: int) -> Steps:
@@ -32,10 +26,4 @@ def quantize(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None) -> tupl
         grid: strategy "tensor", "channel" or "block".
         scale: use this scale (of `grid.scale_shape`) instead of absmax / 448.
     """
-    if scale is None:
-        scale = scale_of(amax_of(weight_OI, grid), grid)
-    codes = torch.empty(weight_OI.shape, dtype=torch.float8_e4m3fn, device=weight_OI.device)
-    for rows in pieces(weight_OI, grid):
-        values, scales = against(weight_OI[rows].float(), scale_rows(scale, rows, grid).float(), grid)
-        codes[rows] = cast_e4m3(values / scales).reshape(values.shape)
-    return codes, scale
+    return QUANTIZE_FP8(weight_OI, grid, scale)

@@ -6,43 +6,25 @@ a number of BF16, whichever of them a layout stores and in whatever order an eng
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from angelslim_core.rounding import E2M1_MAX, E4M3_MAX, cast_e4m3, e2m1_codes, e8m0_codes, round_e2m1
-from angelslim_core.schemes import Grid, scale_values
+from angelslim_core.schemes import Grid
 
 from ..kernels.round_columns import Steps
-from .amax import amax_of, grouped
+from ..kernels.search_blocks import SEARCH_BLOCKS, round_to, steps, stored_codes
+from .amax import grouped
 
 # E4M3 bytes around absmax / 6 that are tried, nearest first; 8 are a factor of two, so 4 or 5 put absmax on 4 instead of 6
 _NEIGHBOURS = (0, 1, -1, 2, -2, 3, 4, 5, 6)
-# positive finite E4M3 bytes: 2^-9 to 448
-_LEAST, _MOST = 0x01, 0x7E
-
-
-def round_to(values: Tensor, grid: Grid) -> Tensor:
-    """Element values of a grid nearest to `values`, fp32."""
-    return round_e2m1(values) if grid.bits == 4 else cast_e4m3(values).float()
-
-
-def stored_codes(values: Tensor, grid: Grid) -> Tensor:
-    """Element values as the codes that are stored."""
-    return e2m1_codes(values) if grid.bits == 4 else cast_e4m3(values)
 
 
 def quantize(weight_OI: Tensor, grid: Grid, scale_OG: Tensor, global_scale: Tensor | None = None) -> Tensor:
     """Codes [O, I] of a weight under stored scales."""
     step = steps(scale_OG, global_scale)
     return stored_codes(round_to(grouped(weight_OI.float(), grid) / step[..., None], grid), grid).reshape(weight_OI.shape)
-
-
-def steps(scale_OG: Tensor, global_scale: Tensor | None = None) -> Tensor:
-    """What a block's element values are multiplied by, fp32."""
-    return scale_values(scale_OG) if global_scale is None else scale_values(scale_OG) * global_scale
 
 
 def weight_scale_of(amax: Tensor) -> Tensor:
@@ -58,54 +40,34 @@ def global_scale_of(amax: Tensor) -> Tensor:
     return torch.where(amax > 0, torch.ldexp(torch.ones_like(mantissa), exponent), 1.0)
 
 
-def block_scales(weight_OI: Tensor, grid: Grid, global_scale: Tensor, importance_I: Tensor | None = None, search: bool = True) -> Tensor:
-    """E4M3 scales [O, G] of blocks.
+def quantize_nvfp4(weight_OI: Tensor, grid: Grid, global_scale: Tensor, importance_I: Tensor | None = None, search: bool = True) -> tuple[Tensor, Tensor]:
+    """Codes [O, I] and E4M3 scales [O, G] of blocks.
 
     Args:
         importance_I: weight of the squared error of each input, 1 if not given.
         search: take the scale of least error near absmax / 6, else that one.
     """
-    amax = amax_of(weight_OI, grid)
-    start = cast_e4m3(amax / E2M1_MAX / global_scale).view(torch.uint8).int()
-
-    def candidate(offset: int) -> Tensor:
-        byte = (start + offset).clamp(_LEAST, _MOST).to(torch.uint8).view(torch.float8_e4m3fn)
-        return torch.where(amax > 0, byte.float(), 1.0).to(torch.float8_e4m3fn)
-
-    return _least_error(weight_OI, grid, map(candidate, _NEIGHBOURS if search else (0,)), importance_I, global_scale)
+    return SEARCH_BLOCKS(weight_OI, grid, global_scale, importance_I, _NEIGHBOURS if search else (0,))
 
 
-def mx_scales(weight_OI: Tensor, grid: Grid, rounding: Literal["ceil", "ocp", "search"]) -> Tensor:
-    """E8M0 scales [O, G], uint8.
+def block_scales(weight_OI: Tensor, grid: Grid, global_scale: Tensor, importance_I: Tensor | None = None, search: bool = True) -> Tensor:
+    """The scales of `quantize_nvfp4`."""
+    return quantize_nvfp4(weight_OI, grid, global_scale, importance_I, search)[1]
+
+
+def quantize_mx(weight_OI: Tensor, grid: Grid, rounding: Literal["ceil", "ocp", "search"]) -> tuple[Tensor, Tensor]:
+    """Codes [O, I] and E8M0 scales [O, G], uint8.
 
     Args:
         rounding: "ceil": nothing saturates; "ocp": floor(log2 absmax) - floor(log2 largest); "search": of these and
             their neighbours the one of least squared error.
     """
-    amax, largest = amax_of(weight_OI, grid), E2M1_MAX if grid.bits == 4 else E4M3_MAX
-    codes = e8m0_codes(amax, largest, "down" if rounding == "ocp" else "up")
-    if rounding != "search":
-        return codes
-    return _least_error(weight_OI, grid, ((codes.int() + offset).clamp(1, 254).to(torch.uint8) for offset in (0, -1, 1)), None, None)
+    return SEARCH_BLOCKS(weight_OI, grid, None, None, (0, -1, 1) if rounding == "search" else (0,), "down" if rounding == "ocp" else "up")
 
 
-def _least_error(weight_OI: Tensor, grid: Grid, candidates: Iterable[Tensor], importance_I: Tensor | None, global_scale: Tensor | None) -> Tensor:
-    """Of several scales [O, G] the one under which each block's squared error is least, the first on a tie."""
-    values = grouped(weight_OI.float(), grid)
-    weights = None if importance_I is None else importance_I.float().view(-1, values.shape[-1])
-    best = chosen = None
-    for scale in candidates:
-        step = steps(scale, global_scale)[..., None]
-        error = round_to(values / step, grid).mul_(step).sub_(values).square_()
-        found = (error if weights is None else error.mul_(weights)).sum(-1)
-        if best is None or chosen is None:
-            best, chosen = found, scale
-            continue
-        better = found < best
-        best = torch.where(better, found, best)
-        chosen = torch.where(better, scale.view(torch.uint8), chosen.view(torch.uint8)).view(scale.dtype)
-    assert chosen is not None
-    return chosen
+def mx_scales(weight_OI: Tensor, grid: Grid, rounding: Literal["ceil", "ocp", "search"]) -> Tensor:
+    """The scales of `quantize_mx`."""
+    return quantize_mx(weight_OI, grid, rounding)[1]
 
 
 def element_steps(scale_OG: Tensor, global_scale: Tensor | None) -> Steps:

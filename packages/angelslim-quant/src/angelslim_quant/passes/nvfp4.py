@@ -150,19 +150,17 @@ class NVFP4(LayerPass):
         import torch
 
         from ..numerics.compensate import compensate
-        from ..numerics.microscale import block_scales, element_steps, global_scale_of, quantize, stored_codes, weight_scale_of
+        from ..numerics.microscale import element_steps, global_scale_of, quantize_nvfp4, stored_codes, weight_scale_of
 
         scheme = self.scheme(members[0])
         grid = scheme.weights
         weight = torch.cat([layer.linear(s).weight.data for s in members])
         t = weight_scale_of(weight.abs().amax())
-        scale = block_scales(weight, grid, t, importance_I, self.config.scale_search)
+        codes, scale = quantize_nvfp4(weight, grid, t, importance_I, self.config.scale_search)
         if hessian is not None:
             found = compensate(weight, hessian, element_steps(scale, t), grid.group_size, damping=self.config.damping)
             codes = stored_codes(found.levels, grid)
             report["hessian_dampings_raised"] += found.raised
-        else:
-            codes = quantize(weight, grid, scale, t)
         if importance_I is None:
             layer.context.fallbacks.append(f"{members[0].name}: no token reached it, rounded to nearest")
             report["experts_rounded_to_nearest"] += 1
@@ -187,12 +185,12 @@ class NVFP4Weights(TensorPass):
     def apply(self, weights: Mapping[Site, Tensor], context: Context) -> dict[Site, Quantized | Tensor]:
         import torch
 
-        from ..numerics.microscale import block_scales, quantize, weight_scale_of
+        from ..numerics.microscale import quantize_nvfp4, weight_scale_of
 
         t = weight_scale_of(torch.stack([w.abs().amax() for w in weights.values()]).amax())
         results: dict[Site, Quantized | Tensor] = {}
         for site, weight in weights.items():
             scheme = self.scheme(site)
-            scale = block_scales(weight, scheme.weights, t, search=self.config.scale_search)
-            results[site] = Quantized(scheme, quantize(weight, scheme.weights, scale, t), scale, global_scale=t)
+            codes, scale = quantize_nvfp4(weight, scheme.weights, t, search=self.config.scale_search)
+            results[site] = Quantized(scheme, codes, scale, global_scale=t)
         return results
