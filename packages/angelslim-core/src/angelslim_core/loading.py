@@ -6,10 +6,11 @@ import contextlib
 import io
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .adapters import transformers_identity
 from .adapters.base import Description
@@ -18,9 +19,9 @@ from .errors import ModelError
 from .io.strict_json import read_json
 from .model import auto_class, compute_dtype, decoder_layers, sanitized
 from .passes import RuntimePass
-from .plugins import OFFICIAL, PluginHost
+from .plugins import OFFICIAL, PluginHost, installed
 from .records import RECORDS, plugins_hint
-from .schemes import CACHE_SCALES
+from .schemes import CACHE_SCALES, Quantized
 from .source import Source, describe_source, open_any, quantization_config
 from .transforms import install
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .adapters.base import Site
+    from .packed import PackedLinear
+
+Packed = bool | Literal["auto"]
 
 OWN_READER = "transformers, weights dequantized by AngelSlim"
 _CACHE_READER = ", KV cache rounded to FP8 by AngelSlim"
@@ -39,7 +45,7 @@ class Loaded:
     """A model ready to run.
 
     Args:
-        backend: who read the weights.
+        backend: who read the weights, and how many linears run packed and on what.
         tokenizer: None where the folder has none.
         policies: ids of the runtime passes installed.
     """
@@ -50,28 +56,35 @@ class Loaded:
     policies: list[str] = field(default_factory=list)
 
 
-def load(path: str | Path, device: str = "auto", plugins: tuple[str, ...] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load(
+    path: str | Path, device: str = "auto", plugins: tuple[str, ...] = (), packed: Packed = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Model and tokenizer of a folder, runtime policies installed, so that `generate` just works.
 
     Args:
         plugins: third parties' plugins whose runtime policies may be installed; official ones are loaded as needed.
+        packed: as for `load_model`.
     """
     host = PluginHost()
     host.load(plugins)
-    loaded = load_model(Path(path), device, host=host)
+    loaded = load_model(Path(path), device, host=host, packed=packed)
     return loaded.model, loaded.tokenizer
 
 
-def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | None = None, emulate: bool = True, own_reader: bool = False) -> Loaded:
+def load_model(
+    path: str | Path, device: str = "auto", *, host: PluginHost | None = None, emulate: bool = True, own_reader: bool = False, packed: Packed = "auto"
+) -> Loaded:
     """Load any folder this toolkit can read, in its stored dtype.
 
-    transformers reads what it can read exactly; otherwise weights are dequantized by our own reader, and `backend`
-    says so.
+    Linears run on their codes as stored where a plugin can do that. Of the others transformers reads what it can read
+    exactly if there is nothing else; otherwise they are dequantized by our own reader. `backend` says what was done.
 
     Args:
         emulate: linears that our own reader dequantized round their inputs, and attention what a quantized KV cache
             holds, as engines do, which stops gradients.
         own_reader: let our own reader dequantize what transformers could read, to compare the two.
+        packed: run linears as stored: "auto" where that was measured to be faster, True wherever it is possible, False
+            nowhere. Such linears have no gradients; `emulate=False` and `own_reader` exclude them.
 
     Raises:
         ModelError: invalid, unknown, or a tensor is missing, unexpected or of a wrong shape.
@@ -81,9 +94,9 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     source = open_any(folder, host.registry.exporters.values())
     description = describe_source(source, host.registry.layouts)
     where = pick_device(device)
-    native = source.exporter is None or (reads_natively(source, description) and not own_reader)
-    backend = "transformers" if native else OWN_READER
-    model = _from_transformers(source, description, native=native, emulate=emulate)
+    classes = _packing(source, description, host, where, packed) if emulate and not own_reader else {}
+    native = not classes and (source.exporter is None or (reads_natively(source, description) and not own_reader))
+    model, backend = _from_transformers(source, description, native=native, emulate=emulate, classes=classes, device=where)
     if emulate and source.cache:
         _round_cache(model, source, description)
         backend += _CACHE_READER
@@ -112,7 +125,36 @@ def reads_natively(source: Source, description: Description) -> bool:
     return source.exporter.name == "compressed-tensors" and not wide and all(s.weights.symmetric for s in source.quantized.values())
 
 
-def _from_transformers(source: Source, description: Description, native: bool, emulate: bool) -> PreTrainedModel:
+def _packing(source: Source, description: Description, host: PluginHost, device: str, packed: Packed) -> dict[str, type[PackedLinear]]:
+    """Module -> class that runs it as stored; of a layer's routed experts all or none."""
+    from .io.checkpoint import torch_dtype
+
+    if not source.quantized or not packed:
+        return {}
+    if "quant" not in host.loaded and "quant" not in host.blocked and "quant" in installed():
+        host.load(["quant"])
+    linears = host.linears()
+    dtype = torch_dtype(compute_dtype(source, description))
+    tied = bool(source.config.get("tie_word_embeddings", (source.config.get("text_config") or {}).get("tie_word_embeddings", False)))
+
+    def choose(site: Site) -> type[PackedLinear] | None:
+        scheme = source.quantized.get(site.name)
+        outside = site.layer is None and (site.name != "lm_head" or tied)  # towers go by other names in transformers
+        if scheme is None or outside or f"{site.name}.weight" in description.mtp_tensors:
+            return None
+        fitting = (c for c in linears if c.supports(scheme, site.shape, dtype, device)[0])
+        return next((c for c in fitting if packed is True or c.pays(scheme, dtype, device)), None)
+
+    chosen = {site.name: (site, choose(site)) for site in description.sites}
+    whole = {site.layer for site, _ in chosen.values() if site.expert is not None}
+    whole -= {site.layer for site, found in chosen.values() if site.expert is not None and found is None}
+    return {name: found for name, (site, found) in chosen.items() if found is not None and (site.expert is None or site.layer in whole)}
+
+
+def _from_transformers(
+    source: Source, description: Description, native: bool, emulate: bool, classes: Mapping[str, type[PackedLinear]], device: str
+) -> tuple[PreTrainedModel, str]:
+    """The model on the CPU, but for packed linears, which are on the device; and who read it."""
     import torch
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -149,10 +191,13 @@ def _from_transformers(source: Source, description: Description, native: bool, e
                         model(torch.zeros(1, 1, dtype=torch.int64))
                     remove_dispatch(model)  # else its weights stay on the CPU, wherever the model goes
             else:
-                state, input_scales = _dequantized(source, dtype)
                 with torch.device("meta"):
                     model_class = type(auto_class(made).from_config(made, dtype=dtype))
-                model, info = model_class.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
+                loader = _with_holes(model_class, description, classes) if classes else model_class
+                state, input_scales = _dequantized(source, dtype, classes)
+                model, info = loader.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
+                model.__class__ = model_class
+                del state
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             95, str(source.checkpoint.folder), f"transformers cannot load it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -161,17 +206,75 @@ def _from_transformers(source: Source, description: Description, native: bool, e
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)
     linears = _Linears(model, description)
+    backend = "transformers" if native else OWN_READER
+    if classes:
+        backend = f"transformers, {_fill(linears, source, description, classes, dtype, device)}"
+        dequantized = len([m for m in source.quantized if m not in classes and f"{m}.weight" not in description.mtp_tensors])
+        backend += f", {dequantized} dequantized" if dequantized else ""
     _transform(linears, source)
     if emulate and not native:
         _round_inputs(linears, source, input_scales)
-    return model
+    return model, backend
 
 
-def _dequantized(source: Source, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """Tensors in the model's dtype, and the input scale of each quantized linear."""
+def _with_holes(model_class: Any, description: Description, classes: Mapping[str, type[PackedLinear]]) -> Any:
+    """A model class that builds nothing where packed linears will be, so that no weight is ever made there."""
+    from torch import nn
+
+    from .packed import Hole
+
+    class WithHoles(model_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            linears = _Linears(self, description, keep=False)
+            for name in classes:
+                linear = linears(name)
+                if not isinstance(linear, nn.Linear):
+                    raise ModelError(423, name, f"is quantized, but transformers builds a {type(linear).__name__} there")
+                linears.put(name, Hole(linear.bias))
+
+    WithHoles.__name__ = model_class.__name__
+    return WithHoles
+
+
+def _fill(
+    linears: _Linears, source: Source, description: Description, classes: Mapping[str, type[PackedLinear]], dtype: torch.dtype, device: str
+) -> str:  # fmt: skip
+    """Put packed linears into a model, one by one as they are read; says which."""
+    from .packed import SharedInput
+
+    counts: Counter[str] = Counter()
+    layers: dict[int, SharedInput] = {}
+    sites = {s.name: s for s in description.sites}
+    for name, packed_class in classes.items():
+        quantized = source.read_quantized(name)
+        linear = packed_class(_moved(quantized, device), linears(name).bias, dtype)  # type: ignore[arg-type]
+        layer = sites[name].layer
+        if layer is not None and linear.prepares is not None:
+            if layer not in layers:
+                layers[layer] = SharedInput(linears.layers[layer])
+            linear.shared = layers[layer]
+        linears.put(name, linear)
+        counts[linear.name] += 1
+    linears.model.requires_grad_(False)
+    return " and ".join(f"{n} linears packed ({name})" for name, n in sorted(counts.items())) + " by AngelSlim"
+
+
+def _moved(quantized: Quantized, device: str) -> Quantized:
+    moved = replace(quantized, codes=quantized.codes.to(device), scale=quantized.scale.to(device))
+    for name in ("zero_point", "input_scale", "global_scale"):
+        tensor = getattr(moved, name)
+        setattr(moved, name, None if tensor is None else tensor.to(device))
+    return moved
+
+
+def _dequantized(source: Source, dtype: torch.dtype, packed: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Tensors in the model's dtype, and the input scale of each quantized linear; none of packed ones."""
     state, scales = {}, {}
     for name in source.dtypes:
         module = name.removesuffix(".weight")
+        if module in packed:
+            continue
         if module in source.quantized:
             quantized = source.read_quantized(module)
             state[name], scales[module] = quantized.dequantize().to(dtype), quantized.input_scale
@@ -181,29 +284,44 @@ def _dequantized(source: Source, dtype: torch.dtype) -> tuple[dict[str, Tensor],
 
 
 class _Linears:
-    """The linears of a loaded model by their names in the checkpoint; routed experts are separated when one is asked for."""
+    """The linears of a model by their names in the checkpoint; routed experts are separated when one is asked for.
 
-    def __init__(self, model: PreTrainedModel, description: Description) -> None:
-        self.model, self.description = model, description
-        _, self._layers = decoder_layers(model, description.num_layers)
+    Args:
+        keep: separated experts use the weights that there are.
+    """
+
+    def __init__(self, model: PreTrainedModel, description: Description, keep: bool = True) -> None:
+        self.model, self.description, self._keep = model, description, keep
+        _, self.layers = decoder_layers(model, description.num_layers)
         self._sites = {s.name: s for s in description.sites}
         self._separated: set[int] = set()
 
     def __call__(self, name: str) -> nn.Module:
+        parent, inner = self._place(name)
+        try:
+            return parent.get_submodule(inner)
+        except AttributeError as error:
+            raise ModelError(261, name, "is quantized, but the model transformers builds has no such linear") from error
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Replace a linear."""
+        parent, inner = self._place(name)
+        path, _, child = inner.rpartition(".")
+        setattr(parent.get_submodule(path), child, module)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module below which a linear is found, and its name there."""
         from .unfuse import unfuse
 
         site = self._sites.get(name)
         parent: Any = self.model
         inner = name
         if site is not None and site.layer is not None:
-            parent, inner = self._layers[site.layer], name.removeprefix(f"{self.description.block}.{site.layer}.")
+            parent, inner = self.layers[site.layer], name.removeprefix(f"{self.description.block}.{site.layer}.")
             if site.expert is not None and site.layer not in self._separated:
-                unfuse(parent, keep=True)
+                unfuse(parent, keep=self._keep)
                 self._separated.add(site.layer)
-        try:
-            return parent.get_submodule(inner)  # type: ignore[no-any-return]
-        except AttributeError as error:
-            raise ModelError(261, name, "has inputs to treat, but the model transformers builds has no such linear") from error
+        return parent, inner
 
 
 def _transform(linears: _Linears, source: Source) -> None:
@@ -230,7 +348,7 @@ def _round_inputs(linears: _Linears, source: Source, scales: Mapping[str, Tensor
 
     for name, scheme in source.quantized.items():
         grid = scheme.input_activations
-        if grid is None or f"{name}.weight" in linears.description.mtp_tensors:
+        if name not in scales or grid is None or f"{name}.weight" in linears.description.mtp_tensors:
             continue
         check_emulable(name, grid, scales[name])
         round_inputs(linears(name), grid, scales[name])

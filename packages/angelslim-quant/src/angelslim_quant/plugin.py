@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import click
 
     from angelslim_core.kernels import Kernel
+    from angelslim_core.packed import PackedLinear
     from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
@@ -62,9 +63,19 @@ def angelslim_register_passes() -> list[type[Pass]]:
 
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
+    from .kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL
+    from .kernels.quantize_rows import QUANTIZE_ROWS
     from .kernels.round_columns import ROUND_COLUMNS
+    from .kernels.scaled_matmul import FP8_MATMUL, INT8_MATMUL
 
-    return [ROUND_COLUMNS]
+    return [ROUND_COLUMNS, QUANTIZE_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
+
+
+@hookimpl
+def angelslim_register_linears() -> list[type[PackedLinear]]:
+    from .packed import FP8Linear, INT4Linear, INT8Linear
+
+    return [FP8Linear, INT8Linear, INT4Linear]
 
 
 @hookimpl
