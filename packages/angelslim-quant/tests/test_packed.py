@@ -248,7 +248,8 @@ def test_a_bf16_model_evaluates_alike(tiny, tmp_path, monkeypatch, case):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
-def test_no_weight_is_expanded(tiny, tmp_path, architecture):
+def test_no_weight_is_expanded(tiny, tmp_path, monkeypatch, architecture):
+    monkeypatch.setattr("angelslim_quant.packed._ROWS", 7)  # else the example of an input has the shape of a weight
     out = compressed(tiny(architecture), "int4_rtn", tmp_path / "out")
     floats = set()
 

@@ -111,8 +111,7 @@ class SharedInput:
     def __init__(self, layer: nn.Module) -> None:
         self._running = False
         self._last: tuple[weakref.ref[Tensor], int, Hashable, Any] | None = None
-        layer.register_forward_pre_hook(self._begin)
-        layer.register_forward_hook(self._end, always_call=True)
+        self.handles = layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end, always_call=True)
 
     def __call__(self, x: Tensor, kind: Hashable, prepare: Callable[[Tensor], Any]) -> Any:
         """`prepare(x)`, or what it returned for the same `x` and `kind` just before."""

@@ -37,8 +37,7 @@ class _Quantizing(PackedLinear):
         scale = quantized.input_scale if grid.strategy == "tensor" else None
         self.inputs = grid
         self.keep("input_scale", None if scale is None else scale.float().reshape(1))
-        # linears with equal scales quantize alike, but telling would wait for the GPU
-        self.prepares = None if scale is not None else (grid.bits, grid.type, grid.strategy, grid.group_size)
+        self.prepares = (grid.bits, grid.type, grid.strategy, grid.group_size, None if scale is None else float(scale))
         example = torch.zeros(_ROWS, self.in_features, dtype=self.dtype, device=quantized.codes.device)
         self._quantize = QUANTIZE_ROWS.choose(example, grid, self.input_scale).function
         found: tuple[Tensor, Tensor] = self._quantize(example, grid, self.input_scale)
