@@ -136,6 +136,14 @@ def test_a_weight_is_widened_in_pieces(monkeypatch):
         close(scaled.pieces(*given), scaled.reference(*given), 1e-2)
 
 
+@pytest.mark.parametrize("rows", [5, 70])
+def test_int8_of_torch_on_cpus(rows):
+    x, w = (torch.randint(-127, 128, s, dtype=torch.int8) for s in ((rows, 64), (24, 64)))
+    given = (x, torch.rand(rows, 1), w, torch.rand(24, 1), torch.randn(24).bfloat16())
+    assert scaled.INT8_MATMUL.choose(*given).name == "int8pack"
+    close(scaled.INT8_MATMUL(*given), scaled.reference(*given), 1e-2)
+
+
 def test_int_mm_is_the_reference():
     x, w = (torch.randint(-127, 128, s, dtype=torch.int8) for s in ((5, 64), (24, 64)))
     given = (x, torch.rand(5, 1), w, torch.rand(24, 1), torch.randn(24))
@@ -239,9 +247,9 @@ def test_a_bf16_model_evaluates_alike(tiny, tmp_path, monkeypatch, case):
     out = compressed(tiny(), case, tmp_path / "out")
     text = tmp_path / "eval.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
-    found, choose = [], loading._packing
+    found, choose = [], loading.choose_packed
     for packed in (True, False):
-        monkeypatch.setattr(loading, "_packing", lambda *given, packed=packed: choose(*given[:-1], packed))
+        monkeypatch.setattr(loading, "choose_packed", lambda *given, packed=packed: choose(*given[:-1], packed))
         found.append(evaluate(out, tiny(), text=text, windows=2, length=32, device="cpu"))
     assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=0.01) and found[0]["kl"] == pytest.approx(found[1]["kl"], rel=0.2, abs=2e-4)
     assert "packed" in found[0]["backend"] and "packed" not in found[1]["backend"]

@@ -174,7 +174,9 @@ class PluginHost:
         return steps
 
     def linears(self) -> list[type[PackedLinear]]:
-        """Classes that run linears as they are stored, of all loaded plugins, in the order loaded."""
+        """Classes that run linears as they are stored, of all loaded plugins, in the order loaded; quant is loaded if it is installed."""
+        if "quant" not in self.loaded and "quant" not in self.blocked and "quant" in installed():
+            self.load(["quant"])
         found: list[type[PackedLinear]] = []
         for name in self.loaded:
             module = self.manager.get_plugin(name)

@@ -172,7 +172,7 @@ def _is(grid: Grid, bits: int, kind: str) -> bool:
 
 
 def _pays_on_cpu(dtype: torch.dtype) -> bool:
-    """Measured where a CPU has no instructions for BF16: benchmarks/results/packed_linear.json."""
+    """Measured where a CPU has no instructions for BF16: benchmarks/packed_linear.py."""
     return dtype == torch.bfloat16 and dtype in slow_on_cpu()
 
 
