@@ -43,8 +43,11 @@ def test_language_layers_only(tiny, tmp_path, text, architecture, steps):
 def test_transformers_alone_reads_what_names_its_modules(tiny, tmp_path, text):
     out = tmp_path / "out"
     compress(tiny("gemma3"), out=out, recipe={"steps": steps_that_share_a_folder(), "calibration": {"data": text, "samples": 2, "tokens": 16}})
-    loaded = load_model(out, "cpu")
+    loaded = load_model(out, "cpu", packed=False)
     assert loaded.backend == "transformers"
+    packed = load_model(out, "cpu", packed=True)
+    assert "3 linears packed (FP8 on torch) and 8 linears packed (INT8" in packed.backend
+    assert_same_function(packed.model, load(tiny("gemma3"), "cpu")[0])
     model, info = transformers.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert_same_function(model, load(tiny("gemma3"), "cpu")[0])

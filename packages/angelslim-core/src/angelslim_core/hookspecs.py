@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .context import Context
     from .exporters import Exporter
     from .kernels import Kernel
+    from .packed import PackedLinear
     from .passes import Pass
     from .plan import Plan
 
@@ -55,6 +56,12 @@ def angelslim_register_kernels() -> Sequence[Kernel]:
 @hookspec
 def angelslim_register_exporters() -> Sequence[type[Exporter]]:
     """Layouts of quantized weights in a checkpoint."""
+    raise NotImplementedError
+
+
+@hookspec
+def angelslim_register_linears() -> Sequence[type[PackedLinear]]:
+    """Linears that run on codes as they are stored, preferred first. Called when a quantized checkpoint is loaded."""
     raise NotImplementedError
 
 

@@ -47,8 +47,16 @@ class Kernel:
             UsageError: no implementation has that name.
             EngineError: the named implementation, or with "auto" every one, refuses the call.
         """
+        return self.choose(*args, executor=executor, **options).function(*args, **options)
+
+    def choose(self, *args: Any, executor: str = "auto", **options: Any) -> Implementation:
+        """The implementation that a call would run, for callers that make the same call many times.
+
+        Raises:
+            UsageError, EngineError: as calling.
+        """
         if executor == "reference":
-            return self.reference(*args, **options)
+            return Implementation("reference", self.reference)
         candidates = [i for i in self.implementations if executor in ("auto", i.name)]
         if not candidates and executor != "auto":
             names = ", ".join(["reference", *(i.name for i in self.implementations)])
@@ -59,7 +67,7 @@ class Kernel:
             if ok:
                 ok, why = candidate.supports(*args, **options)
             if ok:
-                return candidate.function(*args, **options)
+                return candidate
             refusals.append(f"{candidate.name}: {why}")
         raise EngineError(1, self.op, "no implementation supports this call (" + "; ".join(refusals) + ")", 'executor="reference" is slow but always works')
 

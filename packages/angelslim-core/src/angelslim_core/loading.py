@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .adapters import transformers_identity
 from .adapters.base import Description
@@ -17,6 +17,7 @@ from .device import pick_device
 from .errors import ModelError
 from .io.strict_json import read_json
 from .model import auto_class, compute_dtype, decoder_layers, sanitized
+from .packed_model import Linears, choose_packed, fill, with_holes
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS, plugins_hint
@@ -26,8 +27,12 @@ from .transforms import install
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .packed import PackedLinear
+
+Packed = bool | Literal["auto"]
 
 OWN_READER = "transformers, weights dequantized by AngelSlim"
 _CACHE_READER = ", KV cache rounded to FP8 by AngelSlim"
@@ -39,7 +44,7 @@ class Loaded:
     """A model ready to run.
 
     Args:
-        backend: who read the weights.
+        backend: who read the weights, and how many linears run packed and on what.
         tokenizer: None where the folder has none.
         policies: ids of the runtime passes installed.
     """
@@ -50,28 +55,35 @@ class Loaded:
     policies: list[str] = field(default_factory=list)
 
 
-def load(path: str | Path, device: str = "auto", plugins: tuple[str, ...] = ()) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load(
+    path: str | Path, device: str = "auto", plugins: tuple[str, ...] = (), packed: Packed = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Model and tokenizer of a folder, runtime policies installed, so that `generate` just works.
 
     Args:
         plugins: third parties' plugins whose runtime policies may be installed; official ones are loaded as needed.
+        packed: as for `load_model`.
     """
     host = PluginHost()
     host.load(plugins)
-    loaded = load_model(Path(path), device, host=host)
+    loaded = load_model(Path(path), device, host=host, packed=packed)
     return loaded.model, loaded.tokenizer
 
 
-def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | None = None, emulate: bool = True, own_reader: bool = False) -> Loaded:
+def load_model(
+    path: str | Path, device: str = "auto", *, host: PluginHost | None = None, emulate: bool = True, own_reader: bool = False, packed: Packed = "auto"
+) -> Loaded:
     """Load any folder this toolkit can read, in its stored dtype.
 
-    transformers reads what it can read exactly; otherwise weights are dequantized by our own reader, and `backend`
-    says so.
+    Linears run on their codes as stored where a plugin can do that. Of the others transformers reads what it can read
+    exactly if there is nothing else; otherwise they are dequantized by our own reader. `backend` says what was done.
 
     Args:
         emulate: linears that our own reader dequantized round their inputs, and attention what a quantized KV cache
             holds, as engines do, which stops gradients.
         own_reader: let our own reader dequantize what transformers could read, to compare the two.
+        packed: run linears as stored: "auto" where that was measured to be faster, True wherever it is possible, False
+            nowhere. Such linears have no gradients; `emulate=False` and `own_reader` exclude them.
 
     Raises:
         ModelError: invalid, unknown, or a tensor is missing, unexpected or of a wrong shape.
@@ -81,9 +93,9 @@ def load_model(path: str | Path, device: str = "auto", *, host: PluginHost | Non
     source = open_any(folder, host.registry.exporters.values())
     description = describe_source(source, host.registry.layouts)
     where = pick_device(device)
-    native = source.exporter is None or (reads_natively(source, description) and not own_reader)
-    backend = "transformers" if native else OWN_READER
-    model = _from_transformers(source, description, native=native, emulate=emulate)
+    classes = choose_packed(source, description, host, where, packed) if emulate and not own_reader else {}
+    native = not classes and (source.exporter is None or (reads_natively(source, description) and not own_reader))
+    model, backend = _from_transformers(source, description, native=native, emulate=emulate, classes=classes, device=where)
     if emulate and source.cache:
         _round_cache(model, source, description)
         backend += _CACHE_READER
@@ -112,7 +124,10 @@ def reads_natively(source: Source, description: Description) -> bool:
     return source.exporter.name == "compressed-tensors" and not wide and all(s.weights.symmetric for s in source.quantized.values())
 
 
-def _from_transformers(source: Source, description: Description, native: bool, emulate: bool) -> PreTrainedModel:
+def _from_transformers(
+    source: Source, description: Description, native: bool, emulate: bool, classes: Mapping[str, type[PackedLinear]], device: str
+) -> tuple[PreTrainedModel, str]:
+    """The model on the CPU, but for packed linears, which are on the device; and who read it."""
     import torch
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -149,10 +164,13 @@ def _from_transformers(source: Source, description: Description, native: bool, e
                         model(torch.zeros(1, 1, dtype=torch.int64))
                     remove_dispatch(model)  # else its weights stay on the CPU, wherever the model goes
             else:
-                state, input_scales = _dequantized(source, dtype)
                 with torch.device("meta"):
                     model_class = type(auto_class(made).from_config(made, dtype=dtype))
-                model, info = model_class.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
+                loader = with_holes(model_class, description, classes) if classes else model_class
+                state, input_scales = _dequantized(source, dtype, classes)
+                model, info = loader.from_pretrained(None, config=made, state_dict=state, dtype=dtype, output_loading_info=True)
+                model.__class__ = model_class
+                del state
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             95, str(source.checkpoint.folder), f"transformers cannot load it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -160,18 +178,25 @@ def _from_transformers(source: Source, description: Description, native: bool, e
     finally:
         logging.set_verbosity(verbosity)
     _check_loading(info, description, source)
-    linears = _Linears(model, description)
+    linears = Linears(model, description)
+    backend = "transformers" if native else OWN_READER
+    if classes:
+        backend = f"transformers, {fill(linears, source, description, classes, dtype, device)}"
+        dequantized = len([m for m in source.quantized if m not in classes and f"{m}.weight" not in description.mtp_tensors])
+        backend += f", {dequantized} dequantized" if dequantized else ""
     _transform(linears, source)
     if emulate and not native:
         _round_inputs(linears, source, input_scales)
-    return model
+    return model, backend
 
 
-def _dequantized(source: Source, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """Tensors in the model's dtype, and the input scale of each quantized linear."""
+def _dequantized(source: Source, dtype: torch.dtype, packed: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """Tensors in the model's dtype, and the input scale of each quantized linear; none of packed ones."""
     state, scales = {}, {}
     for name in source.dtypes:
         module = name.removesuffix(".weight")
+        if module in packed:
+            continue
         if module in source.quantized:
             quantized = source.read_quantized(module)
             state[name], scales[module] = quantized.dequantize().to(dtype), quantized.input_scale
@@ -180,33 +205,7 @@ def _dequantized(source: Source, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     return state, scales
 
 
-class _Linears:
-    """The linears of a loaded model by their names in the checkpoint; routed experts are separated when one is asked for."""
-
-    def __init__(self, model: PreTrainedModel, description: Description) -> None:
-        self.model, self.description = model, description
-        _, self._layers = decoder_layers(model, description.num_layers)
-        self._sites = {s.name: s for s in description.sites}
-        self._separated: set[int] = set()
-
-    def __call__(self, name: str) -> nn.Module:
-        from .unfuse import unfuse
-
-        site = self._sites.get(name)
-        parent: Any = self.model
-        inner = name
-        if site is not None and site.layer is not None:
-            parent, inner = self._layers[site.layer], name.removeprefix(f"{self.description.block}.{site.layer}.")
-            if site.expert is not None and site.layer not in self._separated:
-                unfuse(parent, keep=True)
-                self._separated.add(site.layer)
-        try:
-            return parent.get_submodule(inner)  # type: ignore[no-any-return]
-        except AttributeError as error:
-            raise ModelError(261, name, "has inputs to treat, but the model transformers builds has no such linear") from error
-
-
-def _transform(linears: _Linears, source: Source) -> None:
+def _transform(linears: Linears, source: Source) -> None:
     """Let linears multiply their inputs and outputs as the checkpoint asks.
 
     Raises:
@@ -220,7 +219,7 @@ def _transform(linears: _Linears, source: Source) -> None:
             install(linears(name), name, source.transforms)
 
 
-def _round_inputs(linears: _Linears, source: Source, scales: Mapping[str, Tensor | None]) -> None:
+def _round_inputs(linears: Linears, source: Source, scales: Mapping[str, Tensor | None]) -> None:
     """Let quantized linears round their inputs as an engine would.
 
     Raises:
@@ -230,7 +229,7 @@ def _round_inputs(linears: _Linears, source: Source, scales: Mapping[str, Tensor
 
     for name, scheme in source.quantized.items():
         grid = scheme.input_activations
-        if grid is None or f"{name}.weight" in linears.description.mtp_tensors:
+        if name not in scales or grid is None or f"{name}.weight" in linears.description.mtp_tensors:
             continue
         check_emulable(name, grid, scales[name])
         round_inputs(linears(name), grid, scales[name])

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -23,6 +23,9 @@ from . import hookspecs
 from .errors import AngelslimError, PluginError
 from .hookspecs import HOOK_VERSION, OFFICIAL
 from .registry import Registry
+
+if TYPE_CHECKING:
+    from .packed import PackedLinear
 
 GROUP = "angelslim"
 
@@ -169,6 +172,17 @@ class PluginHost:
                 raise PluginError(11, name, what, f"choose with --use: {', '.join(sorted(has))}" if has else "leave it out of --plugins")
             steps += found
         return steps
+
+    def linears(self) -> list[type[PackedLinear]]:
+        """Classes that run linears as they are stored, of all loaded plugins, in the order loaded; quant is loaded if it is installed."""
+        if "quant" not in self.loaded and "quant" not in self.blocked and "quant" in installed():
+            self.load(["quant"])
+        found: list[type[PackedLinear]] = []
+        for name in self.loaded:
+            module = self.manager.get_plugin(name)
+            if hasattr(module, "angelslim_register_linears"):
+                found += self._call(name, module, "angelslim_register_linears")
+        return found
 
     def add_commands(self, name: str, group: Any) -> bool:
         """Let one plugin add its commands to a click group; false if it has none."""

@@ -50,7 +50,7 @@ class LinearExperts(nn.Module):
             self.add_module(str(index), Expert(hidden, inner, act_fn, weight.dtype, weight.device))
         self.calibrate_all = False
         self.token_mask = None
-        self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64)
+        self.tokens_per_expert = torch.zeros(self.num_experts, dtype=torch.int64, device="cpu")  # also where a model is built on meta
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, H]; top_k_index and top_k_weights [tokens, K]."""

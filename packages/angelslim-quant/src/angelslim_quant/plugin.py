@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import click
 
     from angelslim_core.kernels import Kernel
+    from angelslim_core.packed import PackedLinear
     from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
@@ -65,13 +66,24 @@ def angelslim_register_passes() -> list[type[Pass]]:
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.delta_sums import DELTA_SUMS, ROUND_PULLED
+    from .kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL
     from .kernels.quantize_fp8 import QUANTIZE_FP8
     from .kernels.quantize_groups import QUANTIZE_GROUPS
+    from .kernels.quantize_rows import QUANTIZE_ROWS
     from .kernels.round_columns import ROUND_COLUMNS
+    from .kernels.scaled_matmul import FP8_MATMUL, INT8_MATMUL
     from .kernels.search_blocks import SEARCH_BLOCKS
     from .kernels.search_range import SEARCH_RANGE
 
-    return [ROUND_COLUMNS, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, QUANTIZE_FP8, DELTA_SUMS, ROUND_PULLED]
+    searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS, DELTA_SUMS, ROUND_PULLED]
+    return [*searches, QUANTIZE_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
+
+
+@hookimpl
+def angelslim_register_linears() -> list[type[PackedLinear]]:
+    from .packed import FP8Linear, INT4Linear, INT8Linear
+
+    return [FP8Linear, INT8Linear, INT4Linear]
 
 
 @hookimpl

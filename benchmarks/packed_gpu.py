@@ -1,0 +1,366 @@
+"""Packed linears on a GPU, alone and in a model shaped as Llama-3.1-8B, beside BF16.
+
+    python benchmarks/packed_gpu.py --out benchmarks/results/packed_gpu.json
+    python benchmarks/packed_gpu.py --parts tune       # prints the best tiles, for the tables in kernels/triton
+
+Weights are random. Every linear is compared with its reference before it is timed. Linears are timed in a CUDA graph
+over copies that together exceed the L2 cache; a prefill is one forward of transformers' model, a decoding step one
+token after a context, all layers in one CUDA graph (`step`, the same code for BF16 and packed, with torch's fused norms).
+Times are medians.
+"""
+# ruff: noqa: B023  (closures are called before their variables change)
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import table, write
+from torch import Tensor, nn
+from torch.nn import functional
+
+from angelslim_core.emulation import round_input
+from angelslim_core.packed import PackedLinear, SharedInput
+from angelslim_core.schemes import Grid, Quantized, Scheme
+from angelslim_quant.kernels import int4_matmul, scaled_matmul
+from angelslim_quant.kernels.available import block_scaled_mm
+from angelslim_quant.kernels.triton import int4_matmul as triton4
+from angelslim_quant.kernels.triton import scaled_matmul as triton8
+from angelslim_quant.numerics import fp8, integer
+from angelslim_quant.packed import FP8Linear, INT4Linear, INT8Linear
+
+SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+TOKEN_FP8, TOKEN_INT8 = Grid(8, "float", "token", dynamic=True), Grid(8, "int", "token", dynamic=True)
+SCHEMES: dict[str, tuple[type[PackedLinear], Scheme]] = {
+    "fp8 rows": (FP8Linear, Scheme("", Grid(8, "float", "channel"), TOKEN_FP8)),
+    "fp8 tensors": (FP8Linear, Scheme("", Grid(8, "float", "tensor"), Grid(8, "float", "tensor"))),
+    "fp8 blocks": (FP8Linear, Scheme("", Grid(8, "float", "block", block_structure=(128, 128)), Grid(8, "float", "group", 128, dynamic=True))),
+    "int8": (INT8Linear, Scheme("", Grid(8, "int", "channel"), TOKEN_INT8)),
+    "w4a16 g128": (INT4Linear, Scheme("", Grid(4, "int", "group", 128, scale_dtype="BF16"))),
+    "w4a16 g128 asym": (INT4Linear, Scheme("", Grid(4, "int", "group", 128, symmetric=False, scale_dtype="BF16"))),
+    "w4a8 g128": (INT4Linear, Scheme("", Grid(4, "int", "group", 128, scale_dtype="BF16"), TOKEN_FP8)),
+}
+CONFIG = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    "max_position_embeddings": 32768, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+INT8_TILES = [(128, 256, 128, 8, 3), (128, 256, 64, 8, 4), (128, 128, 128, 8, 3), (128, 128, 128, 4, 3), (256, 128, 128, 8, 3), (64, 256, 128, 4, 3)]
+FEW_TILES = [(16, 32, 256, 4, 4), (16, 64, 256, 4, 4), (16, 64, 128, 4, 5), (16, 32, 512, 4, 3), (16, 128, 128, 4, 4)]
+
+
+def quantized(weight_OI: Tensor, scheme: Scheme) -> Quantized:
+    grid = scheme.weights
+    if grid.type == "float":
+        codes, scale = fp8.quantize(weight_OI, grid)
+        static = (scheme.input_activations or grid).strategy == "tensor"
+        return Quantized(scheme, codes, scale, input_scale=torch.full((1,), 0.012, device=weight_OI.device) if static else None)
+    codes, scale, zero = integer.quantize(weight_OI, grid)
+    return Quantized(scheme, codes, scale, zero)
+
+
+def made(name: str, weight_OI: Tensor) -> PackedLinear:
+    linear_class, scheme = SCHEMES[name]
+    return linear_class(quantized(weight_OI, scheme), None, torch.bfloat16)
+
+
+def in_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> float:
+    """Microseconds a call, all calls one after another in one graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    return events(graph.replay, repeats) * 1e3 / len(calls)
+
+
+def events(call: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds of a call."""
+    times = []
+    for _ in range(repeats):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last))
+    return statistics.median(times)
+
+
+def copies(shape: tuple[int, int], bits: float) -> int:
+    """How many weights exceed the L2 cache three times."""
+    return max(2, int(150e6 / (shape[0] * shape[1] * bits / 8)))
+
+
+def check(linear: PackedLinear, weight: Tensor, name: str, rows: int) -> float:
+    """Largest error against inputs and weights rounded and multiplied in fp32, in parts of the largest output."""
+    scheme = SCHEMES[name][1]
+    x = torch.randn(rows, weight.shape[1], device="cuda").bfloat16()
+    given = quantized(weight, scheme)
+    rounded = x.float() if scheme.input_activations is None else round_input(x.float(), scheme.input_activations, given.input_scale)
+    wanted = rounded @ given.dequantize().T
+    error = float((linear(x).float() - wanted).abs().max() / wanted.abs().max())
+    assert error < 0.02, (name, tuple(weight.shape), rows, error)
+    return error
+
+
+def linears(given: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for shape, name in itertools.product(SHAPES, ["bf16", *SCHEMES]):
+        number = copies(shape, 16 if name == "bf16" else 4 if "w4" in name else 8)
+        weights = [torch.randn(shape, device="cuda").bfloat16() * 0.02 for _ in range(min(number, 3))]
+        modules: list[Any] = []
+        try:
+            for index in range(number):
+                weight = weights[index % len(weights)]
+                if name == "bf16":
+                    copy = weight.clone()
+                    modules.append(lambda x, w=copy: functional.linear(x, w))
+                else:
+                    modules.append(made(name, weight))
+            error = {} if name == "bf16" else {n: round(check(modules[0], weights[0], name, n), 5) for n in (1, 3, 16, 64, 129, 4096)}
+            row: dict[str, Any] = {"shape": shape, "scheme": name, "runs": getattr(modules[0], "name", "cuBLAS"), "error": error}
+            for count in (1, 4, 16, 64, 4096):
+                x = torch.randn(count, shape[1], device="cuda").bfloat16()
+                few = modules[:2] if count > 64 else modules
+                row[f"us_{count}"] = round(in_graph([lambda m=m, x=x: m(x) for m in few]), 2)
+        except Exception as error:  # one that fails must not hide the others
+            row = {"shape": shape, "scheme": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        rows.append(row)
+        print(row, flush=True)
+        del modules
+    return rows
+
+
+def tune(given: argparse.Namespace) -> dict[str, Any]:
+    best: dict[str, Any] = {}
+
+    def search(label: str, tiles: Iterable[Any], run: Callable[[Any], float]) -> None:
+        found = []
+        for tile in tiles:
+            try:
+                found.append((run(tile), tile))
+            except Exception as error:  # too much shared memory, for instance
+                print(label, tile, f"{type(error).__name__}: {str(error)[:80]}")
+        found.sort()
+        best[label] = [(round(us, 2), tile) for us, tile in found[:4]]
+        print(label, best[label], flush=True)
+
+    for shape in SHAPES:
+        number = copies(shape, 4)
+        base = int4_matmul.pack4(quantized(torch.randn(shape, device="cuda").bfloat16(), SCHEMES["w4a16 g128"][1]))
+        weights = [int4_matmul.Packed4(base.words.clone(), base.scale.clone(), None) for _ in range(number)]
+        x = torch.randn(1, shape[1], device="cuda").bfloat16()
+        search(
+            f"vector {shape}", triton4.VECTOR_CANDIDATES, lambda tile: in_graph([lambda w=w: triton4.vector(x, w, None, None, torch.bfloat16, tile) for w in weights], 3)
+        )  # fmt: skip
+        for rows in (2, 4, 8):
+            x = torch.randn(rows, shape[1], device="cuda").bfloat16()
+            label = f"vector {shape} rows {rows}, table's tile"
+            best[label] = round(in_graph([lambda w=w: triton4.vector(x, w, None, None, torch.bfloat16) for w in weights], 3), 2)
+            print(label, best[label], flush=True)
+        if shape not in ((4096, 4096), (14336, 4096)):
+            continue
+        for rows in (8, 32, 64, 256, 1024) if not given.quick else (8, 256):
+            x = torch.randn(rows, shape[1], device="cuda").bfloat16()
+            few = weights[: max(1, 16 // max(1, rows // 64))]
+            search(
+                f"matrix {shape} rows {rows}", triton4.MATRIX_CANDIDATES, lambda tile: in_graph([lambda w=w: triton4.matmul(x, w, None, None, torch.bfloat16, tile) for w in few], 3)
+            )  # fmt: skip
+            label = f"widen and cuBLAS {shape} rows {rows}"
+            best[label] = round(in_graph([lambda w=w: functional.linear(x, triton4.widen(w, torch.bfloat16)) for w in few], 3), 2)
+            print(label, best[label], flush=True)
+    for rows, tiles in ((4096, INT8_TILES), (1, FEW_TILES)):
+        for name in ("int8", "fp8 rows", "fp8 blocks"):
+            linear = made(name, torch.randn(14336, 4096, device="cuda").bfloat16())
+            codes, scale = linear.prepare(torch.randn(rows, 4096, device="cuda").bfloat16())
+            weight = (linear.codes, linear.weight_scale, None, torch.bfloat16)
+            kept = [t for t in tiles if t[2] <= 128] if name == "fp8 blocks" else tiles
+            search(f"{name} triton rows {rows}", kept, lambda tile: in_graph([lambda: triton8.scaled_matmul(codes, scale, *weight, tile)] * 4, 3))
+            for other in ("scaled_mm", "scaled_mm blocks", "int_mm"):
+                kernel = scaled_matmul.INT8_MATMUL if name == "int8" else scaled_matmul.FP8_MATMUL
+                chosen = next((i for i in kernel.implementations if i.name == other), None)
+                arguments = (codes, scale, linear.codes, linear.weight_scale)
+                if chosen and chosen.available()[0] and chosen.supports(*arguments, dtype=torch.bfloat16)[0]:
+                    search(f"{name} {other} rows {rows}", [()], lambda _: in_graph([lambda: chosen.function(*arguments)] * 4, 3))
+            if name == "fp8 rows":
+                for fast in (True, False):
+                    scaled_matmul.FAST_ACCUM = fast
+                    search(f"fp8 rows scaled_mm fast_accum={fast} rows {rows}", [()], lambda _: in_graph([lambda: linear.multiply((codes, scale))] * 4, 3))
+                scaled_matmul.FAST_ACCUM = True
+    return best
+
+
+def step(model: Any, ids: Tensor, position: Tensor, place: int, caches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits of one token after `place` others, whose keys and values are in the caches [1, H, T, D]."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    body = model.model
+
+    def norm(module: Any, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+
+    hidden = body.embed_tokens(ids)
+    cos, sin = body.rotary_emb(hidden, position)
+    for layer, (keys, values) in zip(body.layers, caches, strict=True):
+        attention = layer.self_attn
+        x = norm(layer.input_layernorm, hidden)
+        q, k, v = (p(x).view(1, 1, -1, 128).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        keys[:, :, place : place + 1] = k
+        values[:, :, place : place + 1] = v
+        seen = functional.scaled_dot_product_attention(q, keys[:, :, : place + 1], values[:, :, : place + 1], enable_gqa=True)
+        hidden = hidden + attention.o_proj(seen.transpose(1, 2).reshape(1, 1, -1))
+        x = norm(layer.post_attention_layernorm, hidden)
+        hidden = hidden + layer.mlp.down_proj(functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+    return model.lm_head(norm(body.norm, hidden))
+
+
+def whole(given: argparse.Namespace) -> list[dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.initialization import no_init_weights
+
+    layers = 4 if given.quick else given.layers
+    with torch.device("cuda"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG, num_hidden_layers=layers), dtype=torch.bfloat16).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.fill_(1) if "norm" in name else p.normal_(0, 0.02)
+    plain = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+    caches = [
+        (torch.randn(1, 8, given.context + 1, 128, device="cuda").bfloat16(), torch.randn(1, 8, given.context + 1, 128, device="cuda").bfloat16())
+        for _ in range(layers)
+    ]
+    ids = torch.randint(0, 128256, (1, 16384), device="cuda")
+    position = torch.full((1, 1), given.context, device="cuda")
+    short = ids[:, :64]
+    rows: list[dict[str, Any]] = []
+    wanted = model(short, use_cache=False).logits.float()
+    for scheme in ["bf16", "fp8 rows", "fp8 blocks", "int8", "w4a16 g128"]:
+        row: dict[str, Any] = {"scheme": scheme, "layers": layers}
+        try:
+            start = time.perf_counter()
+            for name, linear in plain.items():
+                put(model, name, linear if scheme == "bf16" else made(scheme, linear.weight))
+            handles = [] if scheme == "bf16" else shared(model)
+            torch.cuda.synchronize()
+            row["seconds_to_pack"] = round(time.perf_counter() - start, 2)
+            logits = model(short, use_cache=False).logits.float()
+            row["logit_error"] = round(float((logits - wanted).norm() / wanted.norm()), 4)
+            row["linears_gb"] = round(sum(packed_bytes(model.get_submodule(n)) for n in plain) / 1e9, 3)
+            for tokens in (4096, 8192, 16384):
+                run = lambda tokens=tokens: model(ids[:, :tokens], use_cache=False, logits_to_keep=1)  # noqa: E731
+                run()
+                row[f"prefill_ms_{tokens}"] = round(events(run, 3 if given.quick else 5), 2)
+            decode = lambda: step(model, short[:, :1], position, given.context, caches)  # noqa: E731
+            decode()
+            row["decode_ms"] = round(in_graph([decode], 11) / 1e3, 4)
+            for handle in handles:
+                handle.remove()
+        except Exception as error:
+            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        rows.append(row)
+        print(row, flush=True)
+        torch.cuda.empty_cache()
+    for row in rows[1:]:
+        row["speedup"] = {k: round(rows[0][k] / row[k], 3) for k in row if k.startswith(("prefill_ms", "decode_ms")) and rows[0].get(k)}
+    return rows
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def packed_bytes(module: nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def shared(model: Any) -> list[Any]:
+    """As the loader does: linears of a layer quantize a shared input once; handles of the hooks."""
+    handles: list[Any] = []
+    for layer in model.model.layers:
+        memory = SharedInput(layer)
+        handles += memory.handles
+        for module in layer.modules():
+            if isinstance(module, PackedLinear) and module.prepares is not None:
+                module.shared = memory
+    return handles
+
+
+def loading(given: argparse.Namespace) -> dict[str, Any]:
+    """Tiny folders of every scheme through `load_model`, packed and dequantized: largest difference of logits in parts of the largest."""
+    from angelslim_core import compress
+    from angelslim_core.loading import load_model
+    from angelslim_core.plugins import PluginHost
+    from angelslim_core.testing.models import tiny_checkpoint
+    from angelslim_quant import plugin
+
+    found: dict[str, Any] = {}
+    g32 = "steps[0].with.group_size=32"
+    cases = {
+        "fp8_dynamic": [], "fp8_block": [], "int8_dynamic": [], "int4_rtn": [g32], "int4_rtn asym": [g32, "steps[0].with.symmetric=false"],
+        "int4_rtn gptq": [g32, "export.format=gptq"], "w4a8_fp8": [g32, "steps[0].with.method=rtn"],
+    }  # fmt: skip
+    ids = torch.arange(2, 34, device="cuda")[None]
+    with tempfile.TemporaryDirectory() as work:
+        for architecture in ("llama", "qwen3_moe"):
+            model = tiny_checkpoint(architecture, Path(work) / architecture)
+            for case, options in cases.items():
+                label = f"{architecture} {case}"
+                try:
+                    host = PluginHost()
+                    host.register_module("quant", plugin)
+                    compress(model, [f"quant.{case.split()[0]}"], Path(work) / "out", overrides=options, plugins=["quant"], host=host, replace=True)
+                    packed, own = (load_model(Path(work) / "out", "cuda", host=host, packed=p, own_reader=not p) for p in (True, False))
+                    logits, wanted = packed.model(ids).logits.float(), own.model(ids).logits.float()
+                    written = packed.model.generate(ids, max_new_tokens=8, do_sample=False)
+                    found[label] = {"backend": packed.backend, "error": float((logits - wanted).abs().max() / wanted.abs().max()), "tokens": written.shape[1]}
+                except Exception as error:
+                    found[label] = f"{type(error).__name__}: {str(error)[:300]}"
+                print(label, found[label], flush=True)
+    return found
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {"load": loading, "linears": linears, "model": whole, "tune": tune}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="")
+    parser.add_argument("--parts", default="load,linears,model", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--quick", action="store_true", help="4 layers, fewer tiles")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    document: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "block_scaled_mm": block_scaled_mm(), "quick": given.quick}
+    with torch.no_grad():
+        for part in given.parts.split(","):
+            start = time.perf_counter()
+            document[part] = PARTS[part](given)
+            print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+            if given.out:
+                write(Path(given.out), document)
+    for row in document.get("model", []):
+        print(row["scheme"], row.get("speedup", ""), row.get("failed", ""))
+    if "linears" in document:
+        keys = [k for k in document["linears"][0] if k.startswith("us_")]
+        table(
+            [[str(r["shape"]), r["scheme"], str(r.get("runs", r.get("failed")))[:40], *(str(r.get(k, "")) for k in keys)] for r in document["linears"]],
+            ["shape", "scheme", "runs", *keys],
+        )
+
+
+if __name__ == "__main__":
+    main()

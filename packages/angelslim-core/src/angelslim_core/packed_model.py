@@ -1,0 +1,139 @@
+"""Packed linears in a model: which linears become packed, places for them while it is built, and their weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .adapters.base import Description
+from .errors import ModelError
+from .model import compute_dtype, decoder_layers
+from .schemes import Quantized
+from .source import Source
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from .adapters.base import Site
+    from .packed import PackedLinear
+    from .plugins import PluginHost
+
+
+class Linears:
+    """The linears of a model by their names in the checkpoint; routed experts are separated when one is asked for.
+
+    Args:
+        keep: separated experts use the weights that there are.
+    """
+
+    def __init__(self, model: PreTrainedModel, description: Description, keep: bool = True) -> None:
+        self.model, self.description, self._keep = model, description, keep
+        _, self.layers = decoder_layers(model, description.num_layers)
+        self._sites = {s.name: s for s in description.sites}
+        self._separated: set[int] = set()
+
+    def __call__(self, name: str) -> nn.Module:
+        parent, inner = self._place(name)
+        try:
+            return parent.get_submodule(inner)
+        except AttributeError as error:
+            raise ModelError(261, name, "is quantized, but the model transformers builds has no such linear") from error
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Replace a linear."""
+        parent, inner = self._place(name)
+        path, _, child = inner.rpartition(".")
+        setattr(parent.get_submodule(path), child, module)
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        """The module below which a linear is found, and its name there."""
+        from .unfuse import unfuse
+
+        site = self._sites.get(name)
+        parent: Any = self.model
+        inner = name
+        if site is not None and site.layer is not None:
+            parent, inner = self.layers[site.layer], name.removeprefix(f"{self.description.block}.{site.layer}.")
+            if site.expert is not None and site.layer not in self._separated:
+                unfuse(parent, keep=self._keep)
+                self._separated.add(site.layer)
+        return parent, inner
+
+
+def choose_packed(source: Source, description: Description, host: PluginHost, device: str, packed: bool | str) -> dict[str, type[PackedLinear]]:
+    """Module -> class that runs it as stored; of a layer's routed experts all or none."""
+    from .io.checkpoint import torch_dtype
+
+    if not source.quantized or not packed:
+        return {}
+    known = host.linears()
+    dtype = torch_dtype(compute_dtype(source, description))
+    tied = bool(source.config.get("tie_word_embeddings", (source.config.get("text_config") or {}).get("tie_word_embeddings", False)))
+
+    def choose(site: Site) -> type[PackedLinear] | None:
+        scheme = source.quantized.get(site.name)
+        outside = site.layer is None and (site.name != "lm_head" or tied)  # towers go by other names in transformers
+        if scheme is None or outside or f"{site.name}.weight" in description.mtp_tensors:
+            return None
+        fitting = (c for c in known if c.supports(scheme, site.shape, dtype, device)[0])
+        return next((c for c in fitting if packed is True or c.pays(scheme, dtype, device)), None)
+
+    chosen = {site.name: (site, choose(site)) for site in description.sites}
+    whole = {site.layer for site, _ in chosen.values() if site.expert is not None}
+    whole -= {site.layer for site, found in chosen.values() if site.expert is not None and found is None}
+    return {name: found for name, (site, found) in chosen.items() if found is not None and (site.expert is None or site.layer in whole)}
+
+
+def with_holes(model_class: Any, description: Description, classes: Mapping[str, type[PackedLinear]]) -> Any:
+    """A model class that builds nothing where packed linears will be, so that no weight is ever made there."""
+    from torch import nn
+
+    from .packed import Hole
+
+    class WithHoles(model_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            linears = Linears(self, description, keep=False)
+            for name in classes:
+                linear = linears(name)
+                if not isinstance(linear, nn.Linear):
+                    raise ModelError(423, name, f"is quantized, but transformers builds a {type(linear).__name__} there")
+                linears.put(name, Hole(linear.bias))
+
+    WithHoles.__name__ = model_class.__name__
+    return WithHoles
+
+
+def fill(
+    linears: Linears, source: Source, description: Description, classes: Mapping[str, type[PackedLinear]], dtype: torch.dtype, device: str
+) -> str:  # fmt: skip
+    """Put packed linears into a model, one by one as they are read; says which."""
+    from .packed import SharedInput
+
+    counts: Counter[str] = Counter()
+    layers: dict[int, SharedInput] = {}
+    sites = {s.name: s for s in description.sites}
+    for name, packed_class in classes.items():
+        quantized = source.read_quantized(name)
+        linear = packed_class(_moved(quantized, device), linears(name).bias, dtype)  # type: ignore[arg-type]
+        layer = sites[name].layer
+        if layer is not None and linear.prepares is not None:
+            if layer not in layers:
+                layers[layer] = SharedInput(linears.layers[layer])
+            linear.shared = layers[layer]
+        linears.put(name, linear)
+        counts[linear.name] += 1
+    linears.model.requires_grad_(False)
+    return " and ".join(f"{n} linears packed ({name})" for name, n in sorted(counts.items())) + " by AngelSlim"
+
+
+def _moved(quantized: Quantized, device: str) -> Quantized:
+    moved = replace(quantized, codes=quantized.codes.to(device), scale=quantized.scale.to(device))
+    for name in ("zero_point", "input_scale", "global_scale"):
+        tensor = getattr(moved, name)
+        setattr(moved, name, None if tensor is None else tensor.to(device))
+    return moved

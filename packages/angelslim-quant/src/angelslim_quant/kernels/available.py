@@ -1,0 +1,41 @@
+"""What this machine can run, each with the reason why not."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+
+@cache
+def triton_runs() -> tuple[bool, str]:
+    """Whether Triton is installed."""
+    ok = importlib.util.find_spec("triton") is not None
+    return ok, "" if ok else "triton is not installed"
+
+
+@cache
+def fp8_tensor_cores() -> tuple[bool, str]:
+    """Whether there is a GPU that multiplies FP8."""
+    ok = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    return ok, "" if ok else "no GPU that multiplies FP8 (compute capability 8.9 or above)"
+
+
+@cache
+def block_scaled_mm() -> tuple[bool, str]:
+    """Whether `torch.nn.functional.scaled_mm` multiplies FP8 with scales of 1x128 and 128x128 blocks (torch 2.10, Hopper, cuBLAS 12.9)."""
+    ok, why = fp8_tensor_cores()
+    if not ok:
+        return ok, why
+    if not hasattr(torch.nn.functional, "scaled_mm"):
+        return False, "this torch has no scaled_mm with blocks"
+    from .scaled_matmul import block_mm
+
+    try:  # cuBLAS says itself what it does not do
+        codes = torch.zeros(128, 512, device="cuda", dtype=torch.float8_e4m3fn)
+        scale = torch.ones(4, 128, device="cuda")
+        found = block_mm(codes, scale.T, codes, torch.ones(1, 4, device="cuda").T, None, torch.bfloat16)
+        return bool((found == 0).all()), "scaled_mm with blocks computes something else"
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return False, f"scaled_mm with blocks: {str(error).splitlines()[0]}"

@@ -1,0 +1,311 @@
+"""Kernels of packed linears against their references, and whole models that run packed against dequantized ones."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from angelslim_core import compress, evaluate, loading
+from angelslim_core.emulation import round_input
+from angelslim_core.errors import EngineError
+from angelslim_core.loading import OWN_READER, load_model
+from angelslim_core.packed import PackedLinear, SharedInput
+from angelslim_core.plugins import PluginHost
+from angelslim_core.schemes import Grid, Quantized, Scheme
+from angelslim_quant.kernels import scaled_matmul as scaled
+from angelslim_quant.kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu, unpack4
+from angelslim_quant.kernels.quantize_rows import QUANTIZE_ROWS
+from angelslim_quant.packed import FP8Linear, INT4Linear, INT8Linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter multiplies no BF16
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+IDS = torch.arange(2, 34)[None]
+TOKEN_INT8, TOKEN_FP8 = Grid(8, "int", "token", dynamic=True), Grid(8, "float", "token", dynamic=True)
+GROUP_FP8, TENSOR_FP8 = Grid(8, "float", "group", 128, dynamic=True), Grid(8, "float", "tensor")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def close(found, wanted, tolerance):
+    error = (found.cpu().double() - wanted.cpu().double()).abs().max() / wanted.double().abs().max().cpu()
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape and float(error) < tolerance, float(error)
+
+
+# kernels --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [TOKEN_INT8, TOKEN_FP8, GROUP_FP8, TENSOR_FP8], ids=lambda g: f"{g.type} {g.strategy}")
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 200), (2, 300)])
+def test_rows_are_quantized_as_they_are_emulated(grid, rows, width):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.quantize_rows import quantize_rows
+
+    x = torch.randn(rows, width).bfloat16()
+    x[0, :16] *= torch.logspace(-6, 0, 16)
+    x[-1, 20:40] = 0
+    x[0] *= rows == 1  # a row of zeros
+    scale = torch.tensor([0.003]) if grid.strategy == "tensor" else None
+    wanted = QUANTIZE_ROWS.reference(x, grid, scale)
+    codes, scales = quantize_rows(x.to(DEVICE), grid, None if scale is None else scale.to(DEVICE))
+    assert codes.cpu().float().equal(wanted[0].float()) and scales.cpu().equal(wanted[1]) and codes.dtype == wanted[0].dtype
+    values = wanted[0].float() * (scaled.spread(wanted[1], rows, width))
+    assert values.to(x.dtype).equal(round_input(x, grid, scale))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 33])
+@pytest.mark.parametrize(("group", "symmetric", "quantizes"), [(128, True, False), (32, False, False), (64, False, True)])
+def test_int4_triton_is_the_reference(rows, group, symmetric, quantizes):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.int4_matmul import matmul, vector, widen
+
+    weight = pack4(int4(37, 3 * group, group, symmetric, torch.float16))
+    x, bias = torch.randn(rows, 3 * group).to(HALF), torch.randn(37).to(HALF)
+    scale = torch.rand(rows, 1) if quantizes else None
+    if quantizes:
+        x = x.to(torch.float8_e4m3fn)
+    kernel = W4A8_MATMUL if quantizes else W4A16_MATMUL
+    wanted = kernel.reference(x, weight, bias, scale, dtype=HALF)
+    moved = type(weight)(*(t if t is None else t.to(DEVICE) for t in weight))
+    given = (x.to(DEVICE), moved, bias.to(DEVICE), None if scale is None else scale.to(DEVICE), HALF)
+    if rows < 10:
+        close(vector(*given, tile=(4, 32, 1)), wanted, 4e-3)
+    if rows > 1:
+        close(matmul(*given, tile=(32, 32, 32, 4, 2)), wanted, 1e-2)
+    else:
+        close(widen(moved, HALF), unpack4(weight, HALF), 4e-3)
+    assert kernel.choose(x, weight, bias, scale, dtype=HALF).name == "torch"
+    close(kernel(x, weight, bias, scale, dtype=HALF), wanted, 4e-3)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_of_torch_on_cpus(symmetric):
+    quantized = int4(48, 128, 32, symmetric, torch.bfloat16)
+    x = torch.randn(5, 128).bfloat16()
+    weight = pack4_cpu(quantized)
+    assert isinstance(weight, Packed4CPU) and W4A16_MATMUL.choose(x, weight).name == "int4pack"
+    close(W4A16_MATMUL(x, weight), (x.float() @ quantized.dequantize().T).bfloat16(), 1e-2)
+
+
+def int4(outputs, inputs, group, symmetric, dtype):
+    grid = Grid(4, "int", "group", group, symmetric=symmetric)
+    codes = torch.randint(-8, 8, (outputs, inputs), dtype=torch.int8)
+    codes[:, :group] = 0
+    scale = torch.rand(outputs, inputs // group).to(dtype)
+    scale[3] = 0
+    zero = None if symmetric else torch.randint(-8, 8, scale.shape, dtype=torch.int8)
+    return Quantized(Scheme("", grid), codes, scale, zero)
+
+
+SCALES = {
+    "rows": lambda n, o, i: (torch.rand(n, 1), torch.rand(o, 1)),
+    "tensors": lambda n, o, i: (torch.rand(1), torch.rand(1)),
+    "blocks": lambda n, o, i: (torch.rand(-(-i // 128), n).T, torch.rand(-(-o // 128), -(-i // 512) * 4)),
+}
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 37, 48), (17, 130, 272)])
+def test_eight_bits_are_the_reference(rows, outputs, inputs, dtype, scales):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.scaled_matmul import scaled_matmul
+
+    if dtype == torch.int8 and scales == "blocks":
+        pytest.skip("no INT8 scheme has blocks")
+    x, w = (torch.randint(-127, 128, shape).float().to(dtype) for shape in ((rows, inputs), (outputs, inputs)))
+    x_scale, w_scale = SCALES[scales](rows, outputs, inputs)
+    bias = torch.randn(outputs).bfloat16()
+    kernel = scaled.INT8_MATMUL if dtype == torch.int8 else scaled.FP8_MATMUL
+    wanted = kernel.reference(x, x_scale, w, w_scale, bias)
+    close(scaled.pieces(x, x_scale, w, w_scale, bias), wanted, 1e-2)
+    moved = [t.to(DEVICE) for t in (x, x_scale, w, w_scale, bias)]
+    close(scaled_matmul(*moved, torch.bfloat16, (32, 64, 128, 4, 2)), wanted, 1e-2)
+    close(kernel(*moved, dtype=torch.bfloat16), wanted, 1e-2)
+
+
+def test_a_weight_is_widened_in_pieces(monkeypatch):
+    monkeypatch.setattr(scaled, "PIECE", 128)
+    x, w = torch.randn(3, 256).to(torch.float8_e4m3fn), torch.randn(300, 256).to(torch.float8_e4m3fn)
+    for name in SCALES:
+        given = (x, SCALES[name](3, 300, 256)[0], w, SCALES[name](3, 300, 256)[1], torch.randn(300))
+        close(scaled.pieces(*given), scaled.reference(*given), 1e-2)
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_int8_of_torch_on_cpus(rows):
+    x, w = (torch.randint(-127, 128, s, dtype=torch.int8) for s in ((rows, 64), (24, 64)))
+    given = (x, torch.rand(rows, 1), w, torch.rand(24, 1), torch.randn(24).bfloat16())
+    assert scaled.INT8_MATMUL.choose(*given).name == "int8pack"
+    close(scaled.INT8_MATMUL(*given), scaled.reference(*given), 1e-2)
+
+
+def test_int_mm_is_the_reference():
+    x, w = (torch.randint(-127, 128, s, dtype=torch.int8) for s in ((5, 64), (24, 64)))
+    given = (x, torch.rand(5, 1), w, torch.rand(24, 1), torch.randn(24))
+    close(scaled._int_mm(*given), scaled.reference(*given), 1e-2)
+
+
+# linears --------------------------------------------------------------------------------------------------------------
+
+
+def linear(scheme=None, bias=None, dtype=torch.float32):
+    grid = Grid(8, "int", "channel", scale_dtype="BF16")
+    quantized = Quantized(scheme or Scheme("", grid, TOKEN_INT8), torch.randint(-128, 128, (24, 32), dtype=torch.int8), torch.rand(24, 1))
+    return INT8Linear(quantized, bias, dtype), quantized
+
+
+def test_a_linear_runs_its_codes_and_nothing_else():
+    bias = torch.nn.Parameter(torch.randn(24))
+    packed, quantized = linear(bias=bias)
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        wanted = torch.nn.functional.linear(round_input(x, TOKEN_INT8), quantized.dequantize(), bias)
+        torch.testing.assert_close(packed(x), wanted, rtol=1e-5, atol=1e-4)
+        assert packed(x[:0]).shape == (0, 3, 24)
+    assert packed.packed_bytes() == 24 * 32 + 24 * 4 + 24 * 4 and "INT8 on" in repr(packed)
+
+
+def test_gradients_casts_and_saving_are_refused():
+    packed, _ = linear()
+    with pytest.raises(EngineError, match="no gradients"):
+        packed(torch.randn(3, 32, requires_grad=True))
+    with pytest.raises(EngineError, match="keep their dtype"):
+        packed.half()
+    with pytest.raises(EngineError, match="cannot be saved"):
+        packed.state_dict()
+    assert packed.to("cpu") is packed
+
+
+def test_an_input_is_quantized_once_while_its_layer_runs():
+    class Layer(torch.nn.Module):
+        def forward(self, x, change=False):
+            found = [self.ask(x)]
+            if change:
+                x += 1
+            return [*found, self.ask(x), self.ask(x.clone()), self.ask(x, "other")]
+
+    layer, made = Layer(), []
+    shared = SharedInput(layer)
+    layer.ask = lambda x, kind="kind": shared(x, kind, lambda x: made.append(float(x.sum())) or len(made))
+    x = torch.ones(2)
+    assert layer(x) == [1, 1, 2, 3] and layer(x) == [4, 4, 5, 6]  # nothing is left from one forward to the next
+    assert layer(x, change=True) == [7, 8, 9, 10] and made[-1] == 4
+    assert layer.ask(x) != layer.ask(x)
+    with torch.inference_mode():
+        assert len({*layer(torch.ones(2))}) == 4
+    with contextlib.suppress(AttributeError):
+        layer(None)
+    assert shared._last is None and not shared._running
+
+
+# models ---------------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "fp8_dynamic": ("quant.fp8_dynamic", [], FP8Linear),
+    "fp8_block": ("quant.fp8_block", [], FP8Linear),
+    "fp8_static": ("quant.fp8_static", [], FP8Linear),
+    "int8_dynamic": ("quant.int8_dynamic", [], INT8Linear),
+    "int4_rtn": ("quant.int4_rtn", ["steps[0].with.group_size=32"], INT4Linear),
+    "int4_rtn asym": ("quant.int4_rtn", ["steps[0].with.group_size=32", "steps[0].with.symmetric=false"], INT4Linear),
+    "int4_rtn gptq": ("quant.int4_rtn", ["steps[0].with.group_size=32", "export.format=gptq"], INT4Linear),
+    "w4a8_fp8": ("quant.w4a8_fp8", ["steps[0].with.group_size=32", "steps[0].with.method=rtn"], INT4Linear),
+}
+
+
+def compressed(model, case, folder):
+    pass_id, options, _ = CASES[case]
+    if case == "fp8_static":
+        text = folder.parent / "text.txt"
+        text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+        options = [f"calibration.data={text}", "calibration.samples=4", "calibration.tokens=16"]
+    compress(model, [pass_id], folder, overrides=options)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_a_model_computes_what_the_dequantized_one_does(tiny, tmp_path, architecture, case):
+    out = compressed(tiny(architecture, dtype="float32"), case, tmp_path / "out")
+    packed, plain = load_model(out, "cpu", packed=True), load_model(out, "cpu", own_reader=True)
+    linears = [m for m in packed.model.modules() if isinstance(m, PackedLinear)]
+    assert {type(m) for m in linears} == {CASES[case][2]}
+    assert packed.backend == f"transformers, {len(linears)} linears packed ({linears[0].name}) by AngelSlim" and plain.backend == OWN_READER
+    assert type(packed.model) is type(plain.model)
+    wanted = plain.model(IDS).logits
+    torch.testing.assert_close(packed.model(IDS).logits, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    with torch.no_grad():
+        assert packed.model.generate(IDS, max_new_tokens=4, do_sample=False).equal(plain.model.generate(IDS, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("case", ["fp8_dynamic", "int8_dynamic", "int4_rtn asym", "w4a8_fp8"])
+def test_a_bf16_model_evaluates_alike(tiny, tmp_path, monkeypatch, case):
+    out = compressed(tiny(), case, tmp_path / "out")
+    text = tmp_path / "eval.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    found, choose = [], loading.choose_packed
+    for packed in (True, False):
+        monkeypatch.setattr(loading, "choose_packed", lambda *given, packed=packed: choose(*given[:-1], packed))
+        found.append(evaluate(out, tiny(), text=text, windows=2, length=32, device="cpu"))
+    assert found[0]["perplexity"] == pytest.approx(found[1]["perplexity"], rel=0.01) and found[0]["kl"] == pytest.approx(found[1]["kl"], rel=0.2, abs=2e-4)
+    assert "packed" in found[0]["backend"] and "packed" not in found[1]["backend"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_no_weight_is_expanded(tiny, tmp_path, monkeypatch, architecture):
+    monkeypatch.setattr("angelslim_quant.packed._ROWS", 7)  # else the example of an input has the shape of a weight
+    out = compressed(tiny(architecture), "int4_rtn", tmp_path / "out")
+    floats = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.is_floating_point() and not found.is_meta:
+                floats.add(tuple(found.shape))
+            return found
+
+    with Watch():
+        model = load_model(out, "cpu", packed=True).model
+    packed = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, PackedLinear)}
+    assert packed and not packed & floats and tuple(model.lm_head.weight.shape) not in packed
+    held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    assert held < 1.02 * sum(f.stat().st_size for f in out.glob("*.safetensors"))
+
+
+def test_experts_that_are_not_all_packed_fall_back_and_are_counted(tiny, tmp_path, monkeypatch):
+    out = compressed(tiny("qwen3_moe", dtype="float32"), "int8_dynamic", tmp_path / "out")
+    real = INT8Linear.supports.__func__
+    calls = []
+
+    def refuses_one(cls, scheme, shape, dtype, device):
+        calls.append(shape)
+        return (False, "") if len(calls) == 9 else real(cls, scheme, shape, dtype, device)
+
+    monkeypatch.setattr(INT8Linear, "supports", classmethod(refuses_one))
+    loaded = load_model(out, "cpu", packed=True)
+    packed = sum(isinstance(m, PackedLinear) for m in loaded.model.modules())
+    assert 0 < packed < len(calls) and loaded.backend.endswith(f"{len(calls) - packed} dequantized")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(IDS).logits, load_model(out, "cpu", own_reader=True).model(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_what_no_executor_knows_is_dequantized(tiny, tmp_path):
+    compress(tiny(dtype="float32"), ["quant.mxfp4"], tmp_path / "out")
+    assert load_model(tmp_path / "out", "cpu", packed=True).backend == OWN_READER
+    other = compressed(tiny(dtype="float32"), "int8_dynamic", tmp_path / "int8")
+    assert "packed" not in load_model(other, "cpu", packed=True, host=PluginHost(blocked=["quant"])).backend
+    assert "packed" not in load_model(other, "cpu", packed=False).backend and "packed" not in load_model(other, "cpu", packed=True, emulate=False).backend
+
+
+def test_on_cpus_only_what_is_faster_is_packed(monkeypatch):
+    slow = frozenset({torch.bfloat16})
+    monkeypatch.setattr("angelslim_quant.packed.slow_on_cpu", lambda: slow)
+    scheme = Scheme("", Grid(8, "int", "channel"), TOKEN_INT8)
+    assert INT8Linear.pays(scheme, torch.bfloat16, "cpu") and not INT8Linear.pays(scheme, torch.float32, "cpu")
+    assert not FP8Linear.pays(scheme, torch.bfloat16, "cpu") and FP8Linear.pays(scheme, torch.bfloat16, "cuda")
+    monkeypatch.setattr("angelslim_quant.packed.slow_on_cpu", lambda: frozenset())
+    assert not INT4Linear.pays(scheme, torch.bfloat16, "cpu")
