@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
     given = parser.parse_args()
     score = Score(given)
@@ -268,8 +268,11 @@ def main() -> None:
     answers = [(row[0]["value"][:600], row[1]["value"][:900]) for row in rows if row[0]["from"] == "human"]
     pairs = [(prompt, answer) for prompt, answer in answers if len(answer) > 200 and answer.isascii()]
     settings = {"steps": given.steps, "lr": given.lr, "answers": len(pairs), "held": HELD, "windows": WINDOWS, "length": LENGTH}
-    document = {"machine": machine(), "settings": settings, "cases": {}}
-    for seed in range(given.seeds):
+    out = Path(given.out)
+    document = json.loads(out.read_text()) if out.exists() else {}
+    if document.get("settings") != settings:
+        document = {"machine": machine(), "settings": settings, "cases": {}}
+    for seed in given.seeds:
         for index in given.cases:
             run_case(given, CASES[index], seed, score, pairs, document)
     for name, seeds in document["cases"].items():

@@ -18,9 +18,10 @@ from .available import triton_runs
 # group sizes whose words fit the tiles of the kernels
 GROUPS = (32, 64, 128, 256)
 # rows up to which the weight is read once a row by the vector kernel
-VECTOR_ROWS = 4
-# rows from which the weight is widened for one call and multiplied by cuBLAS: the widening then takes a tenth of the time
-WIDE_ROWS = 1024
+VECTOR_ROWS = 2
+# from that many rows on, or with fewer outputs than fill the GPU with tiles, the weight is widened for one call and multiplied
+# by cuBLAS (H100, benchmarks/packed_gpu.py --parts tune)
+WIDE_ROWS, FEW_OUTPUTS = 128, 8192
 
 
 class Packed4(NamedTuple):
@@ -122,7 +123,7 @@ def _triton(x_NI: Tensor, weight: Packed4, bias: Tensor | None = None, x_scale: 
     rows = x_NI.shape[0]
     if rows <= VECTOR_ROWS:
         return vector(x_NI, weight, bias, x_scale, dtype)
-    if rows < WIDE_ROWS:
+    if rows < WIDE_ROWS and weight.words.shape[0] >= FEW_OUTPUTS:
         return matmul(x_NI, weight, bias, x_scale, dtype)
     if x_scale is None:
         return torch.nn.functional.linear(x_NI, widen(weight, dtype), bias)
