@@ -198,10 +198,10 @@ def test_compensation_lowers_the_output_error(tiny, tmp_path, pass_id):
 def test_transformers_and_our_reader_agree(tiny, tmp_path, monkeypatch, pass_id, options):
     run(tiny(), tmp_path, pass_id, **options)
     ids = torch.arange(2, 50)[None]
-    native = load_model(tmp_path / "out", "cpu")
+    native = load_model(tmp_path / "out", "cpu", packed=False)
     assert native.backend == "transformers"
     monkeypatch.setattr(loading, "reads_natively", lambda *_: False)
-    own, plain = load_model(tmp_path / "out", "cpu"), load_model(tmp_path / "out", "cpu", emulate=False)
+    own, plain = load_model(tmp_path / "out", "cpu", packed=False), load_model(tmp_path / "out", "cpu", emulate=False)
     name = "model.layers.1.mlp.down_proj"
     stored = open_any(tmp_path / "out").read_quantized(name)
     weights = [m.model.get_submodule(name).weight for m in (native, own)]
