@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .analysis import weight_numbers
 from .device import Worker, peak_ram_bytes, take_over
-from .errors import NumericError
+from .errors import NumericError, ResourceError
 from .exporters import Exporter
 from .io.checkpoint import Checkpoint, read_header
 from .io.writer import ShardWriter, shard_name, spec_bytes
@@ -68,6 +68,8 @@ def write_shards(plan: Plan, context: Context, journal: Iterable[Mapping[str, An
         layers: files in which the layer sweep left tensors, likewise.
     Returns:
         all shards; the numbers are known to the first process only.
+    Raises:
+        ResourceError: not all were written.
     """
     group = context.group
     said = len(context.warnings), len(context.fallbacks)
@@ -79,6 +81,8 @@ def write_shards(plan: Plan, context: Context, journal: Iterable[Mapping[str, An
     digests = _write_share(plan, context, known, _LayerStore(context.workdir / name for name in files))
     found = group.gather([digests, peak_ram_bytes()])  # raises what ended another process
     written = Written({name: digest for own, _ in found for name, digest in own.items()}, {}, max(peak for _, peak in found))
+    if len(written.digests) < len(plan.shards):  # processes that no longer hear of each other stop
+        raise ResourceError(464, "torchrun", "the processes of this run lost their connection", "run the same command again to go on")
     if group.rank == 0:
         del context.warnings[said[0] :], context.fallbacks[said[1] :]
         entries = {e["shard"]: e for e in read_journals(context.workdir) if "shard" in e and e["sha256"] == written.digests.get(e["shard"])}
