@@ -21,22 +21,31 @@ def found_passes():
 
 
 PASSES = found_passes()
+
+
+def options_of(name, base):
+    """Sizes that fit; a pass that reads another checkpoint gets `base`, and of its sizes that of its default format."""
+    fields = PASSES[name].Config.model_fields
+    if "base" in fields:
+        return {"base": str(base), "block_size": 32}
+    return {option: size for option, size in SIZES.items() if option in fields}
+
+
 PAIRS = list(itertools.product(PASSES, repeat=2))
 DISJOINT = (["attention"], ["mlp"])
 
 
-def recipe(pair, text, targets=(None, None)):
+def recipe(model, pair, text, targets=(None, None)):
     steps = []
     for name, chosen in zip(pair, targets, strict=True):
-        options = {option: size for option, size in SIZES.items() if option in PASSES[name].Config.model_fields}
-        steps.append({"use": name, "with": options, **({"targets": chosen} if chosen else {})})
+        steps.append({"use": name, "with": options_of(name, model), **({"targets": chosen} if chosen else {})})
     return {"steps": steps, "calibration": {"data": text, "samples": 2, "tokens": 16}}
 
 
 def planned(model, *arguments):
     """The plan, or None where the pair is refused; any other error is raised."""
     try:
-        return prepare(model, recipe=recipe(*arguments)).plan
+        return prepare(model, recipe=recipe(model, *arguments)).plan
     except (PlanError, RecipeError) as error:
         assert error.where and error.what
         return None
@@ -47,8 +56,7 @@ def layouts(pass_id, tiny_sites):
     pass_class = PASSES[pass_id]
     if not issubclass(pass_class, WeightPass):
         return None
-    options = {option: size for option, size in SIZES.items() if option in pass_class.Config.model_fields}
-    schemes = [pass_class(pass_class.Config(**options)).scheme(site) for site in tiny_sites]
+    schemes = [pass_class(pass_class.Config(**options_of(pass_id, "unread"))).scheme(site) for site in tiny_sites]
     return None if None in schemes else set.intersection(*(set(s.exporters) for s in schemes))
 
 
@@ -60,7 +68,7 @@ def text(tmp_path_factory):
 
 
 def run(model, out, *arguments):
-    compress(model, out=out, recipe=recipe(*arguments))
+    compress(model, out=out, recipe=recipe(model, *arguments))
     found = validate(out, model)
     assert found["ok"], found["problems"]
 
@@ -75,7 +83,7 @@ def test_two_quantizers_of_one_linear_are_refused(tiny, text):
     model = tiny()
     refused = 0
     for pair in PAIRS:
-        writers = [n for n in pair if issubclass(PASSES[n], WeightPass) and "linear.weight" in PASSES[n]().claims]
+        writers = [n for n in pair if issubclass(PASSES[n], WeightPass) and "linear.weight" in PASSES[n](PASSES[n].Config(**options_of(n, model))).claims]
         plan = planned(model, pair, text)
         assert plan is None or len(writers) < 2, pair
         refused += plan is None
@@ -105,5 +113,5 @@ def test_one_run_of_each_shape(tiny, tmp_path, text):
 def test_a_refused_run_writes_nothing(tiny, tmp_path, text):
     pair = next(pair for pair in PAIRS if planned(tiny(), pair, text) is None)
     with pytest.raises((PlanError, RecipeError)):
-        compress(tiny(), out=tmp_path / "out", recipe=recipe(pair, text))
+        compress(tiny(), out=tmp_path / "out", recipe=recipe(tiny(), pair, text))
     assert not list(tmp_path.iterdir())
