@@ -49,9 +49,9 @@ def evaluate(
     from .io.hub import resolve
     from .loading import load_model
 
-    loaded = load_model(resolve(out), device, host=host)
+    loaded = load_model(resolve(out), device, host=host, packed=False)  # the same figures whatever a machine runs packed
     ids = text_windows(loaded.tokenizer, out, text, windows, length)
-    reference = load_model(resolve(base), device, host=host).model if base is not None else None
+    reference = load_model(resolve(base), device, host=host, packed=False).model if base is not None else None
     numbers = compare(loaded.model, reference, ids, progress)
     return {**numbers, "windows": ids.shape[0], "length": ids.shape[1], "backend": loaded.backend}
 

@@ -142,7 +142,7 @@ def _run(folder: Path, base: str | Path | None, problems: list[str], host: Plugi
 
     found: dict[str, Any] = {}
     try:
-        loaded = load_model(folder, host=host)
+        loaded = load_model(folder, host=host, packed=False)
     except ModelError as error:
         problems.append(f"does not load: {error}")
         return found
@@ -153,7 +153,7 @@ def _run(folder: Path, base: str | Path | None, problems: list[str], host: Plugi
         written = model.generate(ids, max_new_tokens=32, do_sample=False)[0]
     found["sample"] = tokenizer.decode(written, skip_special_tokens=True) if tokenizer is not None else written.tolist()
     if base is not None:
-        reference = load_model(resolve(base), host=host).model
+        reference = load_model(resolve(base), host=host, packed=False).model
         with torch.no_grad():
             own = reference.generate(ids, max_new_tokens=64, do_sample=False)
         numbers = compare(model, reference, own)
