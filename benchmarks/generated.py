@@ -110,7 +110,7 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int, spread: float) -> torch
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     size = shape[0] * shape[1]
-    generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # torch takes 32 bits of a seed
     drawn = (torch.randn(min(DRAWN, size), generator=generator) * spread).bfloat16()
     return drawn.repeat(-(-size // DRAWN))[:size].view(shape)
 
