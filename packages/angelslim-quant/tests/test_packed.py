@@ -31,11 +31,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def close(found, wanted, tolerance):
     error = (found.cpu().double() - wanted.cpu().double()).abs().max() / wanted.double().abs().max().cpu()
     assert found.dtype == wanted.dtype and found.shape == wanted.shape and float(error) < tolerance, float(error)
