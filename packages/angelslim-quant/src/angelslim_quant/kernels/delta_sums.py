@@ -6,7 +6,6 @@ tile is stored as q, and keeps d' = q - b. T tiles, C candidates.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.rounding import round_e2m1, round_e4m3
+
+from .available import triton_runs
 
 Elements = Literal["e4m3", "e2m1", "int"]
 # values of a tile's chunk that are worked on at once: a few fp32 copies stay in the processor's cache
@@ -150,10 +151,7 @@ def _on_gpu(weight_TN: Tensor, *_: object) -> tuple[bool, str]:
     return weight_TN.is_cuda, "tensors on a GPU"
 
 
-def _installed() -> tuple[bool, str]:
-    ok = importlib.util.find_spec("triton") is not None
-    return ok, "" if ok else "triton is not installed"
-
-
-DELTA_SUMS = Kernel("quant.delta_sums", reference, (Implementation("triton", _triton, _on_gpu, _installed), Implementation("torch", _chunked)))
-ROUND_PULLED = Kernel("quant.round_pulled", round_pulled, (Implementation("triton", _triton_round, _on_gpu, _installed), Implementation("torch", round_pulled)))
+DELTA_SUMS = Kernel("quant.delta_sums", reference, (Implementation("triton", _triton, _on_gpu, triton_runs), Implementation("torch", _chunked)))
+ROUND_PULLED = Kernel(
+    "quant.round_pulled", round_pulled, (Implementation("triton", _triton_round, _on_gpu, triton_runs), Implementation("torch", round_pulled))
+)

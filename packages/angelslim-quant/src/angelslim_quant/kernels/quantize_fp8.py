@@ -10,8 +10,8 @@ from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.rounding import E4M3_MAX, cast_e4m3
 from angelslim_core.schemes import Grid, against
 
-from . import installed
 from .amax import amax_of
+from .available import triton_runs
 from .chunks import row_chunks
 
 
@@ -79,4 +79,4 @@ def _on_gpu(weight_OI: Tensor, *_: object) -> tuple[bool, str]:
     return weight_OI.is_cuda, "weights on a GPU"
 
 
-QUANTIZE_FP8 = Kernel("quant.quantize_fp8", reference, (Implementation("triton", _triton, _on_gpu, installed), Implementation("torch", _torch)))
+QUANTIZE_FP8 = Kernel("quant.quantize_fp8", reference, (Implementation("triton", _triton, _on_gpu, triton_runs), Implementation("torch", _torch)))

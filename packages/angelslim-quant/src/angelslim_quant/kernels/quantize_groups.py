@@ -9,8 +9,8 @@ from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.schemes import Grid, against
 
-from . import installed
 from .amax import grouped
+from .available import triton_runs
 from .chunks import row_chunks
 
 # weights under one scale that a GPU program holds in registers
@@ -97,4 +97,4 @@ def on_gpu(weight_OI: Tensor, grid: Grid, *_: object) -> tuple[bool, str]:
     return weight_OI.is_cuda and held, f"groups or channels of at most {LARGEST_GROUP} weights on a GPU"
 
 
-QUANTIZE_GROUPS = Kernel("quant.quantize_groups", reference, (Implementation("triton", _triton, on_gpu, installed), Implementation("torch", _torch)))
+QUANTIZE_GROUPS = Kernel("quant.quantize_groups", reference, (Implementation("triton", _triton, on_gpu, triton_runs), Implementation("torch", _torch)))

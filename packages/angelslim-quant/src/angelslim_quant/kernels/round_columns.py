@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.rounding import cast_e4m3, round_e2m1
+
+from .available import triton_runs
 
 # floats: the element value nearest to each
 ELEMENTS = {"e2m1": round_e2m1, "e4m3": lambda x: cast_e4m3(x).float()}
@@ -72,13 +73,8 @@ def _on_gpu(block_BO: Tensor, *_: object) -> tuple[bool, str]:
     return block_BO.is_cuda and block_BO.shape[0] <= 128, "blocks of at most 128 columns on a GPU"
 
 
-def _installed() -> tuple[bool, str]:
-    ok = importlib.util.find_spec("triton") is not None
-    return ok, "" if ok else "triton is not installed"
-
-
 ROUND_COLUMNS = Kernel(
     "quant.round_columns",
     reference,
-    (Implementation("triton", _triton, _on_gpu, _installed), Implementation("torch", reference)),
+    (Implementation("triton", _triton, _on_gpu, triton_runs), Implementation("torch", reference)),
 )

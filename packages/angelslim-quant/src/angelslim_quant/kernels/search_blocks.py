@@ -12,8 +12,8 @@ from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.rounding import E2M1_MAX, E4M3_MAX, cast_e4m3, e2m1_codes, e8m0_codes, round_e2m1
 from angelslim_core.schemes import Grid, scale_values
 
-from . import installed
 from .amax import amax_of, grouped
+from .available import triton_runs
 from .chunks import row_chunks
 
 # positive finite E4M3 bytes: 2^-9 to 448; powers of two of E8M0 that are normal fp32 numbers
@@ -159,4 +159,4 @@ def _on_gpu(weight_OI: Tensor, grid: Grid, *_: object) -> tuple[bool, str]:
     return weight_OI.is_cuda and grid.group_size in (16, 32, 64), "blocks of 16, 32 or 64 on a GPU"
 
 
-SEARCH_BLOCKS = Kernel("quant.search_blocks", reference, (Implementation("triton", _triton, _on_gpu, installed), Implementation("torch", _torch)))
+SEARCH_BLOCKS = Kernel("quant.search_blocks", reference, (Implementation("triton", _triton, _on_gpu, triton_runs), Implementation("torch", _torch)))

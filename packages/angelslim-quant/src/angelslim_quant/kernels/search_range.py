@@ -11,8 +11,8 @@ from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.schemes import Grid, against
 
-from . import installed
 from .amax import grouped
+from .available import triton_runs
 from .chunks import row_chunks
 from .quantize_groups import on_gpu, range_of, scale_of
 
@@ -104,4 +104,4 @@ def _triton(weight_OI: Tensor, grid: Grid, importance_I: Tensor, shrinks: Sequen
     return search_range(weight_OI, grid, importance_I, shrinks)
 
 
-SEARCH_RANGE = Kernel("quant.search_range", reference, (Implementation("triton", _triton, on_gpu, installed), Implementation("torch", _torch)))
+SEARCH_RANGE = Kernel("quant.search_range", reference, (Implementation("triton", _triton, on_gpu, triton_runs), Implementation("torch", _torch)))

@@ -8,13 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rounding import FORMATS, nearest, power_below, whole
+
 if TYPE_CHECKING:
     from ..delta_sums import Candidates, Elements, Sums
 
-# x + MAGIC - MAGIC rounds fp32 to the nearest whole number, ties to even, for |x| < 2^22
-MAGIC = tl.constexpr(12582912.0)
-# floats: least and largest power of two below a value, its steps in parts of that, largest value
-FORMATS = {"int": (0.0, 0.0, 0.0, 0.0), "e2m1": (1.0, 4.0, 0.5, 6.0), "e4m3": (2.0**-6, 256.0, 0.125, 448.0)}
 # weights a program holds at once
 STRIP = 2048
 # a product joined to a difference is not rounded, and d' not 0 where a weight is stored as the base's
@@ -29,10 +27,12 @@ def _quotient(a, s, inverse):
 
 
 @triton.jit
-def _power(x, LEAST: tl.constexpr, MOST: tl.constexpr):
-    """The power of two below |x|, between two others."""
-    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(power, LEAST), MOST)
+def _strip(tiles, width, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of a program: its tiles, which of them there are; where its weights lie, which of them there are."""
+    t = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    some = t < tiles
+    return t, some, t[:, None] * width + n[None, :], some[:, None] & (n < width)[None, :]
 
 
 @triton.jit
@@ -44,19 +44,17 @@ def _level(
     x = _quotient(w, s, inverse)
     if LARGEST > 0:
         if PULL:
-            power = _power(x, LEAST, MOST)
+            power = power_below(x, LEAST, MOST)
             near = power * (PART * 0.4999)
             target = x + tl.minimum(tl.maximum(_quotient(d * pull, s, inverse), -near), near)
             inner = power * (1.0 - PART * 0.2499)
             x = tl.where((tl.abs(x) >= power) & (tl.abs(target) < inner), tl.where(x < 0.0, -inner, inner), target)
-        size = tl.minimum(tl.abs(x), LARGEST)
-        whole = _power(size, LEAST, MOST) * (PART * 12582912.0)
-        size = (size + whole) - whole
+        size = nearest(tl.abs(x), LEAST, MOST, PART, LARGEST)
         return tl.where(x < 0.0, -size, size)
     else:
         if PULL:
             x += tl.minimum(tl.maximum(_quotient(d * pull, s, inverse), -0.4999), 0.4999)
-        level = (tl.minimum(tl.maximum(x, -1024.0), 1024.0) + MAGIC) - MAGIC
+        level = whole(tl.minimum(tl.maximum(x, -1024.0), 1024.0))
         if ZERO:
             level += zero
         return tl.minimum(tl.maximum(level, -half), half - 1.0)
@@ -68,11 +66,7 @@ def _sums(
     LEAST: tl.constexpr, MOST: tl.constexpr, PART: tl.constexpr, LARGEST: tl.constexpr, ZERO: tl.constexpr, PULL: tl.constexpr,
     TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
-    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    some = t < tiles
-    inside = some[:, None] & (n < width)[None, :]
-    at = t[:, None] * width + n[None, :]
+    t, some, at, inside = _strip(tiles, width, TILES, WIDTH)
     w = tl.load(weight + at, inside, 0.0).to(tl.float32)  # what lies outside is 0 throughout, and adds nothing
     b = tl.load(base + at, inside, 0.0).to(tl.float32)
     d = w - b
@@ -106,11 +100,7 @@ def _levels(
     LEAST: tl.constexpr, MOST: tl.constexpr, PART: tl.constexpr, LARGEST: tl.constexpr, ZERO: tl.constexpr, PULL: tl.constexpr,
     TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
-    n = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    some = t < tiles
-    inside = some[:, None] & (n < width)[None, :]
-    at = t[:, None] * width + n[None, :]
+    t, some, at, inside = _strip(tiles, width, TILES, WIDTH)
     w = tl.load(weight + at, inside, 0.0).to(tl.float32)
     d = w - tl.load(base + at, inside, 0.0).to(tl.float32) if PULL else w
     s = tl.load(step + t, some, 1.0)[:, None]

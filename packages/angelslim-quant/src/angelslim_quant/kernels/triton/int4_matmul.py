@@ -64,6 +64,18 @@ def _vector(
 
 
 @triton.jit
+def _read(words, scale, zero, o, t, width, groups, both, ZERO: tl.constexpr, T: tl.constexpr):
+    """Words [outputs, words] of a tile, their scales, and what is taken from their codes."""
+    w = tl.load(words + o[:, None] * width + t[None, :], both, 0)
+    place = o[:, None] * groups + (t // T)[None, :]
+    s = tl.load(scale + place, both, 0.0).to(tl.float32)
+    z = tl.full(s.shape, 8.0, tl.float32)
+    if ZERO:
+        z += tl.load(zero + place, both, 0.0).to(tl.float32)
+    return w, s, z
+
+
+@triton.jit
 def _matrix(
     x, words, scale, zero, x_scale, bias, out, rows, outputs, width, groups,
     ZERO: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BW: tl.constexpr, T: tl.constexpr,
@@ -78,13 +90,8 @@ def _matrix(
         t = start + tl.arange(0, BW)
         inside = t < width
         both = some[:, None] & inside[None, :]
-        w = tl.load(words + o[:, None] * width + t[None, :], both, 0)
+        w, s, z = _read(words, scale, zero, o, t, width, groups, both, ZERO, T)
         g = t // T
-        s = tl.load(scale + o[:, None] * groups + g[None, :], both, 0.0).to(tl.float32)
-        if ZERO:
-            z = tl.load(zero + o[:, None] * groups + g[None, :], both, 0.0).to(tl.float32) + 8.0
-        else:
-            z = 8.0
         at = x + n[None, :].to(tl.int64) * (8 * width) + (g * (8 * T) + t % T)[:, None]
         for j in tl.static_range(8):
             left = ((((w >> (4 * j)) & 15).to(tl.float32) - z) * s).to(dtype)
@@ -102,13 +109,8 @@ def _widen(words, scale, zero, out, outputs, width, groups, ZERO: tl.constexpr, 
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     t = tl.program_id(1) * BW + tl.arange(0, BW)
     both = (o < outputs)[:, None] & (t < width)[None, :]
-    w = tl.load(words + o[:, None] * width + t[None, :], both, 0)
+    w, s, z = _read(words, scale, zero, o, t, width, groups, both, ZERO, T)
     g = t // T
-    s = tl.load(scale + o[:, None] * groups + g[None, :], both, 0.0).to(tl.float32)
-    if ZERO:
-        z = tl.load(zero + o[:, None] * groups + g[None, :], both, 0.0).to(tl.float32) + 8.0
-    else:
-        z = 8.0
     at = out + o[:, None].to(tl.int64) * (8 * width) + (g * (8 * T) + t % T)[None, :]
     for j in tl.static_range(8):
         tl.store(at + j * T, ((((w >> (4 * j)) & 15).to(tl.float32) - z) * s).to(out.dtype.element_ty), both)

@@ -8,20 +8,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rounding import FORMATS, nearest, whole
+
 if TYPE_CHECKING:
     from ..round_columns import Steps
 
 # outputs a program
 OUTPUTS = 32
-# x + MAGIC - MAGIC rounds fp32 to the nearest whole number, ties to even, for |x| < 2^22
-MAGIC = tl.constexpr(12582912.0)
-# floats: least and largest power of two below a value, its steps in parts of that, largest value
-FORMATS = {"int": (0.0, 0.0, 0.0, 0.0), "e2m1": (1.0, 4.0, 0.5, 6.0), "e4m3": (2.0**-6, 256.0, 0.125, 448.0)}
-
-
-@triton.jit
-def _whole(x):
-    return (x + MAGIC) - MAGIC
 
 
 @triton.jit
@@ -42,14 +35,11 @@ def _kernel(
         scale = tl.load(step + at, some, 1.0)
         x = tl.div_rn(column, scale)
         if LARGEST > 0:
-            size = tl.minimum(tl.abs(x), LARGEST)
-            power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-            unit = tl.minimum(tl.maximum(power, LEAST), MOST) * PART
-            size = _whole(size / unit) * unit
+            size = nearest(tl.abs(x), LEAST, MOST, PART, LARGEST)
             level = tl.where(x < 0.0, -size, size)
             value = level * scale
         else:
-            level = _whole(tl.minimum(tl.maximum(x, -1024.0), 1024.0))
+            level = whole(tl.minimum(tl.maximum(x, -1024.0), 1024.0))
             if ZERO:
                 offset = tl.load(zero + at, some, 0.0)
                 level = tl.minimum(tl.maximum(level + offset, -half), half - 1.0)

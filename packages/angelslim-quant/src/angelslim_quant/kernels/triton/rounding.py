@@ -6,6 +6,9 @@ import triton.language as tl
 # x + MAGIC - MAGIC rounds fp32 to the nearest whole number, ties to even, for |x| < 2^22
 MAGIC = tl.constexpr(12582912.0)
 
+# least and largest power of two below a value, its steps in parts of that, largest value; of whole numbers none
+FORMATS = {"int": (0.0, 0.0, 0.0, 0.0), "e2m1": (1.0, 4.0, 0.5, 6.0), "e4m3": (2.0**-6, 256.0, 0.125, 448.0)}
+
 
 @triton.jit
 def whole(x):
@@ -30,6 +33,13 @@ def narrowed(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def power_below(x, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """The power of two below |x|, between two others."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(power, LEAST), MOST)
+
+
+@triton.jit
 def nearest(size, LEAST: tl.constexpr, MOST: tl.constexpr, PART: tl.constexpr, LARGEST: tl.constexpr):
     """The value of a float format nearest to each magnitude.
 
@@ -39,8 +49,7 @@ def nearest(size, LEAST: tl.constexpr, MOST: tl.constexpr, PART: tl.constexpr, L
         LARGEST: where it saturates.
     """
     size = tl.minimum(size, LARGEST)
-    power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    magic = tl.minimum(tl.maximum(power, LEAST), MOST) * (PART * 12582912.0)
+    magic = power_below(size, LEAST, MOST) * (PART * 12582912.0)
     return (size + magic) - magic
 
 
