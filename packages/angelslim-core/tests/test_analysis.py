@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from angelslim_core import analysis, compress
+from angelslim_core import compress, schemes
 from angelslim_core.analysis import half_octaves, merged, weight_numbers
 from angelslim_core.errors import NumericError, PlanError
 from angelslim_core.exporters.compressed_tensors import CompressedTensors
@@ -179,5 +179,5 @@ def test_numbers_do_not_depend_on_how_many_rows_are_looked_at_together(monkeypat
     noise = (result.dequantize() - weight).square().sum().double()
     assert math.isclose(whole["sqnr_db"], 10 * math.log10(weight.square().sum().double() / noise), abs_tol=2e-3)
     for rows in (1, 10):
-        monkeypatch.setattr(analysis, "CHUNK", rows * 64)
+        monkeypatch.setattr(schemes, "PIECE", rows * 64)
         assert weight_numbers(weight, result, {"codes": codes}) == whole

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from angelslim_core import schemes
 from angelslim_core.schemes import Grid, Quantized, Scheme
-from angelslim_quant.kernels import chunks
 from angelslim_quant.kernels.quantize_fp8 import QUANTIZE_FP8
 from angelslim_quant.kernels.quantize_groups import QUANTIZE_GROUPS
 from angelslim_quant.kernels.search_blocks import SEARCH_BLOCKS
@@ -51,7 +51,7 @@ def check_search(found, wanted, error):
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
     """Several chunks, the last of them smaller."""
-    monkeypatch.setattr(chunks, "CPU", 1000)
+    monkeypatch.setattr(schemes, "PIECE", 1000)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])

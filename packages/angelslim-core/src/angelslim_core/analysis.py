@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import NumericError
 from .io.checkpoint import DTYPES
-from .schemes import scale_values
+from .schemes import pieces, scale_values
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 # values counted of a weight, and of a batch of an input
 SAMPLE = 1 << 14
-# weights whose fp32 copies are made at once: on the CPU, a thread; on a GPU
-CHUNK, GPU_CHUNK = 1 << 17, 1 << 25
 # bins below the one of the largest value; what is smaller is counted in the lowest
 DEPTH = 40
 # channels listed of an input
@@ -73,15 +71,11 @@ def weight_numbers(weight_OI: Tensor, result: Quantized, packed: Mapping[str, Te
 
 
 def _signal_and_noise(weight_OI: Tensor, result: Quantized) -> tuple[float, float]:
-    """sum w^2 and sum (w - q)^2, some rows at a time: fp32 copies stay in a core's cache, and on a GPU its memory is bounded."""
+    """sum w^2 and sum (w - q)^2, some rows at a time."""
     import torch
 
-    tall = result.scheme.weights.block_structure[0] if result.scheme.weights.block_structure else 1
-    size = CHUNK * torch.get_num_threads() if weight_OI.device.type == "cpu" else GPU_CHUNK
-    rows = max(1, size // max(1, weight_OI.shape[1] * tall)) * tall
     sums = []
-    for start in range(0, weight_OI.shape[0], rows):
-        some = slice(start, start + rows)
+    for some in pieces(weight_OI, result.scheme.weights):
         reference = weight_OI[some].float()
         noise = result.rows(some).dequantize().sub_(reference).square_().sum()
         sums.append(torch.stack([reference.square().sum(), noise]))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # magnitudes of FP4 E2M1 by index
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-# weights treated at a time on a CPU
-PIECE = 1 << 18
+# weights treated at a time: by a thread of a CPU, by a GPU
+PIECE, GPU_PIECE = 1 << 17, 1 << 25
 
 # suffixes of an attention's scales of keys and of values
 CACHE_SCALES = ("k_scale", "v_scale")
@@ -143,7 +143,7 @@ class Quantized:
         cuts = pieces(self.codes, self.scheme.weights)
         if len(cuts) == 1:
             return self._values().to(dtype)
-        found = torch.empty(self.codes.shape, dtype=dtype or torch.float32)
+        found = torch.empty(self.codes.shape, dtype=dtype or torch.float32, device=self.codes.device)
         for rows in cuts:
             found[rows] = self.rows(rows)._values()
         return found
@@ -159,12 +159,14 @@ class Quantized:
 
 
 def pieces(weight_OI: Tensor, grid: Grid) -> list[slice]:
-    """Rows to be treated at a time: on a CPU as many as stay in its cache, fresh memory being slower than arithmetic; all on a GPU."""
+    """Rows to be treated at a time, blocks undivided: on a CPU as many as stay in its cache, fresh memory being slower than
+    arithmetic; on a GPU as many as scratch is meant for."""
+    import torch
+
     rows, columns = weight_OI.shape
-    if weight_OI.device.type != "cpu" or rows * columns <= PIECE:
-        return [slice(0, rows)]
+    size = PIECE * torch.get_num_threads() if weight_OI.device.type == "cpu" else GPU_PIECE
     unit = grid.block_structure[0] if grid.block_structure else 1
-    step = max(1, PIECE // (unit * columns)) * unit
+    step = max(1, size // max(1, unit * columns)) * unit
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 

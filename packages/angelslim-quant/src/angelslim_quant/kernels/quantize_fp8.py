@@ -8,11 +8,10 @@ from torch import Tensor
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.rounding import E4M3_MAX, cast_e4m3
-from angelslim_core.schemes import Grid, against
+from angelslim_core.schemes import Grid, against, pieces
 
 from .amax import amax_of
 from .available import triton_runs
-from .chunks import row_chunks
 
 
 def scale_of(amax: Tensor, grid: Grid) -> Tensor:
@@ -44,7 +43,7 @@ def _torch(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[
         scale = scale_of(amax_of(weight_OI, grid).reshape(1), grid)
     codes = torch.empty(weight_OI.shape, dtype=torch.float8_e4m3fn, device=weight_OI.device)
     scales = []
-    for rows in row_chunks(weight_OI, tall):
+    for rows in pieces(weight_OI, grid):
         values = weight_OI[rows].float()
         if scale is None:
             chosen = scale_of(_amax(values, tall, wide), grid)

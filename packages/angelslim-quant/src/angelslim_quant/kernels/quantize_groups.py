@@ -7,11 +7,10 @@ from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.kernels import Implementation, Kernel
-from angelslim_core.schemes import Grid, against
+from angelslim_core.schemes import Grid, against, pieces
 
 from .amax import grouped
 from .available import triton_runs
-from .chunks import row_chunks
 
 # weights under one scale that a GPU program holds in registers
 LARGEST_GROUP = 1 << 14
@@ -70,7 +69,7 @@ def _torch(weight_OI: Tensor, grid: Grid, scale: Tensor | None = None, zero_poin
         scale, zero_point = scale_of(low.float().reshape(1).clamp(max=0), high.float().reshape(1).clamp(min=0), grid)
     codes = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
     scales, zeros = [], []
-    for rows in row_chunks(weight_OI):
+    for rows in pieces(weight_OI, grid):
         values = weight_OI[rows].float()
         mine = slice(None) if grid.strategy == "tensor" else rows
         if scale is None:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.rounding import E2M1_MAX, E4M3_MAX, cast_e4m3, e2m1_codes, e8m0_codes, round_e2m1
-from angelslim_core.schemes import Grid, scale_values
+from angelslim_core.schemes import Grid, pieces, scale_values
 
 from .amax import amax_of, grouped
 from .available import triton_runs
-from .chunks import row_chunks
 
 # positive finite E4M3 bytes: 2^-9 to 448; powers of two of E8M0 that are normal fp32 numbers
 E4M3_BYTES, E8M0_CODES = (0x01, 0x7E), (1, 254)
@@ -98,7 +97,7 @@ def _torch(
     least, most = E4M3_BYTES if nested else E8M0_CODES
     table = None if global_scale is None else torch.arange(0x7F, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float() * global_scale
     weights = None
-    for rows in row_chunks(weight_OI):
+    for rows in pieces(weight_OI, grid):
         blocks = weight_OI[rows].reshape(-1, size)
         values = blocks.float()
         # the bits of magnitudes are in their order, and a short axis of integers is reduced faster

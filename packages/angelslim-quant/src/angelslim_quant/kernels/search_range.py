@@ -9,11 +9,10 @@ from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.kernels import Implementation, Kernel
-from angelslim_core.schemes import Grid, against
+from angelslim_core.schemes import Grid, against, pieces
 
 from .amax import grouped
 from .available import triton_runs
-from .chunks import row_chunks
 from .quantize_groups import on_gpu, range_of, scale_of
 
 
@@ -67,7 +66,7 @@ def _torch(weight_OI: Tensor, grid: Grid, importance_I: Tensor, shrinks: Sequenc
     best_zero = None if grid.symmetric else torch.empty(shape, dtype=torch.int8, device=weight_OI.device)
     weights = importance_I.float().view(1, -1, size)
     scratch = None
-    for rows in row_chunks(weight_OI):
+    for rows in pieces(weight_OI, grid):
         values = weight_OI[rows].float().view(-1, inputs // size, size)
         negative = -values
         if scratch is None or scratch.shape != values.shape:
