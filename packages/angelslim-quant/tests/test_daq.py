@@ -284,14 +284,19 @@ def test_the_report_counts_every_weight(trained, tmp_path):
     assert whole["spr"] == 1 and whole["cosine"] == pytest.approx(1) and whole["mse"] == 0 and not whole["outcomes"]["noise"]
 
 
-def test_what_the_base_lacks_gets_absmax_and_is_counted(trained, tiny_copy, tmp_path):
+@pytest.mark.parametrize("options", [(), ("metric=mse",)])
+def test_what_the_base_lacks_gets_absmax_and_is_counted(trained, tiny_copy, tmp_path, options):
     _base, post = trained()
     poor = tiny_copy("llama", name="poor")
     file = poor / "model.safetensors"
     weights = load_file(file)
-    del weights["model.layers.0.mlp.up_proj.weight"]
+    lacking = "model.layers.0.mlp.up_proj.weight"
+    del weights[lacking]
     save_file(weights, file, metadata={"format": "pt"})
-    assert len(run(post, tmp_path / "out", poor).fallbacks) == 1
+    assert len(run(post, tmp_path / "out", poor, *options).fallbacks) == 1
+    compress(model=post, use=["quant.fp8_block"], out=tmp_path / "plain", overrides=["steps[0].with.block_size=16"])
+    ours, plain = (load_file(tmp_path / name / "model.safetensors")[f"{lacking}_scale_inv"] for name in ("out", "plain"))
+    assert ours.equal(plain)
 
 
 def test_bad_bases_are_refused(trained, tiny, tiny_copy, tmp_path):

@@ -12,6 +12,8 @@ from angelslim_core.errors import ModelError, NumericError
 from angelslim_core.source import Source, describe_source, open_any
 from angelslim_core.stream import prefetch
 
+from .numerics.delta import THRESHOLD
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
     from angelslim_core.exporters import Exporter
 
 # bins of |d|: from 0, then from each of these
-EDGES = (1e-5, 1e-4, 1e-3)
-THRESHOLD = EDGES[0]
+EDGES = (THRESHOLD, 1e-4, 1e-3)
 # weights that are looked at together: fp32 copies of that many
 _ROWS = 1 << 22
 _BINS = ("all", "below 1e-5", "1e-5 to 1e-4", "1e-4 to 1e-3", "from 1e-3")

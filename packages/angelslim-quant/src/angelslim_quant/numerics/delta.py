@@ -127,7 +127,7 @@ def quantize(weight_OI: Tensor, base_OI: Tensor, grid: Grid, search: Search, glo
     totals = [part.totals() for part in parts]
     codes = untiled(torch.cat(levels), grid, (weight_OI.shape[0], weight_OI.shape[1]))
     shape = grid.scale_shape((weight_OI.shape[0], weight_OI.shape[1]))
-    found = torch.stack(totals).sum(0).tolist()  # the only wait for a GPU
+    found = torch.stack(totals).sum(0).tolist()  # where nothing is pulled, the only wait for a GPU
     counts = [weight_OI.numel(), *(int(n) for n in found[12:16])]
     whole = Totals(found[:6], found[6:12], counts, found[16], [int(n) for n in found[17:]])
     return Stored(codes, torch.cat(scales).reshape(shape), torch.cat(zeros).reshape(shape) if zeros else None, whole)

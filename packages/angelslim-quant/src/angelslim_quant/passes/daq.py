@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -151,10 +152,11 @@ class DAQ(TensorPass):
         results: dict[Site, Quantized | Tensor] = {}
         for site, weight in weights.items():
             scheme = self.scheme(site)
-            base = fetched.get(site)
+            base, search = fetched.get(site), self._search()
             if base is None:
                 context.fallbacks.append(f"{site.name}: not in the base model, scales of absmax")
-            found = quantize(weight, weight if base is None else base.to(weight.device), scheme.weights, self._search(), global_scale)
+                search = replace(search, metric="joint")  # of a weight that did not change, it takes those
+            found = quantize(weight, weight if base is None else base.to(weight.device), scheme.weights, search, global_scale)
             if not math.isfinite(found.totals.learned):
                 raise NumericError(410, f"{self.config.base.name}: {site.tensor}", "holds NaN or Inf", "the checkpoint is damaged; fetch it again")
             numbers = {"delta": found.totals.as_dict()} if base is not None else {}
