@@ -36,7 +36,7 @@ from angelslim_quant.kernels.triton import scaled_matmul as triton8
 from angelslim_quant.numerics import fp8, integer
 from angelslim_quant.packed import FP8Linear, INT4Linear, INT8Linear
 
-SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]
+SHAPES = [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)]
 TOKEN_FP8, TOKEN_INT8 = Grid(8, "float", "token", dynamic=True), Grid(8, "int", "token", dynamic=True)
 SCHEMES: dict[str, tuple[type[PackedLinear], Scheme]] = {
     "fp8 rows": (FP8Linear, Scheme("", Grid(8, "float", "channel"), TOKEN_FP8)),
@@ -158,29 +158,16 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
         print(label, best[label], flush=True)
 
     for shape in SHAPES:
-        number = copies(shape, 4)
         base = int4_matmul.pack4(quantized(torch.randn(shape, device="cuda").bfloat16(), SCHEMES["w4a16 g128"][1]))
-        weights = [int4_matmul.Packed4(base.words.clone(), base.scale.clone(), None) for _ in range(number)]
-        x = torch.randn(1, shape[1], device="cuda").bfloat16()
-        search(
-            f"vector {shape}", triton4.VECTOR_CANDIDATES, lambda tile: in_graph([lambda w=w: triton4.vector(x, w, None, None, torch.bfloat16, tile) for w in weights], 3)
-        )  # fmt: skip
-        for rows in (2, 4, 8):
+        weights = [int4_matmul.Packed4(base.words.clone(), base.scale.clone(), None) for _ in range(copies(shape, 4))]
+        for rows in (1, 4, 8, 16, 32, 64):
             x = torch.randn(rows, shape[1], device="cuda").bfloat16()
-            label = f"vector {shape} rows {rows}, table's tile"
-            best[label] = round(in_graph([lambda w=w: triton4.vector(x, w, None, None, torch.bfloat16) for w in weights], 3), 2)
-            print(label, best[label], flush=True)
-        if shape not in ((4096, 4096), (14336, 4096)):
-            continue
-        for rows in (8, 32, 64, 256, 1024) if not given.quick else (8, 256):
-            x = torch.randn(rows, shape[1], device="cuda").bfloat16()
-            few = weights[: max(1, 16 // max(1, rows // 64))]
             search(
-                f"matrix {shape} rows {rows}", triton4.MATRIX_CANDIDATES, lambda tile: in_graph([lambda w=w: triton4.matmul(x, w, None, None, torch.bfloat16, tile) for w in few], 3)
+                f"int4 {shape} rows {rows}, warps", triton4.WARPS, lambda warps: in_graph([lambda w=w: triton4.matmul(x, w, None, None, torch.bfloat16, warps) for w in weights], 3)
             )  # fmt: skip
-            label = f"widen and cuBLAS {shape} rows {rows}"
-            best[label] = round(in_graph([lambda w=w: functional.linear(x, triton4.widen(w, torch.bfloat16)) for w in few], 3), 2)
-            print(label, best[label], flush=True)
+        label = f"widen and cuBLAS {shape} rows {rows}"
+        best[label] = round(in_graph([lambda w=w: functional.linear(x, triton4.widen(w, torch.bfloat16)) for w in weights], 3), 2)
+        print(label, best[label], flush=True)
     for rows, tiles in ((4096, INT8_TILES), (1, FEW_TILES)):
         for name in ("int8", "fp8 rows", "fp8 blocks"):
             linear = made(name, torch.randn(14336, 4096, device="cuda").bfloat16())

@@ -57,29 +57,37 @@ def test_rows_are_quantized_as_they_are_emulated(grid, rows, width):
     assert values.to(x.dtype).equal(round_input(x, grid, scale))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17, 33])
+@pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize(("group", "symmetric", "quantizes"), [(128, True, False), (32, False, False), (64, False, True)])
-def test_int4_triton_is_the_reference(rows, group, symmetric, quantizes):
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_int4_triton_is_the_reference(rows, group, symmetric, quantizes, half):
     pytest.importorskip("triton")
-    from angelslim_quant.kernels.triton.int4_matmul import matmul, vector, widen
+    from angelslim_quant.kernels.triton.int4_matmul import matmul, widen
 
-    weight = pack4(int4(37, 3 * group, group, symmetric, torch.float16))
-    x, bias = torch.randn(rows, 3 * group).to(HALF), torch.randn(37).to(HALF)
+    weight = pack4(int4(48, 3 * group, group, symmetric, half))
+    x, bias = torch.randn(rows, 3 * group).to(half), torch.randn(48).to(half)
     scale = torch.rand(rows, 1) if quantizes else None
     if quantizes:
         x = x.to(torch.float8_e4m3fn)
     kernel = W4A8_MATMUL if quantizes else W4A16_MATMUL
-    wanted = kernel.reference(x, weight, bias, scale, dtype=HALF)
+    wanted = kernel.reference(x, weight, bias, scale, dtype=half)
     moved = type(weight)(*(t if t is None else t.to(DEVICE) for t in weight))
-    given = (x.to(DEVICE), moved, bias.to(DEVICE), None if scale is None else scale.to(DEVICE), HALF)
-    if rows < 10:
-        close(vector(*given, tile=(4, 32, 1)), wanted, 4e-3)
-    if rows > 1:
-        close(matmul(*given, tile=(32, 32, 32, 4, 2)), wanted, 1e-2)
-    else:
-        close(widen(moved, HALF), unpack4(weight, HALF), 4e-3)
-    assert kernel.choose(x, weight, bias, scale, dtype=HALF).name == "torch"
-    close(kernel(x, weight, bias, scale, dtype=HALF), wanted, 4e-3)
+    filled = torch.nn.functional.pad(x.float(), (0, -3 * group % 64)).to(x.dtype)
+    given = (filled.to(DEVICE), moved, bias.to(DEVICE), None if scale is None else scale.to(DEVICE), half)
+    step = 4e-3 if DEVICE == "cuda" else 1e-2  # Triton's interpreter cuts numbers off when it makes them BF16
+    for warps in (1, 2):
+        close(matmul(*given, warps=warps, ptx=False), wanted, step)
+        if DEVICE == "cuda":
+            close(matmul(*given, warps=warps), wanted, step)
+    if rows == 1:
+        close(widen(moved, half), unpack4(weight, half), step)
+    assert kernel.choose(x, weight, bias, scale, dtype=half).name == "torch"
+    close(kernel(x, weight, bias, scale, dtype=half), wanted, 4e-3)
+
+
+def test_int4_words_are_the_weight():
+    quantized = int4(32, 224, 32, False, torch.bfloat16)
+    assert unpack4(pack4(quantized), torch.float32)[:, :224].equal(quantized.dequantize())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -15,7 +15,7 @@ from angelslim_core.products import slow_on_cpu
 from angelslim_core.schemes import Grid, Quantized, Scheme, scale_values
 
 from .kernels.available import fp8_tensor_cores, triton_runs
-from .kernels.int4_matmul import GROUPS, W4A8_MATMUL, W4A16_MATMUL, pack4, pack4_cpu
+from .kernels.int4_matmul import GROUPS, TILE, W4A8_MATMUL, W4A16_MATMUL, pack4, pack4_cpu
 from .kernels.quantize_rows import QUANTIZE_ROWS
 from .kernels.scaled_matmul import BLOCK, FP8_MATMUL, INT8_MATMUL
 
@@ -136,6 +136,8 @@ class INT4Linear(_Quantizing):
             return False, f"INT4 weights in groups of {', '.join(map(str, GROUPS))}"
         if inputs is not None and not (_is(inputs, 8, "float") and inputs.strategy == "token" and inputs.dynamic is True):
             return False, "inputs in 16 bits, or FP8 per token"
+        if shape[0] % TILE:
+            return False, f"outputs in multiples of {TILE}"
         if device == "cpu":
             return True, ""
         cores = fp8_tensor_cores() if inputs is not None else (True, "")

@@ -39,3 +39,25 @@ def block_scaled_mm() -> tuple[bool, str]:
         return bool((found == 0).all()), "scaled_mm with blocks computes something else"
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return False, f"scaled_mm with blocks: {str(error).splitlines()[0]}"
+
+
+@cache
+def int4_mma() -> tuple[bool, str]:
+    """Whether the INT4 kernel's threads hold what mma.sync expects of them: Triton decides that, and does not promise it."""
+    ok, why = triton_runs()
+    if not ok:
+        return ok, why
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False, "no GPU with mma.sync for BF16 (compute capability 8.0 or above)"
+    from .int4_matmul import Packed4
+    from .triton.int4_matmul import WARPS, matmul
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    words = torch.randint(-(2**31), 2**31 - 1, (2, 8, 32, 4), device="cuda", dtype=torch.int32, generator=generator)
+    weight = Packed4(words, torch.ones(2, 4, 8, 2, device="cuda", dtype=torch.bfloat16), None)
+    x = torch.randint(-4, 5, (9, 512), device="cuda", generator=generator).float()
+    for dtype in (torch.bfloat16, torch.float16):  # whole numbers: every order of the sums gives the same
+        wanted = matmul(x, weight, None, None, dtype, ptx=False)
+        if not all(matmul(x, weight, None, None, dtype, warps).equal(wanted) for warps in WARPS):
+            return False, "this Triton lays threads out otherwise than mma.sync expects"
+    return True, ""

@@ -5,33 +5,35 @@ Shapes: N rows, O out features, I in features, G groups, W = I / 8 words.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from angelslim_core.kernels import Implementation, Kernel
 from angelslim_core.schemes import Quantized, scale_values
 
-from .available import triton_runs
+from .available import int4_mma, triton_runs
 
 # group sizes whose words fit the tiles of the kernels
 GROUPS = (32, 64, 128, 256)
-# rows up to which the weight is read once a row by the vector kernel
-VECTOR_ROWS = 2
-# from that many rows on, or with fewer outputs than fill the GPU with tiles, the weight is widened for one call and multiplied
-# by cuBLAS (H100, benchmarks/packed_gpu.py --parts tune)
-WIDE_ROWS, FEW_OUTPUTS = 128, 8192
+# outputs and inputs of a warp's words
+TILE, CHUNK = 16, 64
+# from that many rows on the weight is widened for one call and multiplied by cuBLAS (benchmarks/packed_gpu.py --parts tune)
+WIDE_ROWS = 65
 
 
 class Packed4(NamedTuple):
-    """INT4 weights as the kernels read them.
+    """INT4 weights in the order in which the threads of a warp hold the left factor of PTX's mma.sync.m16n8k16.
 
     Args:
-        words: int32 [O, W]; in each group of S inputs word t holds, from bit 4 j on, the code of input j S / 8 + t, plus 8:
-            a thread that reads neighbouring words needs neighbouring inputs.
-        scale: [O, G] in the model's dtype or fp32.
-        zero: [O, G] zero points as numbers of the scale's dtype, or None.
+        words: int32 [O / 16, I / 64, 32, 4], by thread and step. Thread 4 g + q holds outputs g and g + 8; in step s inputs
+            32 (s // 2) + 8 q + 4 (s % 2) + (0 to 3). A nibble m is output g + 8 (m % 2), input 2 (m // 2 % 2) + m // 4 of those,
+            code plus 8.
+        scale: [O / 16, G, 8, 2] of outputs g and g + 8, in the model's dtype or fp32.
+        zero: as `scale`: zero points as numbers, or None.
     """
 
     words: Tensor
@@ -39,22 +41,37 @@ class Packed4(NamedTuple):
     zero: Tensor | None
 
     @property
+    def outputs(self) -> int:
+        """O."""
+        return self.words.shape[0] * TILE
+
+    @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
-        return self.words.shape[1] * 8 // self.scale.shape[1]
+        return self.words.shape[1] * CHUNK // self.scale.shape[1]
 
 
 def pack4(quantized: Quantized) -> Packed4:
-    """Repack codes [O, I], on whatever device they are."""
-    group = quantized.scheme.weights.group_size
-    assert group
-    rows, columns = quantized.codes.shape
-    nibbles = (quantized.codes + 8).view(rows, columns // group, 8, group // 8)
-    words = torch.zeros(rows, columns // group, group // 8, dtype=torch.int32, device=quantized.codes.device)
-    for j in range(8):
-        words |= nibbles[:, :, j].int() << 4 * j
+    """Repack codes [O, I], O a multiple of 16, on whatever device they are; half a chunk is filled up by a group of zeros."""
+    more = -quantized.codes.shape[1] % CHUNK
+    if more:
+        scale, zero = (None if t is None else pad(t, (0, 1)) for t in (quantized.scale, quantized.zero_point))
+        assert scale is not None
+        quantized = replace(quantized, codes=pad(quantized.codes, (0, more)), scale=scale, zero_point=zero)
+    codes = quantized.codes.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 2, 4, 2, 2, 2))
+    tiles, chunks = codes.shape[0], codes.shape[3]
+    # [tile, 2 outputs, g, chunk, half, q, step of half, 2 pairs, 2 inputs] -> by thread, step, nibble
+    nibbles = (codes + 8).permute(0, 3, 2, 5, 4, 6, 8, 7, 1).reshape(tiles, chunks, 32, 4, 8)
+    words = torch.zeros(tiles, chunks, 32, 4, dtype=torch.int32, device=codes.device)
+    for m in range(8):
+        words |= nibbles[..., m].int() << 4 * m
     scale = quantized.scale if quantized.scale.is_floating_point() else scale_values(quantized.scale)
-    return Packed4(words.flatten(1), scale.contiguous(), None if quantized.zero_point is None else quantized.zero_point.to(scale.dtype).contiguous())
+    zero = quantized.zero_point
+    return Packed4(words, _by_thread(scale), None if zero is None else _by_thread(zero.to(scale.dtype)))
+
+
+def _by_thread(values_OG: Tensor) -> Tensor:
+    return values_OG.unflatten(0, (-1, 2, 8)).permute(0, 3, 2, 1).contiguous()
 
 
 class Packed4CPU(NamedTuple):
@@ -79,15 +96,22 @@ def pack4_cpu(quantized: Quantized) -> Packed4CPU:
     return Packed4CPU(words, torch.stack([scale, added], -1).transpose(0, 1).to(torch.bfloat16).contiguous())
 
 
+def _filled(x_NI: Tensor, weight: Packed4) -> Tensor:
+    """The input, filled up as the weight is."""
+    more = weight.words.shape[1] * CHUNK - x_NI.shape[1]
+    return pad(x_NI.float(), (0, more)).to(x_NI.dtype) if more else x_NI
+
+
 def unpack4(weight: Packed4, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I], rounded to `dtype`."""
-    rows, groups = weight.scale.shape
-    words = weight.words.view(rows, groups, 1, -1)
-    shifts = torch.arange(0, 32, 4, device=words.device).view(1, 1, 8, 1)
-    codes = ((words >> shifts) & 15).sub_(8).flatten(2).float()
-    if weight.zero is not None:
-        codes -= weight.zero.float()[..., None]
-    return (codes * weight.scale.float()[..., None]).to(dtype).flatten(1)
+    """The weight [O, I], rounded to `dtype`; I as `pack4` fills it up."""
+    words, group = weight.words, weight.group_size
+    nibbles = torch.stack([(words >> 4 * m) & 15 for m in range(8)], -1).unflatten(-1, (2, 2, 2)).unflatten(3, (2, 2)).unflatten(2, (8, 4))
+    # [tile, chunk, g, q, half, step of half, 2 inputs, 2 pairs, 2 outputs]
+    codes = nibbles.permute(0, 8, 2, 1, 4, 3, 5, 7, 6).reshape(weight.outputs, -1, group).sub_(8).float()
+    scale, zero = (None if t is None else t.permute(0, 3, 2, 1).reshape(weight.outputs, -1, 1).float() for t in weight[1:])
+    if zero is not None:
+        codes -= zero
+    return (codes * scale).to(dtype).flatten(1)
 
 
 def reference(x_NI: Tensor, weight: Packed4, bias: Tensor | None = None, x_scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -99,7 +123,7 @@ def reference(x_NI: Tensor, weight: Packed4, bias: Tensor | None = None, x_scale
         bias: [O].
         x_scale: [N, 1] fp32, what the rows of `x_NI` are multiplied by.
     """
-    y = x_NI.double() @ unpack4(weight, torch.float64).T
+    y = _filled(x_NI, weight).double() @ unpack4(weight, torch.float64).T
     y = y if x_scale is None else y * x_scale
     return (y if bias is None else y + bias).to(dtype)
 
@@ -112,22 +136,27 @@ def _int4pack(x_NI: Tensor, weight: Packed4CPU, bias: Tensor | None = None, x_sc
 
 def widened(x_NI: Tensor, weight: Packed4, bias: Tensor | None = None, x_scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """The weight in fp32 for one call, for CPUs without a kernel."""
-    y = x_NI.float() @ unpack4(weight, torch.float32).T
+    y = _filled(x_NI, weight).float() @ unpack4(weight, torch.float32).T
     y = y if x_scale is None else y * x_scale
     return (y if bias is None else y + bias).to(dtype)
 
 
-def _triton(x_NI: Tensor, weight: Packed4, bias: Tensor | None = None, x_scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    from .triton.int4_matmul import matmul, vector, widen
+def _mma(x_NI: Tensor, weight: Packed4, bias: Tensor | None = None, x_scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    from .triton.int4_matmul import matmul
 
-    rows = x_NI.shape[0]
-    if rows <= VECTOR_ROWS:
-        return vector(x_NI, weight, bias, x_scale, dtype)
-    if rows < WIDE_ROWS and weight.words.shape[0] >= FEW_OUTPUTS:
-        return matmul(x_NI, weight, bias, x_scale, dtype)
+    if x_NI.shape[0] >= WIDE_ROWS:
+        return _widen(x_NI, weight, bias, x_scale, dtype)
+    return matmul(_filled(x_NI, weight), weight, bias, x_scale, dtype)
+
+
+def _widen(x_NI: Tensor, weight: Packed4, bias: Tensor | None = None, x_scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The weight in 16 bits for one call, multiplied by cuBLAS."""
+    from .triton.int4_matmul import widen
+
+    x = _filled(x_NI, weight).to(dtype)
     if x_scale is None:
-        return torch.nn.functional.linear(x_NI, widen(weight, dtype), bias)
-    y = torch.nn.functional.linear(x_NI.to(dtype), widen(weight, dtype)).float() * x_scale
+        return linear(x, widen(weight, dtype), bias)
+    y = linear(x, widen(weight, dtype)).float() * x_scale
     return (y if bias is None else y + bias).to(dtype)
 
 
@@ -141,7 +170,8 @@ def _fits(x_NI: Tensor, weight: Any, *_: Any, dtype: torch.dtype = torch.bfloat1
 
 
 _IMPLEMENTATIONS = (
-    Implementation("triton", _triton, _fits, triton_runs),
+    Implementation("mma", _mma, _fits, int4_mma),
+    Implementation("widen", _widen, _fits, triton_runs),
     Implementation("int4pack", _int4pack, _is_for_cpu),
     Implementation("torch", widened),
 )
