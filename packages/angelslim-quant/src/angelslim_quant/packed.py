@@ -15,7 +15,7 @@ from angelslim_core.products import slow_on_cpu
 from angelslim_core.schemes import Grid, Quantized, Scheme, scale_values
 
 from .kernels.available import fp8_tensor_cores, triton_runs
-from .kernels.int4_matmul import GROUPS, W4A8_MATMUL, W4A16_MATMUL, pack4, pack4_cpu
+from .kernels.int4_matmul import GROUPS, W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu
 from .kernels.quantize_rows import QUANTIZE_ROWS
 from .kernels.scaled_matmul import BLOCK, FP8_MATMUL, INT8_MATMUL
 
@@ -51,18 +51,19 @@ class _EightBits(_Quantizing):
     """Codes of 8 bits on both sides."""
 
     codes: Tensor
+    unit = 1
 
     def pack(self, quantized: Quantized) -> None:
         grid = quantized.scheme.weights
         scale = scale_values(quantized.scale)
         if grid.strategy == "block":
-            scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4))
+            scale, self.unit = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4)), BLOCK
         elif scale.numel() > 1 or (quantized.scheme.input_activations or grid).strategy != "tensor":
             scale = scale.reshape(-1, 1).expand(self.out_features, 1)  # row-wise on one side is row-wise on both
         else:
             scale = scale.reshape(1)
-        self.keep("codes", quantized.codes.contiguous())
-        self.keep("weight_scale", scale.contiguous())
+        self.keep("codes", quantized.codes.contiguous(), rows=0)
+        self.keep("weight_scale", scale.contiguous(), rows=None if scale.dim() == 1 else 0)
         codes, x_scale = self._inputs(quantized)
         kernel = INT8_MATMUL if grid.type == "int" else FP8_MATMUL
         chosen = kernel.choose(codes, x_scale, self.codes, self.weight_scale, self.bias, dtype=self.dtype)
@@ -155,7 +156,8 @@ class INT4Linear(_Quantizing):
         chosen = kernel.choose(x, weight, self.bias, x_scale, dtype=self.dtype)
         self._multiply, self._quantizes = chosen.function, quantizes
         for name, tensor in zip(("words", "weight_scale", "zero"), weight, strict=True):
-            self.keep(name, tensor)
+            self.keep(name, tensor, rows=1 if name == "weight_scale" and self._form is Packed4CPU else 0)
+        self.unit = 64 if self._form is Packed4CPU else 4  # rows that are interleaved
         self.name = f"INT4 on {chosen.name}"
 
     def prepare(self, x: Tensor) -> Any:
@@ -163,7 +165,8 @@ class INT4Linear(_Quantizing):
 
     def multiply(self, prepared: Any) -> Tensor:
         x, scale = prepared
-        y: Tensor = self._multiply(x, self._form(self.words, self.weight_scale, self.zero), self.bias, scale, dtype=self.dtype)
+        # contiguous but for scales [G, O, 2] of one of joined linears
+        y: Tensor = self._multiply(x, self._form(self.words, self.weight_scale.contiguous(), self.zero), self.bias, scale, dtype=self.dtype)
         return y
 
 
