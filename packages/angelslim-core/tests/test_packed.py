@@ -1,4 +1,4 @@
-"""Packed linears that read one input and run as one, with a class that only holds its weight."""
+"""Packed linears that read one input and run as one, and gated MLPs of them, with a class that only holds its weight."""
 
 import copy
 from typing import ClassVar
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from angelslim_core.errors import EngineError
+from angelslim_core.gated import Names, activation_of, gate
 from angelslim_core.packed import PackedLinear, SharedInput, join
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
@@ -164,3 +165,129 @@ def test_nothing_is_kept_after_a_failure():
     with pytest.raises(RuntimeError):
         layer(torch.randn(5, WIDTH))
     assert joined.shared is not None and not joined.shared._outputs
+
+
+# gated MLPs -----------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    def __init__(self, act=nn.functional.silu, width=6):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act = plain(width, bias=False), plain(width, bias=False), nn.Identity(), act
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Gelu(MLP):
+    def __init__(self):
+        super().__init__(nn.GELU(approximate="tanh"))
+
+
+class Clamped(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x).clamp(-7, 7))
+
+
+class Widened(MLP):
+    def forward(self, x):
+        return self.down_proj((self.act(self.gate_proj(x).float()) * self.up_proj(x).float()).to(x.dtype))
+
+
+class Swapped(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Doubled(MLP):
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(2 * x)) * self.up_proj(2 * x))
+
+
+class After(MLP):
+    def forward(self, x):
+        return 2 * self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Scaled(MLP):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
+class Chosen(MLP):
+    def forward(self, x, which=None):
+        return super().forward(x)
+
+
+NAMES = Names("gate_proj", "up_proj", "down_proj")
+NOT_GATED = [MLP(nn.GELU()), MLP(nn.functional.relu), Clamped(), Widened(), Swapped(), Doubled(), After(), Scaled(), Chosen()]
+
+
+def test_gated_mlps_are_known_by_what_they_compute():
+    function, module, gelu = MLP(), MLP(nn.SiLU()), Gelu()
+    state = torch.get_rng_state()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert activation_of(function, NAMES, 6, dtype) == activation_of(module, NAMES, 48, dtype) == "silu"
+        assert activation_of(gelu, NAMES, 100, dtype) == "gelu_tanh"
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.parametrize("mlp", NOT_GATED, ids=lambda m: f"{type(m).__name__} {getattr(m.act, '__name__', m.act)}")
+def test_what_computes_anything_else_is_left_alone(mlp):
+    assert activation_of(mlp, NAMES, 100, torch.bfloat16) is None
+
+
+def gated():
+    """A gated MLP of packed linears, and its twin that is not."""
+    mlp = MLP()
+    mlp.down_proj = Plain(Quantized(Scheme("", Grid(8, "int", "channel")), torch.ones(5, 6, dtype=torch.int8), torch.ones(5, 1)), None, torch.float32)
+    twin = copy.deepcopy(mlp)
+    assert join([mlp.gate_proj, mlp.up_proj]) is not None
+    gate(mlp, NAMES, torch.float32)
+    return mlp, twin
+
+
+def test_a_gated_mlp_makes_two_products():
+    mlp, twin = gated()
+    x = torch.randn(2, 3, WIDTH)
+    wanted = twin(x)
+    Plain.products.clear()
+    for each in (mlp, copy.deepcopy(mlp)):
+        torch.testing.assert_close(each(x), wanted)
+        assert each(x[:0]).shape == (0, 3, 5) and each.forward.mlp is each
+    assert Plain.products == [12, 5] * 2
+    with torch.inference_mode():
+        torch.testing.assert_close(mlp(torch.ones(2, WIDTH)), twin(torch.ones(2, WIDTH)))
+    with pytest.raises(EngineError, match="no gradients"):
+        mlp(torch.randn(2, WIDTH, requires_grad=True))
+
+
+def test_whoever_watches_or_replaces_its_linears_gets_the_plain_one():
+    mlp, twin = gated()
+    x, seen = torch.randn(2, WIDTH), []
+    hook = mlp.down_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0]) or (2 * given[0],))
+    torch.testing.assert_close(mlp(x), 2 * twin(x))
+    assert len(seen) == 1
+    hook.remove()
+    Plain.products.clear()
+    mlp(x)
+    assert Plain.products == [12, 5]
+    mlp.register_forward_hook(lambda module, given, y: y + 1)
+    torch.testing.assert_close(mlp(x), twin(x) + 1)
+    own, its = mlp.down_proj, twin.down_proj
+    mlp.down_proj, twin.down_proj = nn.Sequential(own), nn.Sequential(its)
+    torch.testing.assert_close(mlp(x), twin(x) + 1)
+    mlp.down_proj, mlp.up_proj = own, plain(6, bias=False)
+    twin.down_proj, twin.up_proj = its, mlp.up_proj
+    torch.testing.assert_close(mlp(x), twin(x) + 1)
+
+
+def test_an_mlp_that_is_not_joined_is_not_gated():
+    mlp = MLP()
+    mlp.down_proj = plain(6)
+    gate(mlp, NAMES, torch.float32)
+    join([mlp.gate_proj, mlp.up_proj])
+    mlp.down_proj = nn.Linear(6, 6)
+    gate(mlp, NAMES, torch.float32)
+    assert "forward" not in vars(mlp)

@@ -1,4 +1,4 @@
-"""Packed linears of a layer that read one input: joined, and as they run apart."""
+"""Packed linears of a layer that read one input, joined, and gated MLPs of them, beside the same ones apart."""
 
 import copy
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from angelslim_core import compress
+from angelslim_core.gated import Gated
 from angelslim_core.loading import load_model
 from angelslim_core.packed import PackedLinear, join
 from angelslim_core.schemes import Grid, Quantized, Scheme
@@ -111,13 +112,15 @@ def test_a_model_computes_the_same_joined_and_apart(tiny, tmp_path, monkeypatch,
     assert found and not together(plain.model) and joined.backend == plain.backend
     held = [sum(b.nbytes for b in (*m.model.buffers(), *m.model.parameters())) for m in (joined, plain)]
     assert held[0] == held[1] and [n for n, _ in joined.model.named_modules()] == [n for n, _ in plain.model.named_modules()]
-    products = []
-    for whole in {m.joined for m in found}:
+    products, gated = [], [m for m in joined.model.modules() if isinstance(vars(m).get("forward"), Gated)]
+    assert len(gated) == sum("down" in n for n, m in joined.model.named_modules() if isinstance(m, PackedLinear))
+    others = {m.joined for m in found} - {m.gate_proj.joined for m in gated}
+    for whole in others:
         monkeypatch.setattr(whole, "multiply", lambda prepared, multiply=whole.multiply: products.append(1) or multiply(prepared))
     with torch.no_grad():
         wanted = plain.model(IDS).logits
         torch.testing.assert_close(joined.model(IDS).logits, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
-        assert products
+        assert bool(products) == bool(others)
         greedy = [m.model.generate(IDS, max_new_tokens=6, do_sample=False) for m in (joined, plain)]
     assert greedy[0].equal(greedy[1])
     products.clear()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,12 @@ from .errors import EngineError
 
 if TYPE_CHECKING:
     from .schemes import Quantized, Scheme
+
+
+# name -> act of an MLP down(act(gate(x)) * up(x)) that `prepare_gated` is asked for
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"silu": nn.functional.silu, "gelu_tanh": partial(nn.functional.gelu, approximate="tanh")}
+)  # fmt: skip
 
 
 class PackedLinear(nn.Module):
@@ -75,6 +83,11 @@ class PackedLinear(nn.Module):
     def prepare(self, x: Tensor) -> Any:
         """What `multiply` gets for an input [..., I]; here its rows [N, I]."""
         return x.reshape(-1, self.in_features)
+
+    def prepare_gated(self, x_N2I: Tensor, activation: str) -> Any:
+        """What `multiply` gets for act(gate) * up, both rounded to `dtype`, of gate and up beside each other; the act is one of `ACTIVATIONS`."""
+        gate_NI, up_NI = x_N2I.chunk(2, 1)
+        return self.prepare(ACTIVATIONS[activation](gate_NI) * up_NI)
 
     def multiply(self, prepared: Any) -> Tensor:
         """[N, O] in `dtype`, bias included."""

@@ -45,9 +45,12 @@ class Linears:
 
     def put(self, name: str, module: nn.Module) -> None:
         """Replace a linear."""
-        parent, inner = self._place(name)
-        path, _, child = inner.rpartition(".")
-        setattr(parent.get_submodule(path), child, module)
+        setattr(self.parent(name), name.rpartition(".")[2], module)
+
+    def parent(self, name: str) -> nn.Module:
+        """The module that a linear is a child of."""
+        above, inner = self._place(name)
+        return above.get_submodule(inner.rpartition(".")[0])
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """The module below which a linear is found, and its name there."""
@@ -111,12 +114,13 @@ def with_holes(model_class: Any, description: Description, classes: Mapping[str,
 def fill(
     linears: Linears, read: Callable[[str], Quantized], classes: Mapping[str, type[PackedLinear]], dtype: torch.dtype, device: str
 ) -> str:  # fmt: skip
-    """Put packed linears into a model as they are read, those that engines run as one joined; says which.
+    """Put packed linears into a model as they are read, those that engines run as one joined, and gated MLPs fused; says which.
 
     Args:
         read: the weight of a linear, on any device.
         classes: as `choose_packed` returns them.
     """
+    from .gated import Names, gate
     from .packed import SharedInput, join
 
     counts: Counter[str] = Counter()
@@ -133,6 +137,13 @@ def fill(
                 if layer not in layers:
                     layers[layer] = SharedInput(linears.layers[layer])
                 linear.shared = layers[layer]
+    mlps: dict[str, dict[str, str]] = {}
+    for name in classes:
+        path, _, child = name.rpartition(".")
+        mlps.setdefault(path, {})[linears.sites[name].role.rpartition("_")[2]] = child
+    for path, children in mlps.items():
+        if children.keys() >= {*Names._fields}:
+            gate(linears.parent(f"{path}.{children['down']}"), Names(*(children[role] for role in Names._fields)), dtype)
     linears.model.requires_grad_(False)
     return " and ".join(f"{n} linears packed ({name})" for name, n in sorted(counts.items())) + " by AngelSlim"
 
