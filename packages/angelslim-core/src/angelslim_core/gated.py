@@ -30,8 +30,7 @@ class Gated:
         mlp = self.mlp
         gate, up, down = (getattr(mlp, n) for n in self.names)
         joined = gate.joined if isinstance(gate, PackedLinear) else None
-        apart = joined is not getattr(up, "joined", None) or not isinstance(down, PackedLinear)
-        if joined is None or apart or not x.numel() or any(_is_watched(m) for m in mlp.children()):
+        if joined is None or joined.members != (gate, up) or not isinstance(down, PackedLinear) or not x.numel() or any(_is_watched(m) for m in mlp.children()):
             plain: Tensor = type(mlp).forward(mlp, x)
             return plain
         y = joined(x)
