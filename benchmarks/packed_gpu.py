@@ -6,6 +6,7 @@
 Weights are random. Every linear is compared with its reference before it is timed. Linears are timed in a CUDA graph
 over copies that together exceed the L2 cache; a prefill is one forward of transformers' model, a decoding step one
 token after a context, all layers in one CUDA graph (`step`, the same code for BF16 and packed, with torch's fused norms).
+Packed models are put together by the function that `load` uses.
 Times are medians.
 """
 # ruff: noqa: B023  (closures are called before their variables change)
@@ -13,11 +14,13 @@ Times are medians.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,11 @@ from measure import table, write
 from torch import Tensor, nn
 from torch.nn import functional
 
+from angelslim_core.adapters import llama
+from angelslim_core.adapters.base import describe
 from angelslim_core.emulation import round_input
-from angelslim_core.packed import PackedLinear, SharedInput
+from angelslim_core.packed import PackedLinear
+from angelslim_core.packed_model import Linears, fill
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.kernels import int4_matmul, scaled_matmul
 from angelslim_quant.kernels.available import block_scaled_mm
@@ -189,29 +195,47 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
     return best
 
 
-def step(model: Any, ids: Tensor, position: Tensor, place: int, caches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Logits of one token after `place` others, whose keys and values are in the caches [1, H, T, D]."""
+def decoded(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: int) -> Tensor:
+    """A layer's forward for one token after `place` others, whose keys and values are in the caches [1, H, T, D]."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+    attention = layer.self_attn
+    x = norm(layer.input_layernorm, hidden)
+    q, k, v = (p(x).view(1, 1, -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    keys[:, :, place : place + 1] = k
+    values[:, :, place : place + 1] = v
+    seen = functional.scaled_dot_product_attention(q, keys[:, :, : place + 1], values[:, :, : place + 1], enable_gqa=True)
+    hidden = hidden + attention.o_proj(seen.transpose(1, 2).reshape(1, 1, -1))
+    return hidden + layer.mlp(norm(layer.post_attention_layernorm, hidden))
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    return functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+
+
+def step(model: Any, ids: Tensor, position: Tensor, place: int, caches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits of one token after `place` others."""
     body = model.model
-
-    def norm(module: Any, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
-
     hidden = body.embed_tokens(ids)
     cos, sin = body.rotary_emb(hidden, position)
     for layer, (keys, values) in zip(body.layers, caches, strict=True):
-        attention = layer.self_attn
-        x = norm(layer.input_layernorm, hidden)
-        q, k, v = (p(x).view(1, 1, -1, 128).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        keys[:, :, place : place + 1] = k
-        values[:, :, place : place + 1] = v
-        seen = functional.scaled_dot_product_attention(q, keys[:, :, : place + 1], values[:, :, : place + 1], enable_gqa=True)
-        hidden = hidden + attention.o_proj(seen.transpose(1, 2).reshape(1, 1, -1))
-        x = norm(layer.post_attention_layernorm, hidden)
-        hidden = hidden + layer.mlp.down_proj(functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+        layer.forward = partial(decoded, layer)  # with the layer's hooks around it, as what q, k and v share lasts while it runs
+        hidden = layer(hidden, cos, sin, keys, values, place)
+        del layer.forward
     return model.lm_head(norm(body.norm, hidden))
+
+
+def packed_copy(model: Any, scheme: str) -> Any:
+    """A model with packed linears in its layers and everything else shared; for "bf16" all is."""
+    found = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    if scheme != "bf16":
+        linear_class, stored = SCHEMES[scheme]
+        weights = model.state_dict()
+        description = describe(llama.LAYOUTS[0], model.config.to_dict(), {n: tuple(t.shape) for n, t in weights.items()}, dict.fromkeys(weights, "BF16"))
+        classes = {s.name: linear_class for s in description.sites if s.layer is not None}
+        print(fill(Linears(found, description), lambda name: quantized(weights[f"{name}.weight"], stored), classes, torch.bfloat16, "cuda"), flush=True)
+    return found
 
 
 def whole(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -223,37 +247,35 @@ def whole(given: argparse.Namespace) -> list[dict[str, Any]]:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG, num_hidden_layers=layers), dtype=torch.bfloat16).eval().requires_grad_(False)
     for name, p in model.named_parameters():
         p.fill_(1) if "norm" in name else p.normal_(0, 0.02)
-    plain = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
-    caches = [
-        (torch.randn(1, 8, given.context + 1, 128, device="cuda").bfloat16(), torch.randn(1, 8, given.context + 1, 128, device="cuda").bfloat16())
-        for _ in range(layers)
-    ]
-    ids = torch.randint(0, 128256, (1, 16384), device="cuda")
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n]
+    cache = (1, CONFIG["num_key_value_heads"], given.context + 1, CONFIG["head_dim"])
+    caches = [(torch.randn(cache, device="cuda").bfloat16(), torch.randn(cache, device="cuda").bfloat16()) for _ in range(layers)]
+    ids = torch.randint(0, CONFIG["vocab_size"], (1, 16384), device="cuda")
     position = torch.full((1, 1), given.context, device="cuda")
     short = ids[:, :64]
-    rows: list[dict[str, Any]] = []
     wanted = model(short, use_cache=False).logits.float()
+
+    def measure(scheme: str, row: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        packed = packed_copy(model, scheme)
+        torch.cuda.synchronize()
+        row["seconds_to_pack"] = round(time.perf_counter() - start, 2)
+        logits = packed(short, use_cache=False).logits.float()
+        row["logit_error"] = round(float((logits - wanted).norm() / wanted.norm()), 4)
+        row["linears_gb"] = round(sum(packed_bytes(packed.get_submodule(n)) for n in names) / 1e9, 3)
+        for tokens in (4096, 8192, 16384):
+            run = lambda tokens=tokens: packed(ids[:, :tokens], use_cache=False, logits_to_keep=1)  # noqa: E731
+            run()
+            row[f"prefill_ms_{tokens}"] = round(events(run, 3 if given.quick else 5), 2)
+        decode = lambda: step(packed, short[:, :1], position, given.context, caches)  # noqa: E731
+        decode()
+        row["decode_ms"] = round(in_graph([decode], 11) / 1e3, 4)
+
+    rows: list[dict[str, Any]] = []
     for scheme in ["bf16", "fp8 rows", "fp8 blocks", "int8", "w4a16 g128"]:
         row: dict[str, Any] = {"scheme": scheme, "layers": layers}
         try:
-            start = time.perf_counter()
-            for name, linear in plain.items():
-                put(model, name, linear if scheme == "bf16" else made(scheme, linear.weight))
-            handles = [] if scheme == "bf16" else shared(model)
-            torch.cuda.synchronize()
-            row["seconds_to_pack"] = round(time.perf_counter() - start, 2)
-            logits = model(short, use_cache=False).logits.float()
-            row["logit_error"] = round(float((logits - wanted).norm() / wanted.norm()), 4)
-            row["linears_gb"] = round(sum(packed_bytes(model.get_submodule(n)) for n in plain) / 1e9, 3)
-            for tokens in (4096, 8192, 16384):
-                run = lambda tokens=tokens: model(ids[:, :tokens], use_cache=False, logits_to_keep=1)  # noqa: E731
-                run()
-                row[f"prefill_ms_{tokens}"] = round(events(run, 3 if given.quick else 5), 2)
-            decode = lambda: step(model, short[:, :1], position, given.context, caches)  # noqa: E731
-            decode()
-            row["decode_ms"] = round(in_graph([decode], 11) / 1e3, 4)
-            for handle in handles:
-                handle.remove()
+            measure(scheme, row)
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
         rows.append(row)
@@ -264,25 +286,8 @@ def whole(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 def packed_bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-
-
-def shared(model: Any) -> list[Any]:
-    """As the loader does: linears of a layer quantize a shared input once; handles of the hooks."""
-    handles: list[Any] = []
-    for layer in model.model.layers:
-        memory = SharedInput(layer)
-        handles += memory.handles
-        for module in layer.modules():
-            if isinstance(module, PackedLinear) and module.prepares is not None:
-                module.shared = memory
-    return handles
 
 
 def loading(given: argparse.Namespace) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from angelslim_core import compress, evaluate, loading
 from angelslim_core.emulation import round_input
 from angelslim_core.errors import EngineError
 from angelslim_core.loading import OWN_READER, load_model
-from angelslim_core.packed import PackedLinear, SharedInput
+from angelslim_core.packed import ACTIVATIONS, PackedLinear, SharedInput
 from angelslim_core.plugins import PluginHost
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.kernels import scaled_matmul as scaled
+from angelslim_quant.kernels.gated_rows import GATED_ROWS
 from angelslim_quant.kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu, unpack4
 from angelslim_quant.kernels.quantize_rows import QUANTIZE_ROWS
 from angelslim_quant.packed import FP8Linear, INT4Linear, INT8Linear
@@ -55,6 +56,33 @@ def test_rows_are_quantized_as_they_are_emulated(grid, rows, width):
     assert codes.cpu().float().equal(wanted[0].float()) and scales.cpu().equal(wanted[1]) and codes.dtype == wanted[0].dtype
     values = wanted[0].float() * (scaled.spread(wanted[1], rows, width))
     assert values.to(x.dtype).equal(round_input(x, grid, scale))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("grid", [TOKEN_INT8, TOKEN_FP8, GROUP_FP8, TENSOR_FP8, None], ids=lambda g: f"{g.type} {g.strategy}" if g else "none")
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 200), (2, 2100)])
+def test_gated_rows_are_those_of_the_modules(grid, rows, width, activation):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.quantize_rows import gated_rows
+
+    x = 2 * torch.randn(rows, 2 * width).to(HALF)
+    x[-1, 20:40] = 0
+    x[0] *= rows == 1  # a row of zeros
+    scale = torch.tensor([0.01]) if grid and grid.strategy == "tensor" else None
+    product = ACTIVATIONS[activation](x[:, :width]) * x[:, width:]
+    wanted = (product, None) if grid is None else QUANTIZE_ROWS.reference(product, grid, scale)
+    plain = GATED_ROWS.reference(x, activation, grid, scale)
+    assert plain[0].float().equal(wanted[0].float()) and (plain[1] is wanted[1] is None or plain[1].equal(wanted[1]))
+    codes, scales = gated_rows(x.to(DEVICE), activation, grid, None if scale is None else scale.to(DEVICE))
+    assert codes.dtype == wanted[0].dtype and codes.shape == (rows, width)
+    if grid is None:
+        torch.testing.assert_close(codes.cpu(), product, rtol=2e-3 if DEVICE == "cpu" else 1e-2, atol=1e-5)
+        return
+    torch.testing.assert_close(scales.cpu(), wanted[1], rtol=1e-2, atol=0)
+    # a product that the exponential puts one step of its dtype aside may become the next code
+    differ = codes.cpu().float() != wanted[0].float()
+    steps = (codes.cpu().float() - wanted[0].float()).abs() / (1 if grid.type == "int" else wanted[0].float().abs().clamp(min=2**-6) / 8)
+    assert float(differ.float().mean()) < 0.02 and float(steps.max()) <= 1.0
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])

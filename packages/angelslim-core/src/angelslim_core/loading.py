@@ -181,7 +181,7 @@ def _from_transformers(
     linears = Linears(model, description)
     backend = "transformers" if native else OWN_READER
     if classes:
-        backend = f"transformers, {fill(linears, source, description, classes, dtype, device)}"
+        backend = f"transformers, {fill(linears, source.read_quantized, classes, dtype, device)}"
         dequantized = len([m for m in source.quantized if m not in classes and f"{m}.weight" not in description.mtp_tensors])
         backend += f", {dequantized} dequantized" if dequantized else ""
     _transform(linears, source)

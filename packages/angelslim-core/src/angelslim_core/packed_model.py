@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Linears:
     def __init__(self, model: PreTrainedModel, description: Description, keep: bool = True) -> None:
         self.model, self.description, self._keep = model, description, keep
         _, self.layers = decoder_layers(model, description.num_layers)
-        self._sites = {s.name: s for s in description.sites}
+        self.sites = {s.name: s for s in description.sites}
         self._separated: set[int] = set()
 
     def __call__(self, name: str) -> nn.Module:
@@ -45,15 +45,18 @@ class Linears:
 
     def put(self, name: str, module: nn.Module) -> None:
         """Replace a linear."""
-        parent, inner = self._place(name)
-        path, _, child = inner.rpartition(".")
-        setattr(parent.get_submodule(path), child, module)
+        setattr(self.parent(name), name.rpartition(".")[2], module)
+
+    def parent(self, name: str) -> nn.Module:
+        """The module that a linear is a child of."""
+        above, inner = self._place(name)
+        return above.get_submodule(inner.rpartition(".")[0])
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         """The module below which a linear is found, and its name there."""
         from .unfuse import unfuse
 
-        site = self._sites.get(name)
+        site = self.sites.get(name)
         parent: Any = self.model
         inner = name
         if site is not None and site.layer is not None:
@@ -109,26 +112,50 @@ def with_holes(model_class: Any, description: Description, classes: Mapping[str,
 
 
 def fill(
-    linears: Linears, source: Source, description: Description, classes: Mapping[str, type[PackedLinear]], dtype: torch.dtype, device: str
+    linears: Linears, read: Callable[[str], Quantized], classes: Mapping[str, type[PackedLinear]], dtype: torch.dtype, device: str
 ) -> str:  # fmt: skip
-    """Put packed linears into a model, one by one as they are read; says which."""
-    from .packed import SharedInput
+    """Put packed linears into a model as they are read, those that engines run as one joined, and gated MLPs fused; says which.
+
+    Args:
+        read: the weight of a linear, on any device.
+        classes: as `choose_packed` returns them.
+    """
+    from .gated import Names, gate
+    from .packed import SharedInput, join
 
     counts: Counter[str] = Counter()
     layers: dict[int, SharedInput] = {}
-    sites = {s.name: s for s in description.sites}
-    for name, packed_class in classes.items():
-        quantized = source.read_quantized(name)
-        linear = packed_class(_moved(quantized, device), linears(name).bias, dtype)  # type: ignore[arg-type]
-        layer = sites[name].layer
-        if layer is not None and linear.prepares is not None:
-            if layer not in layers:
-                layers[layer] = SharedInput(linears.layers[layer])
-            linear.shared = layers[layer]
-        linears.put(name, linear)
-        counts[linear.name] += 1
+    for names in _together(linears.description, classes):
+        made = [classes[n](_moved(read(n), device), linears(n).bias, dtype) for n in names]  # type: ignore[arg-type]
+        joined = join(made)
+        layer = linears.sites[names[0]].layer
+        for name, linear in zip(names, made, strict=True):
+            linears.put(name, linear)
+            counts[linear.name] += 1
+        for linear in made if joined is None else [*made, joined]:
+            if layer is not None and (linear.prepares is not None or joined is not None):
+                if layer not in layers:
+                    layers[layer] = SharedInput(linears.layers[layer])
+                linear.shared = layers[layer]
+    mlps: dict[str, dict[str, str]] = {}
+    for name in classes:
+        path, _, child = name.rpartition(".")
+        mlps.setdefault(path, {})[linears.sites[name].role.rpartition("_")[2]] = child
+    for path, children in mlps.items():
+        if children.keys() >= {*Names._fields}:
+            gate(linears.parent(f"{path}.{children['down']}"), Names(*(children[role] for role in Names._fields)), dtype)
     linears.model.requires_grad_(False)
     return " and ".join(f"{n} linears packed ({name})" for name, n in sorted(counts.items())) + " by AngelSlim"
+
+
+def _together(description: Description, classes: Mapping[str, type[PackedLinear]]) -> list[list[str]]:
+    """Names of linears to be read at a time: those of one class that read one input, in the order of their roles, or one."""
+    sets: dict[tuple[Any, ...], list[Site]] = {}
+    for site in description.sites:
+        if site.name in classes:
+            sets.setdefault((site.fused or site.name, classes[site.name]), []).append(site)
+    order = {role: i for roles in description.layout.fused for i, role in enumerate(roles)}
+    return [[s.name for s in sorted(sites, key=lambda s: order.get(s.role, 0))] for sites in sets.values()]
 
 
 def _moved(quantized: Quantized, device: str) -> Quantized:

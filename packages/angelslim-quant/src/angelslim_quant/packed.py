@@ -15,7 +15,8 @@ from angelslim_core.products import slow_on_cpu
 from angelslim_core.schemes import Grid, Quantized, Scheme, scale_values
 
 from .kernels.available import fp8_tensor_cores, triton_runs
-from .kernels.int4_matmul import GROUPS, TILE, W4A8_MATMUL, W4A16_MATMUL, pack4, pack4_cpu
+from .kernels.gated_rows import GATED_ROWS
+from .kernels.int4_matmul import GROUPS, TILE, W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu
 from .kernels.quantize_rows import QUANTIZE_ROWS
 from .kernels.scaled_matmul import BLOCK, FP8_MATMUL, INT8_MATMUL
 
@@ -24,45 +25,52 @@ _HALVES = (torch.bfloat16, torch.float16)
 _ROWS = 32
 
 
-class _Quantizing(PackedLinear):
-    """Multiplies codes of inputs."""
+class _Rows(PackedLinear):
+    """Multiplies codes of inputs and their scales, or the inputs themselves and None."""
 
-    inputs: Grid
+    inputs: Grid | None
+    input_scale: Tensor | None
     weight_scale: Tensor
 
-    def _inputs(self, quantized: Quantized) -> tuple[Tensor, Tensor]:
-        """Sets how inputs are quantized, chooses the kernel that does it, and returns an example of its output."""
-        grid = quantized.scheme.input_activations
-        assert grid
-        scale = quantized.input_scale if grid.strategy == "tensor" else None
-        self.inputs = grid
+    def _inputs(self, quantized: Quantized) -> tuple[Tensor, Tensor | None]:
+        """Sets how inputs are quantized, chooses the kernels that do it, and returns an example of their output."""
+        self.inputs = grid = quantized.scheme.input_activations
+        scale = quantized.input_scale if grid and grid.strategy == "tensor" else None
         self.keep("input_scale", None if scale is None else scale.float().reshape(1))
-        self.prepares = (grid.bits, grid.type, grid.strategy, grid.group_size, None if scale is None else float(scale))
         example = torch.zeros(_ROWS, self.in_features, dtype=self.dtype, device=quantized.codes.device)
+        self._gate = GATED_ROWS.choose(example.new_empty(0, 2 * self.in_features), "silu", grid, self.input_scale).function
+        if grid is None:
+            return example, None
+        self.prepares = (grid.bits, grid.type, grid.strategy, grid.group_size, None if scale is None else float(scale))
         self._quantize = QUANTIZE_ROWS.choose(example, grid, self.input_scale).function
         found: tuple[Tensor, Tensor] = self._quantize(example, grid, self.input_scale)
         return found
 
     def prepare(self, x: Tensor) -> Any:
-        return self._quantize(x.reshape(-1, self.in_features), self.inputs, self.input_scale)
+        rows = x.reshape(-1, self.in_features)
+        return (rows, None) if self.inputs is None else self._quantize(rows, self.inputs, self.input_scale)
+
+    def prepare_gated(self, x_N2I: Tensor, activation: str) -> Any:
+        return self._gate(x_N2I, activation, self.inputs, self.input_scale)
 
 
-class _EightBits(_Quantizing):
+class _EightBits(_Rows):
     """Codes of 8 bits on both sides."""
 
     codes: Tensor
+    unit = 1
 
     def pack(self, quantized: Quantized) -> None:
         grid = quantized.scheme.weights
         scale = scale_values(quantized.scale)
         if grid.strategy == "block":
-            scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4))
+            scale, self.unit = torch.nn.functional.pad(scale, (0, -scale.shape[1] % 4)), BLOCK
         elif scale.numel() > 1 or (quantized.scheme.input_activations or grid).strategy != "tensor":
             scale = scale.reshape(-1, 1).expand(self.out_features, 1)  # row-wise on one side is row-wise on both
         else:
             scale = scale.reshape(1)
-        self.keep("codes", quantized.codes.contiguous())
-        self.keep("weight_scale", scale.contiguous())
+        self.keep("codes", quantized.codes.contiguous(), rows=0)
+        self.keep("weight_scale", scale.contiguous(), rows=None if scale.dim() == 1 else 0)
         codes, x_scale = self._inputs(quantized)
         kernel = INT8_MATMUL if grid.type == "int" else FP8_MATMUL
         chosen = kernel.choose(codes, x_scale, self.codes, self.weight_scale, self.bias, dtype=self.dtype)
@@ -121,7 +129,7 @@ class INT8Linear(_EightBits):
         return device != "cpu" or _pays_on_cpu(dtype)
 
 
-class INT4Linear(_Quantizing):
+class INT4Linear(_Rows):
     """INT4 weights in groups, with or without zero points; inputs in 16 bits, or FP8 per token."""
 
     name = "INT4"
@@ -151,21 +159,19 @@ class INT4Linear(_Quantizing):
         device = quantized.codes.device
         weight = pack4_cpu(quantized) if device.type == "cpu" and self.dtype == torch.bfloat16 and self.out_features % 16 == 0 else pack4(quantized)
         self._form = type(weight)
-        quantizes = quantized.scheme.input_activations is not None
-        x, x_scale = self._inputs(quantized) if quantizes else (torch.zeros(_ROWS, self.in_features, dtype=self.dtype, device=device), None)
-        kernel = W4A8_MATMUL if quantizes else W4A16_MATMUL
+        x, x_scale = self._inputs(quantized)
+        kernel = W4A16_MATMUL if x_scale is None else W4A8_MATMUL
         chosen = kernel.choose(x, weight, self.bias, x_scale, dtype=self.dtype)
-        self._multiply, self._quantizes = chosen.function, quantizes
+        self._multiply = chosen.function
         for name, tensor in zip(("words", "weight_scale", "zero"), weight, strict=True):
-            self.keep(name, tensor)
+            self.keep(name, tensor, rows=1 if name == "weight_scale" and self._form is Packed4CPU else 0)
+        self.unit = 64 if self._form is Packed4CPU else TILE  # rows that are interleaved
         self.name = f"INT4 on {chosen.name}"
-
-    def prepare(self, x: Tensor) -> Any:
-        return super().prepare(x) if self._quantizes else (x.reshape(-1, self.in_features), None)
 
     def multiply(self, prepared: Any) -> Tensor:
         x, scale = prepared
-        y: Tensor = self._multiply(x, self._form(self.words, self.weight_scale, self.zero), self.bias, scale, dtype=self.dtype)
+        # contiguous but for scales [G, O, 2] of one of joined linears
+        y: Tensor = self._multiply(x, self._form(self.words, self.weight_scale.contiguous(), self.zero), self.bias, scale, dtype=self.dtype)
         return y
 
 

@@ -66,6 +66,7 @@ def angelslim_register_passes() -> list[type[Pass]]:
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.delta_sums import DELTA_SUMS, ROUND_PULLED
+    from .kernels.gated_rows import GATED_ROWS
     from .kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL
     from .kernels.quantize_fp8 import QUANTIZE_FP8
     from .kernels.quantize_groups import QUANTIZE_GROUPS
@@ -76,7 +77,7 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.search_range import SEARCH_RANGE
 
     searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS, DELTA_SUMS, ROUND_PULLED]
-    return [*searches, QUANTIZE_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
+    return [*searches, QUANTIZE_ROWS, GATED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
 
 
 @hookimpl

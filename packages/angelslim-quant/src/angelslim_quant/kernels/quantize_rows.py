@@ -42,10 +42,11 @@ def _triton(x_NI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[Tens
     return quantize_rows(x_NI, grid, scale)
 
 
-def _fits(x_NI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[bool, str]:
+def fits(x_NI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[bool, str]:
+    """Whether Triton's kernel takes such rows; if not, why."""
     size = grid.group_size or 1
     ok = x_NI.is_cuda and (size & (size - 1) == 0 and size >= 16 if grid.strategy == "group" else scale is not None or x_NI.shape[1] <= 32768)
     return ok, "rows up to 32768 wide on a GPU, in groups of a power of two"
 
 
-QUANTIZE_ROWS = Kernel("quant.quantize_rows", reference, (Implementation("triton", _triton, _fits, triton_runs), Implementation("torch", reference)))
+QUANTIZE_ROWS = Kernel("quant.quantize_rows", reference, (Implementation("triton", _triton, fits, triton_runs), Implementation("torch", reference)))

@@ -1,4 +1,4 @@
-"""`quantize_rows` in one pass: a row, or some groups of it, stays in registers between its largest value and its codes."""
+"""`quantize_rows` and `gated_rows` in one pass: a row, or some groups of it, stays in registers between its largest value and its codes."""
 
 import torch
 import triton
@@ -11,18 +11,37 @@ from angelslim_core.schemes import Grid
 MAGIC = tl.constexpr(12582912.0)
 # largest row that fits into the registers of a program
 WIDEST = 32768
+# columns of a program that need not know a whole row
+PART = 2048
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    else:  # gelu_tanh; torch adds 1 to the tangent too
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return 0.5 * x * (1.0 + (1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)))
 
 
 @triton.jit
 def _kernel(
     x, codes, scales, given, width, groups, row_stride, group_stride,
-    LARGEST: tl.constexpr, INTEGER: tl.constexpr, GIVEN: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    ACTIVATION: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, GIVEN: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     column = g[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = column < width
-    values = tl.load(x + row * width + column, inside, 0.0).to(tl.float32)
+    if ACTIVATION == "":
+        values = tl.load(x + row * width + column, inside, 0.0).to(tl.float32)
+    else:
+        at = x + row * 2 * width + column
+        gate = _activated(tl.load(at, inside, 0.0).to(tl.float32), ACTIVATION).to(x.dtype.element_ty)
+        values = (gate.to(tl.float32) * tl.load(at + width, inside, 0.0).to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+    if LARGEST == 0.0:
+        tl.store(codes + row * width + column, values.to(codes.dtype.element_ty), inside)
+        return
     if GIVEN:
         step = tl.load(given).to(tl.float32) + tl.zeros([GROUPS], tl.float32)
     else:
@@ -44,25 +63,38 @@ def _kernel(
 
 def quantize_rows(x_NI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    x_NI = x_NI.contiguous()
-    rows, width = x_NI.shape
-    integer = grid.type == "int"
-    codes = torch.empty_like(x_NI, dtype=torch.int8 if integer else torch.float8_e4m3fn)
-    if grid.strategy == "group":
+    codes, scales = _run(x_NI, x_NI.shape[1], "", grid, scale)
+    assert scales is not None
+    return codes, scales
+
+
+def gated_rows(x_N2F: Tensor, activation: str, grid: Grid | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """As the reference."""
+    return _run(x_N2F, x_N2F.shape[1] // 2, activation, grid, scale)
+
+
+def _run(x: Tensor, width: int, activation: str, grid: Grid | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    x = x.contiguous()
+    rows = x.shape[0]
+    integer = grid is not None and grid.type == "int"
+    codes = x.new_empty(rows, width, dtype=x.dtype if grid is None else torch.int8 if integer else torch.float8_e4m3fn)
+    scales = scale
+    if grid is not None and grid.strategy == "group":
         assert grid.group_size
         size, groups = grid.group_size, triton.cdiv(width, grid.group_size)
         # rows next to each other, as block-wise scaled matmuls read them
-        scales = x_NI.new_empty(groups, rows, dtype=torch.float32).T
+        scales = x.new_empty(groups, rows, dtype=torch.float32).T
         tile = min(32, triton.next_power_of_2(groups))
+    elif grid is None or scale is not None:
+        size, groups, tile = PART, triton.cdiv(width, PART), 1
     else:
-        groups, tile = 1, 1
-        size = triton.next_power_of_2(width) if scale is None else 2048
-        if scale is not None:
-            groups, tile = triton.cdiv(width, size), 1
-        scales = x_NI.new_empty(rows, 1, dtype=torch.float32) if scale is None else scale
+        size, groups, tile = triton.next_power_of_2(width), 1, 1
+        scales = x.new_empty(rows, 1, dtype=torch.float32)
+    written = scale is None and scales is not None
     _kernel[(rows, triton.cdiv(groups, tile))](
-        x_NI, codes, scales, scales if scale is None else scale, width, groups, scales.stride(0) if scale is None else 0, scales.stride(1) if scale is None else 0,
-        LARGEST=127.0 if integer else 448.0, INTEGER=integer, GIVEN=scale is not None, GROUPS=tile, SIZE=size,
+        x, codes, codes if scales is None else scales, codes if scale is None else scale, width, groups,
+        scales.stride(0) if scales is not None and written else 0, scales.stride(1) if scales is not None and written else 0,
+        ACTIVATION=activation, LARGEST=0.0 if grid is None else 127.0 if integer else 448.0, INTEGER=integer, GIVEN=scale is not None, GROUPS=tile, SIZE=size,
         num_warps=max(1, min(16, tile * size // 512)),
     )  # fmt: skip
     return codes, scales
