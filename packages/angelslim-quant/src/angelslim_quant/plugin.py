@@ -65,7 +65,8 @@ def angelslim_register_passes() -> list[type[Pass]]:
 
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
-    from .kernels.delta_sums import DELTA_SUMS, ROUND_PULLED
+    from .kernels.delta_choice import DELTA_CHOICE, DELTA_SCALES, DELTA_TOTALS
+    from .kernels.delta_sums import DELTA_CODES, DELTA_SUMS
     from .kernels.gated_rows import GATED_ROWS
     from .kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL
     from .kernels.quantize_fp8 import QUANTIZE_FP8
@@ -76,8 +77,9 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.search_blocks import SEARCH_BLOCKS
     from .kernels.search_range import SEARCH_RANGE
 
-    searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS, DELTA_SUMS, ROUND_PULLED]
-    return [*searches, QUANTIZE_ROWS, GATED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
+    deltas = [DELTA_SUMS, DELTA_SCALES, DELTA_CHOICE, DELTA_TOTALS, DELTA_CODES]
+    searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS]
+    return [*searches, *deltas, QUANTIZE_ROWS, GATED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
 
 
 @hookimpl

@@ -7,13 +7,14 @@ tile is stored as q, and keeps d' = q - b. T tiles, C candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from angelslim_core.kernels import Implementation, Kernel
-from angelslim_core.rounding import round_e2m1, round_e4m3
+from angelslim_core.rounding import cast_e4m3, e2m1_codes, round_e2m1, round_e4m3
+from angelslim_core.schemes import Grid
 
 from .available import triton_runs
 
@@ -22,47 +23,85 @@ Elements = Literal["e4m3", "e2m1", "int"]
 _CHUNK = 1 << 16
 
 
-class Candidates(NamedTuple):
-    """How tiles might be stored.
+class Scales(NamedTuple):
+    """Scales of tiles as they are stored.
 
     Args:
-        elements: "e4m3", "e2m1", or "int": whole numbers in [-half, half - 1].
-        step_CT: what element values are multiplied by, fp32.
-        zero_CT: zero points of integers, fp32, or None.
-        pulls: C numbers; the weight is rounded as if it lay that many times d further, by less than half a step.
-        half: of integers.
+        scale_CT: dtype of the grid's scales.
+        zero_CT: zero points, int8, or None.
+        grid: FP8, integers or NVFP4.
+        global_scale: [1], of NVFP4.
     """
 
-    elements: Elements
-    step_CT: Tensor
+    scale_CT: Tensor
     zero_CT: Tensor | None
-    pulls: Sequence[float]
-    half: int = 0
+    grid: Grid
+    global_scale: Tensor | None = None
+
+    @property
+    def elements(self) -> Elements:
+        """What values are rounded to."""
+        return "int" if self.grid.type == "int" else "e4m3" if self.grid.bits == 8 else "e2m1"
+
+    @property
+    def half(self) -> int:
+        """Integers are in [-half, half - 1]."""
+        return 1 << (self.grid.bits - 1)
+
+    def steps(self) -> tuple[Tensor, Tensor | None]:
+        """What element values are multiplied by, and zero points, fp32 [C, T]."""
+        step = self.scale_CT.float() if self.global_scale is None else self.scale_CT.float() * self.global_scale
+        return step, None if self.zero_CT is None else self.zero_CT.float()
 
 
 class Sums(NamedTuple):
     """Sums over each tile, fp32.
 
     Args:
-        kept_CT: weights with |d| > threshold of which d' has the sign of d.
-        dot_CT: of d d'.
-        found_CT: of d'^2.
-        error_CT: of (q - w)^2.
-        changed_T: weights with |d| > threshold.
-        learned_T: of d^2.
+        tried_C4T: of each candidate `kept_CT`, `dot_CT`, `found_CT`, `error_CT`.
+        own_2T: `changed_T`, `learned_T`.
     """
 
-    kept_CT: Tensor
-    dot_CT: Tensor
-    found_CT: Tensor
-    error_CT: Tensor
-    changed_T: Tensor
-    learned_T: Tensor
+    tried_C4T: Tensor
+    own_2T: Tensor
+
+    @property
+    def kept_CT(self) -> Tensor:
+        """Weights with |d| > threshold of which d' has the sign of d."""
+        return self.tried_C4T[:, 0]
+
+    @property
+    def dot_CT(self) -> Tensor:
+        """Of d d'."""
+        return self.tried_C4T[:, 1]
+
+    @property
+    def found_CT(self) -> Tensor:
+        """Of d'^2."""
+        return self.tried_C4T[:, 2]
+
+    @property
+    def error_CT(self) -> Tensor:
+        """Of (q - w)^2."""
+        return self.tried_C4T[:, 3]
+
+    @property
+    def changed_T(self) -> Tensor:
+        """Weights with |d| > threshold."""
+        return self.own_2T[0]
+
+    @property
+    def learned_T(self) -> Tensor:
+        """Of d^2."""
+        return self.own_2T[1]
 
     def joined(self, other: Sums) -> Sums:
-        """With the candidates of another search of the same tiles."""
-        kept, dot, found, error = (torch.cat(pair) for pair in zip(self[:4], other[:4], strict=True))
-        return Sums(kept, dot, found, error, self.changed_T, self.learned_T)
+        """With other candidates of the same tiles."""
+        return Sums(torch.cat([self.tried_C4T, other.tried_C4T]), self.own_2T)
+
+    def only(self, candidate: int) -> Sums:
+        """One candidate's."""
+        return Sums(self.tried_C4T[candidate : candidate + 1], self.own_2T)
 
 
 def round_pulled(
@@ -72,7 +111,7 @@ def round_pulled(
 
     Args:
         weight_TN, base_TN: any float dtype; the base is not needed where nothing is pulled.
-        pull_T: see `Candidates`, or None.
+        pull_T: the weight is rounded as if it lay that many times d further, by less than half a step; or None.
     """
     weight = weight_TN.float()
     x = weight / step_T[:, None]
@@ -99,52 +138,63 @@ def _pulled(x: Tensor, shift: Tensor, elements: Elements) -> Tensor:
     return torch.where((x.abs() >= power) & (found.abs() < inner), inner.copysign(x), found)
 
 
-def reference(weight_TN: Tensor, base_TN: Tensor, candidates: Candidates, threshold: float) -> Sums:
+def reference(weight_TN: Tensor, base_TN: Tensor, scales: Scales, pulls: Sequence[float], threshold: float) -> Sums:
     """The sums, a candidate at a time.
 
     Args:
         weight_TN, base_TN: any float dtype; padding of both by 0 adds nothing.
+        pulls: C numbers, see `round_pulled`; or none.
         threshold: |d| up to this counts as unchanged.
     """
     weight, base = weight_TN.float(), base_TN.float()
     delta = weight - base
     moved = delta.abs() > threshold
     sign = delta.sign()
+    step_CT, zero_CT = scales.steps()
     rows = []
-    for c, step in enumerate(candidates.step_CT):
-        zero = None if candidates.zero_CT is None else candidates.zero_CT[c]
-        pull = step.new_full((len(weight),), candidates.pulls[c]) if candidates.pulls[c] else None
-        value = round_pulled(weight, base, step, zero, pull, candidates.elements, candidates.half)
+    for c, step in enumerate(step_CT):
+        zero = None if zero_CT is None else zero_CT[c]
+        pull = step.new_full((len(weight),), pulls[c]) if pulls and pulls[c] else None
+        value = round_pulled(weight, base, step, zero, pull, scales.elements, scales.half)
         if zero is not None:
             value = value - zero[:, None]
         value = value * step[:, None]
         found = value - base
-        rows.append((((found.sign() == sign) & moved).sum(1).float(), (delta * found).sum(1), found.square().sum(1), (value - weight).square().sum(1)))
-    kept, dot, squares, error = (torch.stack(r) for r in zip(*rows, strict=True))
-    return Sums(kept, dot, squares, error, moved.sum(1).float(), delta.square().sum(1))
+        kept = ((found.sign() == sign) & moved).sum(1).float()
+        rows.append(torch.stack([kept, (delta * found).sum(1), found.square().sum(1), (value - weight).square().sum(1)]))
+    return Sums(torch.stack(rows), torch.stack([moved.sum(1).float(), delta.square().sum(1)]))
 
 
-def _chunked(weight_TN: Tensor, base_TN: Tensor, candidates: Candidates, threshold: float) -> Sums:
+def _chunked(weight_TN: Tensor, base_TN: Tensor, scales: Scales, pulls: Sequence[float], threshold: float) -> Sums:
     """The reference on a few tiles at a time, so that what it makes stays in the processor's cache."""
     tiles = max(1, _CHUNK // weight_TN.shape[1])
     parts = []
     for start in range(0, len(weight_TN), tiles):
         piece = slice(start, start + tiles)
-        zero = None if candidates.zero_CT is None else candidates.zero_CT[:, piece]
-        parts.append(reference(weight_TN[piece], base_TN[piece], candidates._replace(step_CT=candidates.step_CT[:, piece], zero_CT=zero), threshold))
+        zero = None if scales.zero_CT is None else scales.zero_CT[:, piece]
+        parts.append(reference(weight_TN[piece], base_TN[piece], scales._replace(scale_CT=scales.scale_CT[:, piece], zero_CT=zero), pulls, threshold))
     return Sums(*(torch.cat(found, -1) for found in zip(*parts, strict=True)))
 
 
-def _triton(weight_TN: Tensor, base_TN: Tensor, candidates: Candidates, threshold: float) -> Sums:
+def codes(weight_TN: Tensor, base_TN: Tensor | None, scales: Scales, pull_T: Tensor | None) -> Tensor:
+    """Codes [T, N] as they are stored, under scales of one candidate; others as of `round_pulled`."""
+    step_CT, zero_CT = scales.steps()
+    levels = round_pulled(weight_TN, base_TN, step_CT[0], None if zero_CT is None else zero_CT[0], pull_T, scales.elements, scales.half)
+    if scales.elements == "int":
+        return levels.to(torch.int8)
+    return cast_e4m3(levels) if scales.elements == "e4m3" else e2m1_codes(levels)
+
+
+def _triton(weight_TN: Tensor, base_TN: Tensor, scales: Scales, pulls: Sequence[float], threshold: float) -> Sums:
     from .triton.delta_sums import delta_sums
 
-    return delta_sums(weight_TN, base_TN, candidates, threshold)
+    return delta_sums(weight_TN, base_TN, scales, pulls, threshold)
 
 
-def _triton_round(weight_TN: Tensor, *others: Any) -> Tensor:
-    from .triton.delta_sums import round_pulled
+def _triton_codes(weight_TN: Tensor, base_TN: Tensor | None, scales: Scales, pull_T: Tensor | None) -> Tensor:
+    from .triton.delta_sums import codes
 
-    return round_pulled(weight_TN, *others)
+    return codes(weight_TN, base_TN, scales, pull_T)
 
 
 def _on_gpu(weight_TN: Tensor, *_: object) -> tuple[bool, str]:
@@ -152,6 +202,4 @@ def _on_gpu(weight_TN: Tensor, *_: object) -> tuple[bool, str]:
 
 
 DELTA_SUMS = Kernel("quant.delta_sums", reference, (Implementation("triton", _triton, _on_gpu, triton_runs), Implementation("torch", _chunked)))
-ROUND_PULLED = Kernel(
-    "quant.round_pulled", round_pulled, (Implementation("triton", _triton_round, _on_gpu, triton_runs), Implementation("torch", round_pulled))
-)
+DELTA_CODES = Kernel("quant.delta_codes", codes, (Implementation("triton", _triton_codes, _on_gpu, triton_runs), Implementation("torch", codes)))

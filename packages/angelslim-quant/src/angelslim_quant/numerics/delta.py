@@ -8,28 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.rounding import E2M1_MAX, cast_e4m3, e2m1_codes
 from angelslim_core.schemes import Grid
 
-from ..kernels.delta_sums import DELTA_SUMS, ROUND_PULLED, Candidates, Elements, Sums
-from . import fp8, integer
+from ..kernels.delta_choice import BINS, DELTA_CHOICE, DELTA_SCALES, DELTA_TOTALS, Around, Choice, Metric, Span
+from ..kernels.delta_sums import DELTA_CODES, DELTA_SUMS, Scales, Sums
 from .amax import grouped
 
-Metric = Literal["sign", "cosine", "mse", "joint"]
 # a change of this size or less is none (paper, section 3.2)
 THRESHOLD = 1e-5
 # what a search may have in memory, in numbers of its sums
 _ROOM = 1 << 20
-# sums in another order differ by less, in parts
-_SUMMING = 1e-6
-# histogram of the ratios that were chosen
-BINS = 16
 
 
 @dataclass(frozen=True)
@@ -111,26 +105,29 @@ def quantize(weight_OI: Tensor, base_OI: Tensor, grid: Grid, search: Search, glo
         global_scale: [1], of NVFP4.
     """
     weight_TN, base_TN = tiles(weight_OI, grid), tiles(base_OI, grid)
-    ruler = _Ruler(weight_TN, grid, global_scale)
+    low_T, high_T = torch.aminmax(weight_TN, dim=1)
     candidates = 49 if search.dense else 16
     count = max(1, _ROOM // candidates if weight_OI.device.type == "cpu" else (_ROOM << 6) // candidates)
     pieces = [slice(start, start + count) for start in range(0, len(weight_TN), count)]
-    parts = [_Choice(ruler, piece, weight_TN[piece], base_TN[piece], search) for piece in pieces]
+    parts = [_Part(Span(low_T[piece], high_T[piece], grid, global_scale), weight_TN[piece], base_TN[piece], search) for piece in pieces]
     if search.max_projection is not None:
         pull = _pull(parts, search.max_projection)
         if pull:
             for part in parts:
                 part.pull(pull)
-    levels = [part.codes() for part in parts]
-    scales = [part.scale_T for part in parts]
-    zeros = [part.zero_T for part in parts if part.zero_T is not None]
-    totals = [part.totals() for part in parts]
-    codes = untiled(torch.cat(levels), grid, (weight_OI.shape[0], weight_OI.shape[1]))
     shape = grid.scale_shape((weight_OI.shape[0], weight_OI.shape[1]))
-    found = torch.stack(totals).sum(0).tolist()  # where nothing is pulled, the only wait for a GPU
+    codes = untiled(_whole([part.codes() for part in parts]), grid, (weight_OI.shape[0], weight_OI.shape[1]))
+    scale = _whole([part.scales.scale_CT[0] for part in parts]).reshape(shape)
+    zeros = [part.scales.zero_CT[0] for part in parts if part.scales.zero_CT is not None]
+    totals = [part.totals() for part in parts]
+    found = (totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)).tolist()  # where nothing is pulled, the only wait for a GPU
     counts = [weight_OI.numel(), *(int(n) for n in found[12:16])]
     whole = Totals(found[:6], found[6:12], counts, found[16], [int(n) for n in found[17:]])
-    return Stored(codes, torch.cat(scales).reshape(shape), torch.cat(zeros).reshape(shape) if zeros else None, whole)
+    return Stored(codes, scale, _whole(zeros).reshape(shape) if zeros else None, whole)
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def tiles(weight_OI: Tensor, grid: Grid) -> Tensor:
@@ -155,41 +152,20 @@ def untiled(tiles_TN: Tensor, grid: Grid, shape: tuple[int, int]) -> Tensor:
     return blocks.transpose(1, 2).reshape(blocks.shape[0] * tall, -1)[:rows, :columns].contiguous()
 
 
-class _Ruler:
-    """The scales of a grid at multiples of absmax's."""
-
-    def __init__(self, weight_TN: Tensor, grid: Grid, global_scale: Tensor | None) -> None:
-        self.grid, self.global_scale = grid, global_scale
-        self.elements: Elements = "int" if grid.type == "int" else "e4m3" if grid.bits == 8 else "e2m1"
-        self.half = 1 << (grid.bits - 1) if grid.type == "int" else 0
-        low, high = torch.aminmax(weight_TN, dim=1)
-        self._low, self._high = low.float().clamp_(max=0), high.float().clamp_(min=0)
-        self._amax = torch.maximum(-self._low, self._high)
-
-    def scales(self, piece: slice, ratio_CT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scales [C, T] as they are stored, and zero points."""
-        if self.grid.type == "int":
-            return integer.scale_of(self._low[piece] * ratio_CT, self._high[piece] * ratio_CT, self.grid)
-        amax = self._amax[piece]
-        if self.global_scale is None:
-            scale = fp8.scale_of(amax, self.grid).float() * ratio_CT
-            return scale.to(torch_dtype(self.grid.scale_dtype)), None
-        found = cast_e4m3((amax / E2M1_MAX / self.global_scale) * ratio_CT)
-        least = found.view(torch.uint8).clamp(min=1).view(torch.float8_e4m3fn).float()
-        return torch.where(amax > 0, least, 1.0).to(torch.float8_e4m3fn), None
-
-    def step(self, scale: Tensor) -> Tensor:
-        """What an element value is multiplied by."""
-        return scale.float() if self.global_scale is None else scale.float() * self.global_scale
+@lru_cache
+def _points(lowest: float, highest: float, dense: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ratios [C, 1] that are tried first, absmax's before all; parts [10, 1] of the way around the best of them."""
+    spaced = lowest + (highest - lowest) / 48 * torch.arange(48) if dense else torch.linspace(lowest, highest, 5)
+    return torch.cat([torch.ones(1), spaced])[:, None].to(device), torch.linspace(0, 1, 10)[:, None].to(device)
 
 
-def _pull(parts: Sequence[_Choice], projection: float) -> float:
+def _pull(parts: Sequence[_Part], projection: float) -> float:
     """The pull with which all tiles together reach a projection, at most; 0 if they do without.
 
     A weight goes to its other neighbour if |d| times the pull reaches past the middle between both: those first that gain
     most of d for what they add in squared error.
     """
-    learned = float(sum(part.sums.learned_T.sum(dtype=torch.float64) for part in parts))
+    learned = float(sum(part.choice.sums.learned_T.sum(dtype=torch.float64) for part in parts))
 
     def largest(pulls: list[float]) -> int:
         """How many of the pulls, in order, stay within the projection."""
@@ -209,110 +185,43 @@ def _pull(parts: Sequence[_Choice], projection: float) -> float:
     return fine[max(1, largest(fine)) - 1]
 
 
-class _Choice:
+class _Part:
     """The best scale of each of some tiles."""
 
-    def __init__(self, ruler: _Ruler, piece: slice, weight_TN: Tensor, base_TN: Tensor, search: Search) -> None:
-        self.ruler, self.piece, self.search = ruler, piece, search
+    def __init__(self, span: Span, weight_TN: Tensor, base_TN: Tensor, search: Search) -> None:
+        self.span, self.search = span, search
         self.weight_TN, self.base_TN = weight_TN, base_TN
-        one = torch.ones(1, len(weight_TN), device=weight_TN.device)
-        if search.dense:
-            points = search.lowest + (search.highest - search.lowest) / 48 * torch.arange(48, device=one.device)
-            ratio, sums = self._tried(torch.cat([one, points[:, None].expand(-1, one.shape[1])]))
-        else:
-            points = torch.linspace(search.lowest, search.highest, 5, device=one.device)
-            ratio, sums = self._tried(torch.cat([one, points[:, None].expand(-1, one.shape[1])]))
-            near = (search.highest - search.lowest) / 8
-            center = _at(ratio, best(sums, search.metric))
-            low, high = (center - near).clamp(min=search.lowest), (center + near).clamp(max=search.highest)
-            fine, found = self._tried(low + (high - low) * torch.linspace(0, 1, 10, device=one.device)[:, None])
-            ratio = torch.cat([ratio, fine])
-            sums = sums.joined(found)
-        chosen = best(sums, search.metric)
-        self.ratio_T = _at(ratio, chosen)
-        self.absmax, self.sums = _rows(sums, torch.zeros_like(chosen)), _rows(sums, chosen)
-        scale, zero = ruler.scales(piece, self.ratio_T[None])
-        self.scale_T, self.zero_T = scale[0], None if zero is None else zero[0]
-        self.pull_T = torch.zeros_like(self.ratio_T)
+        first, fine = _points(search.lowest, search.highest, search.dense, weight_TN.device)
+        self.choice = self._best(first, None, None)
+        if not search.dense:
+            around = Around(self.choice.ratio_T, (search.highest - search.lowest) / 8, search.lowest, search.highest)
+            self.choice = self._best(fine, around, self.choice)
+        self.scales: Scales = DELTA_SCALES(span, self.choice.ratio_T[None], None)[1]
+        self.pull_T = None if search.max_projection is None else torch.zeros_like(self.choice.ratio_T)
 
-    def _tried(self, ratio_CT: Tensor) -> tuple[Tensor, Sums]:
-        scale, zero = self.ruler.scales(self.piece, ratio_CT)
-        return ratio_CT, self._sums(self.ruler.step(scale), zero, (0.0,) * len(ratio_CT))
-
-    def _sums(self, step_CT: Tensor, zero_CT: Tensor | None, pulls: tuple[float, ...]) -> Sums:
-        zero = None if zero_CT is None else zero_CT.float()
-        found: Sums = DELTA_SUMS(self.weight_TN, self.base_TN, Candidates(self.ruler.elements, step_CT, zero, pulls, self.ruler.half), THRESHOLD)
-        return found
+    def _best(self, points_C1: Tensor, around: Around | None, before: Choice | None) -> Choice:
+        ratio_CT, scales = DELTA_SCALES(self.span, points_C1.expand(-1, len(self.weight_TN)), around)
+        return DELTA_CHOICE(ratio_CT, DELTA_SUMS(self.weight_TN, self.base_TN, scales, (), THRESHOLD), self.search.metric, before)
 
     def pulled(self, pulls: Sequence[float]) -> Sums:
         """The sums under the scales that were chosen, with each pull."""
-        step = self.ruler.step(self.scale_T)[None].expand(len(pulls), -1)
-        zero = None if self.zero_T is None else self.zero_T[None].expand(len(pulls), -1)
-        return self._sums(step, zero, tuple(pulls))
+        scale, zero = self.scales[:2]
+        many = self.scales._replace(scale_CT=scale.expand(len(pulls), -1), zero_CT=None if zero is None else zero.expand(len(pulls), -1))
+        return DELTA_SUMS(self.weight_TN, self.base_TN, many, pulls, THRESHOLD)
 
     def pull(self, pull: float) -> None:
         """Pull the tiles that keep more by it than under absmax; the metric is the search's, or the cosine for mse."""
-        sums = self.pulled((pull,))
+        absmax, chosen, sums = self.choice.sums.only(0), self.choice.sums.only(1), self.pulled((pull,))
         metric = "cosine" if self.search.metric == "mse" else self.search.metric
-        worse = best(self.absmax.joined(sums), metric) == 0
-        self.pull_T = torch.where(worse, 0, pull)
-        kept = [torch.where(worse, old, new) for old, new in zip(self.sums[:4], sums[:4], strict=True)]
-        self.sums = Sums(kept[0], kept[1], kept[2], kept[3], sums.changed_T, sums.learned_T)
+        pulls = torch.arange(2, device=sums.own_2T.device)[:, None] * pull  # a list would be copied there, and wait for the GPU
+        self.pull_T = DELTA_CHOICE(pulls.expand(-1, len(self.weight_TN)), absmax.joined(sums), metric, None).ratio_T
+        kept = Sums(torch.where(self.pull_T == 0, chosen.tried_C4T, sums.tried_C4T), sums.own_2T)
+        self.choice = Choice(self.choice.ratio_T, absmax.joined(kept))
 
     def codes(self) -> Tensor:
         """Codes [T, N]."""
-        ruler = self.ruler
-        zero = None if self.zero_T is None else self.zero_T.float()
-        base, pull = (None, None) if self.search.max_projection is None else (self.base_TN, self.pull_T)
-        levels = ROUND_PULLED(self.weight_TN, base, ruler.step(self.scale_T), zero, pull, ruler.elements, ruler.half)
-        if ruler.elements == "int":
-            return levels.to(torch.int8)
-        return cast_e4m3(levels) if ruler.elements == "e4m3" else e2m1_codes(levels)
+        return DELTA_CODES(self.weight_TN, None if self.pull_T is None else self.base_TN, self.scales, self.pull_T)
 
     def totals(self) -> Tensor:
         """The numbers of `Totals`, all but that of weights."""
-        own = self.sums.changed_T > 0
-        numbers = []
-        for sums in (self.absmax, self.sums):
-            rows = (spr(sums)[0] * own, cosine(sums)[0] * own, sums.error_CT[0], sums.kept_CT[0], sums.dot_CT[0], sums.found_CT[0])
-            numbers += [row.sum(dtype=torch.float64) for row in rows]
-        moved = own & ((self.ratio_T != 1) | (self.pull_T != 0))
-        lost = own & (self.sums.found_CT[0] == 0)
-        numbers += [n.sum(dtype=torch.float64) for n in (self.sums.changed_T, own, moved, lost, self.sums.learned_T)]
-        part = (self.ratio_T - self.search.lowest) / (self.search.highest - self.search.lowest)
-        place = (part * BINS).long().clamp(0, BINS - 1)
-        ratios = torch.zeros(BINS, dtype=torch.float64, device=own.device).index_add_(0, place, own.double())
-        return torch.cat([torch.stack(numbers), ratios])
-
-
-def spr(sums: Sums) -> Tensor:
-    """Sign preservation rate [C, T]: of the weights that changed, those that moved the same way (paper, equation 4)."""
-    return sums.kept_CT / sums.changed_T.clamp(min=1)
-
-
-def cosine(sums: Sums) -> Tensor:
-    """Cosine [C, T] of d and d' (paper, equation 5)."""
-    return sums.dot_CT / (sums.learned_T.sqrt().clamp(min=1e-10) * sums.found_CT.sqrt().clamp(min=1e-10))
-
-
-def best(sums: Sums, metric: Metric, excluded_CT: Tensor | None = None) -> Tensor:
-    """Index [T] of the best candidate; the first one, absmax, unless another is better by more than rounding."""
-    signs, angles = spr(sums), cosine(sums)
-    score = {"sign": signs, "cosine": angles, "joint": (signs + angles) / 2, "mse": -sums.error_CT}[metric]
-    worse = torch.zeros_like(score, dtype=torch.bool) if excluded_CT is None else excluded_CT.clone()
-    if metric == "joint":
-        worse |= (signs < signs[0]) | (angles < angles[0])
-    score = score.masked_fill(worse, -math.inf)
-    chosen = score.argmax(0)
-    better = _at(score, chosen) > score[0] + score[0].abs() * _SUMMING
-    return torch.where(better, chosen, 0)
-
-
-def _at(values_CT: Tensor, index_T: Tensor) -> Tensor:
-    return values_CT.gather(0, index_T[None])[0]
-
-
-def _rows(sums: Sums, index_T: Tensor) -> Sums:
-    """The sums of one candidate a tile, C = 1."""
-    kept, dot, found, error = (_at(rows, index_T)[None] for rows in sums[:4])
-    return Sums(kept, dot, found, error, sums.changed_T, sums.learned_T)
+        return DELTA_TOTALS(self.choice, self.pull_T, self.search.lowest, self.search.highest)

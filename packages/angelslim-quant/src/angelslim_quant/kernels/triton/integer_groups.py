@@ -19,7 +19,7 @@ WEIGHTS = 2048
 
 
 @triton.jit
-def _scale(low, high, scales, HALF: tl.constexpr, SYMMETRIC: tl.constexpr):
+def integer_scale(low, high, scales, HALF: tl.constexpr, SYMMETRIC: tl.constexpr):
     """fp32 of the scale as it is stored, and the zero point (0 if symmetric)."""
     if SYMMETRIC:
         exact = tl.maximum(divided(-low, HALF * 1.0), divided(high, HALF - 1.0))
@@ -61,7 +61,7 @@ def _kernel(
     else:
         low = tl.minimum(tl.min(w, 1), 0.0)
         high = tl.maximum(tl.max(w, 1), 0.0)
-        scale, zero = _scale(low, high, scales, HALF, SYMMETRIC)
+        scale, zero = integer_scale(low, high, scales, HALF, SYMMETRIC)
     if SEARCH:
         counts = tl.load(importance + (group % per_row).to(tl.int32)[:, None] * SIZE + j[None, :], inside, 0.0)
         step = scale[:, None] + tl.zeros_like(w)
@@ -70,7 +70,7 @@ def _kernel(
         best = tl.sum(error * error * counts, 1)
         for n in range(count):
             shrink = tl.load(shrinks + n)
-            trial, trial_zero = _scale(low * shrink, high * shrink, scales, HALF, SYMMETRIC)
+            trial, trial_zero = integer_scale(low * shrink, high * shrink, scales, HALF, SYMMETRIC)
             step = trial[:, None] + tl.zeros_like(w)
             offset = trial_zero[:, None] + tl.zeros_like(w)
             error = (_levels(w, step, offset, HALF) - offset) * step - w
