@@ -5,7 +5,7 @@
 
 Weights are random. Every linear is compared with its reference before it is timed. Linears are timed in a CUDA graph
 over copies that together exceed the L2 cache; a prefill is one forward of transformers' model, a decoding step one
-token after a context, all layers in one CUDA graph (`step`, the same code for BF16 and packed, with torch's fused norms).
+token after a context, all layers in one CUDA graph (`step`, the same code for BF16 and packed; norms and rotations are fused).
 Packed models are put together by the function that `load` uses.
 Times are medians.
 """
@@ -137,7 +137,7 @@ def linears(given: argparse.Namespace) -> list[dict[str, Any]]:
                     modules.append(made(name, weight))
             error = {} if name == "bf16" else {n: round(check(modules[0], weights[0], name, n), 5) for n in (1, 3, 16, 64, 129, 4096)}
             row: dict[str, Any] = {"shape": shape, "scheme": name, "runs": getattr(modules[0], "name", "cuBLAS"), "error": error}
-            for count in (1, 4, 16, 64, 4096):
+            for count in (1, 8, 16, 64, 4096):
                 x = torch.randn(count, shape[1], device="cuda").bfloat16()
                 few = modules[:2] if count > 64 else modules
                 row[f"us_{count}"] = round(in_graph([lambda m=m, x=x: m(x) for m in few]), 2)
@@ -195,23 +195,36 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
     return best
 
 
-def decoded(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: int) -> Tensor:
-    """A layer's forward for one token after `place` others, whose keys and values are in the caches [1, H, T, D]."""
+def decoded(layer: Any, hidden: Tensor, more: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """A layer's forward for one token after `place` others, whose keys and values are in the caches [1, H, T, D]; sums are yet to be added."""
+    attention, before, after = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
+    hidden, x = added(hidden, more, before.weight, before.variance_epsilon)
+    q, k, v = (p(x).view(1, 1, -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q = rotated(q, k, v, cos, sin, keys, values, place)
+    seen = functional.scaled_dot_product_attention(q, keys[:, :, : place + 1], values[:, :, : place + 1], enable_gqa=True)
+    hidden, x = added(hidden, attention.o_proj(seen.transpose(1, 2).reshape(1, 1, -1)), after.weight, after.variance_epsilon)
+    return hidden, layer.mlp(x)
+
+
+# what is between the linears of a decoding step is a kernel each, as in engines: of BF16 as of packed models
+
+
+@torch.compile(dynamic=False)
+def rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: int) -> Tensor:
+    """Queries and keys rotated, keys and values put into the caches."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    attention = layer.self_attn
-    x = norm(layer.input_layernorm, hidden)
-    q, k, v = (p(x).view(1, 1, -1, attention.head_dim).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    turned, k = apply_rotary_pos_emb(q, k, cos, sin)
     keys[:, :, place : place + 1] = k
     values[:, :, place : place + 1] = v
-    seen = functional.scaled_dot_product_attention(q, keys[:, :, : place + 1], values[:, :, : place + 1], enable_gqa=True)
-    hidden = hidden + attention.o_proj(seen.transpose(1, 2).reshape(1, 1, -1))
-    return hidden + layer.mlp(norm(layer.post_attention_layernorm, hidden))
+    return turned
 
 
-def norm(module: Any, x: Tensor) -> Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+@torch.compile(dynamic=False)
+def added(hidden: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Their sum, and its norm."""
+    hidden = hidden + more
+    return hidden, functional.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
 
 
 def step(model: Any, ids: Tensor, position: Tensor, place: int, caches: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -219,11 +232,12 @@ def step(model: Any, ids: Tensor, position: Tensor, place: int, caches: list[tup
     body = model.model
     hidden = body.embed_tokens(ids)
     cos, sin = body.rotary_emb(hidden, position)
+    more = torch.zeros_like(hidden)
     for layer, (keys, values) in zip(body.layers, caches, strict=True):
         layer.forward = partial(decoded, layer)  # with the layer's hooks around it, as what q, k and v share lasts while it runs
-        hidden = layer(hidden, cos, sin, keys, values, place)
+        hidden, more = layer(hidden, more, cos, sin, keys, values, place)
         del layer.forward
-    return model.lm_head(norm(body.norm, hidden))
+    return model.lm_head(added(hidden, more, body.norm.weight, body.norm.variance_epsilon)[1])
 
 
 def packed_copy(model: Any, scheme: str) -> Any:
@@ -272,7 +286,7 @@ def whole(given: argparse.Namespace) -> list[dict[str, Any]]:
         row["decode_ms"] = round(in_graph([decode], 11) / 1e3, 4)
 
     rows: list[dict[str, Any]] = []
-    for scheme in ["bf16", "fp8 rows", "fp8 blocks", "int8", "w4a16 g128"]:
+    for scheme in given.schemes.split(","):
         row: dict[str, Any] = {"scheme": scheme, "layers": layers}
         try:
             measure(scheme, row)
@@ -333,6 +347,7 @@ def main() -> None:
     parser.add_argument("--parts", default="load,linears,model", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--schemes", default="bf16,fp8 rows,fp8 blocks,int8,w4a16 g128", help="of the whole model; BF16 first")
     parser.add_argument("--quick", action="store_true", help="4 layers, fewer tiles")
     given = parser.parse_args()
     torch.manual_seed(0)

@@ -15,10 +15,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..int4_matmul import Packed4
 
-# warps of a program, which share out the inputs: with fewer, long rows take too many steps one after another, with more, little
-# else fits beside them (H200, benchmarks/packed_gpu.py --parts tune)
+# warps of a program, which share out the inputs, and what decides: with fewer, long rows take too many steps one after another;
+# with more, less fits beside them, as many outputs or rows want (H200, benchmarks/packed_gpu.py --parts tune)
 WARPS = (4, 8, 16)
-LONG, FEW_ROWS = 8192, 8
+LONG, MANY, FEW_ROWS = 8192, 16384, 8
 
 
 @triton.jit
@@ -122,22 +122,28 @@ def _four(a, b, c, d, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _read(w_at, x_at, scale, zero, place, chunk, chunks, real, here, ZERO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr):
-    """Words, inputs in registers of two, scales and zero points of each thread's chunk."""
+def _weights(w_at, scale, zero, place, chunk, chunks, here, ZERO: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr):
+    """Words, scales and zero points of each thread's chunk."""
     at = (place + (here + chunk) * 64 // GROUP * 16)[:, None] + tl.arange(0, 2)[None, :]
     if EVEN:
-        w, s = tl.load(w_at + here * 128), tl.load(scale + at)
+        w, s = tl.load(w_at + here * 128, eviction_policy="evict_first"), tl.load(scale + at)
         z = s
         if ZERO:
             z = tl.load(zero + at)
     else:
-        inside = here + chunk < chunks
-        real = real & inside
-        w, s = tl.load(w_at + here * 128, inside[:, None], 0), tl.load(scale + at, inside[:, None], 0.0)
+        inside = (here + chunk < chunks)[:, None]
+        w, s = tl.load(w_at + here * 128, inside, 0), tl.load(scale + at, inside, 0.0)
         z = s
         if ZERO:
-            z = tl.load(zero + at, inside[:, None], 0.0)
-    return w, tl.load(x_at + here * 32, real[:, None], 0), tl.load(x_at + here * 32 + 16, real[:, None], 0), s, z
+            z = tl.load(zero + at, inside, 0.0)
+    return w, s, z
+
+
+@triton.jit
+def _inputs(x_at, chunk, chunks, real, here, EVEN: tl.constexpr):
+    """Inputs of each thread's chunk, in registers of two."""
+    used = (real if EVEN else real & (here + chunk < chunks))[:, None]
+    return tl.load(x_at + here * 32, used, 0), tl.load(x_at + here * 32 + 16, used, 0)
 
 
 @triton.jit
@@ -161,11 +167,18 @@ def _kernel(
     y0, y1, y2, y3 = none, none, none, none
     low = tl.zeros([BW], tl.int32) + (-0x3CF73CF8 if HALF == "bf16" else -0x1BF71BF8)  # -136 or -1032, twice
     high = low
-    # what comes next is read before what is there is used; after the last chunks these again, or nothing
-    w, xa, xb, s, z = _read(w_at, x_at, scale, zero, place, chunk, chunks, real, 0, ZERO, EVEN, GROUP)
-    for start in tl.range(0, chunks, WARPS):
-        following = tl.minimum(start + WARPS, chunks - WARPS) if EVEN else start + WARPS
-        w_next, xa_next, xb_next, s_next, z_next = _read(w_at, x_at, scale, zero, place, chunk, chunks, real, following, ZERO, EVEN, GROUP)
+    # weights are read two steps ahead, inputs one; after the last chunks these again, or nothing
+    last = chunks - WARPS
+    ahead = tl.minimum(WARPS, last) if EVEN else WARPS
+    w, s, z = _weights(w_at, scale, zero, place, chunk, chunks, 0, ZERO, EVEN, GROUP)
+    w_next, s_next, z_next = _weights(w_at, scale, zero, place, chunk, chunks, ahead, ZERO, EVEN, GROUP)
+    xa, xb = _inputs(x_at, chunk, chunks, real, 0, EVEN)
+    for start in tl.range(0, chunks, WARPS, loop_unroll_factor=2):
+        one, two_on = start + WARPS, start + 2 * WARPS
+        if EVEN:
+            one, two_on = tl.minimum(one, last), tl.minimum(two_on, last)
+        w_after, s_after, z_after = _weights(w_at, scale, zero, place, chunk, chunks, two_on, ZERO, EVEN, GROUP)
+        xa_next, xb_next = _inputs(x_at, chunk, chunks, real, one, EVEN)
         x0, x1, x2, x3 = _columns(xa, BW)
         x4, x5, x6, x7 = _columns(xb, BW)
         w0, w1, w2, w3 = _columns(w, BW)
@@ -185,7 +198,9 @@ def _kernel(
         c0, c1, c2, c3 = _step(w2, x4, x5, low, high, c0, c1, c2, c3, mask, HALF, PTX, BW)
         c0, c1, c2, c3 = _step(w3, x6, x7, low, high, c0, c1, c2, c3, mask, HALF, PTX, BW)
         y0, y1, y2, y3 = y0 + c0 * s0, y1 + c1 * s0, y2 + c2 * s1, y3 + c3 * s1
-        w, xa, xb, s, z = w_next, xa_next, xb_next, s_next, z_next
+        w, s, z = w_next, s_next, z_next
+        w_next, s_next, z_next = w_after, s_after, z_after
+        xa, xb = xa_next, xb_next
     t = tl.arange(0, 32)
     o, n = tile * 16 + t // 4, n0 + t % 4 * 2
     _finish(y0, x_scale, bias, out, n, o, rows, outputs, SCALED, BIAS, WARPS)
@@ -272,7 +287,8 @@ def matmul(
     """
     words, scale, zero = weight
     chunks, groups, (rows, outputs) = words.shape[1], scale.shape[1], (x_NI.shape[0], weight.outputs)
-    warps = warps or (16 if chunks * 64 > LONG and rows <= FEW_ROWS else 8)
+    if warps is None:
+        warps = 8 if rows > FEW_ROWS else 16 if chunks * 64 > LONG else 4 if outputs >= MANY else 8
     y = torch.empty(rows, outputs, dtype=dtype, device=x_NI.device)
     _kernel[(words.shape[0], triton.cdiv(rows, 8))](
         x_NI.to(dtype).contiguous().view(torch.int32), words, scale, scale if zero is None else zero, scale if x_scale is None else x_scale,
