@@ -1,6 +1,8 @@
 """From recipe to published folder: the four kinds of pass, ledger, gates, resume, and what must leave nothing behind."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from threading import get_ident
 from types import SimpleNamespace
@@ -12,8 +14,9 @@ import yaml
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
-from angelslim_core import LayerPass, ModelPass, PassConfig, PluginHost, RuntimePass, TensorPass, compress, hookimpl, load
+from angelslim_core import LayerPass, ModelPass, PassConfig, PluginHost, RuntimePass, TensorPass, compress, hookimpl, load, stream
 from angelslim_core.errors import EngineError, ModelError, NumericError, OutputError, PlanError, RecipeError, ResourceError, StoppedError, UsageError
+from angelslim_core.io.writer import ShardWriter, disk_error
 from angelslim_core.pipeline import prepare
 from angelslim_core.source import open_source
 from angelslim_core.testing.models import add_mtp, split_shards, stack_experts
@@ -380,6 +383,23 @@ def test_same_seed_same_bytes_and_shards(tiny_copy, tmp_path):
     assert [f.read_bytes() for f in many] == [f.read_bytes() for f in sorted((tmp_path / "again").glob("*.safetensors"))]
     one, spread = tensors(tmp_path / "one"), tensors(tmp_path / "many")
     assert one.keys() == spread.keys() and all(one[n].equal(spread[n]) for n in one)
+
+
+def test_weight_files_are_flushed_in_between(tiny, tmp_path, monkeypatch):
+    flushed = []
+    run(tiny(), tmp_path / "plain", "quant.int8_dynamic")
+    monkeypatch.setattr(stream, "FLUSHED", 1 << 14)
+    monkeypatch.setattr(ShardWriter, "flush", lambda self: flushed.append(os.fdatasync(self._descriptor)))
+    run(tiny(), tmp_path / "flushed", "quant.int8_dynamic")
+    assert flushed and (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "flushed/model.safetensors").read_bytes()
+    monkeypatch.setattr(ShardWriter, "flush", lambda self: disk_full(self))
+    with pytest.raises(ResourceError, match="cannot be written"):
+        run(tiny(), tmp_path / "full", "quant.int8_dynamic")
+    assert not (tmp_path / "full").exists()
+
+
+def disk_full(writer):
+    raise disk_error(OSError(errno.ENOSPC, "No space left on device"), writer.path, writer.nbytes)
 
 
 def test_sharded_output_loads(tiny, tmp_path):

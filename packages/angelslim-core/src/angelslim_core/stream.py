@@ -41,6 +41,8 @@ Got = TypeVar("Got")
 
 # shards flushed and hashed at a time, beside the one that is made; one core hashes 0.5 to 2 GB/s
 FINISHING = 2
+# bytes of a shard after which it is flushed in between, so that its end does not wait for all of it
+FLUSHED = 256 << 20
 
 
 @dataclass
@@ -157,12 +159,16 @@ class _Shard:
         metrics: of its linears.
         said: warnings and fallbacks before it.
         wrote: the last unit's tensors are in the file.
+        flushed: what was written by then is on the disk.
+        unflushed: bytes written since.
     """
 
     def __init__(self, writer: ShardWriter, said: tuple[int, int]) -> None:
         self.writer, self.said = writer, said
         self.metrics: dict[str, Any] = {}
         self.wrote: Future[None] | None = None
+        self.flushed: Future[None] | None = None
+        self.unflushed = 0
 
 
 class _Behind:
@@ -176,6 +182,7 @@ class _Behind:
         self._context, self._digests = context, digests
         self._worker = Worker(context.device)
         self._writing = ThreadPoolExecutor(1, initializer=self._worker.start)
+        self._flushing = ThreadPoolExecutor(1)
         self._finishing = ThreadPoolExecutor(FINISHING)
         self._wrote: Future[None] | None = None
         self._finished: deque[Future[None]] = deque()
@@ -190,7 +197,7 @@ class _Behind:
             if kind is None:
                 self._settle(0)
         finally:
-            for pool in (self._writing, self._finishing):
+            for pool in (self._writing, self._finishing, self._flushing):
                 pool.shutdown()
             for shard in self._shards:
                 shard.writer.close()
@@ -206,7 +213,7 @@ class _Behind:
         """Begin to write a unit, once the one before is written."""
         if self._wrote:
             self._wrote.result()
-        self._wrote = shard.wrote = self._writing.submit(self._write, shard.writer, tensors, self._worker.mark())
+        self._wrote = shard.wrote = self._writing.submit(self._write, shard, tensors, self._worker.mark())
 
     def finish(self, shard: _Shard) -> None:
         """Complete a shard whose units have been added."""
@@ -219,13 +226,18 @@ class _Behind:
         while self._finished and (len(self._finished) > most or self._finished[0].done()):
             self._finished.popleft().result()
 
-    def _write(self, writer: ShardWriter, tensors: Mapping[str, Tensor], computed: Any) -> None:
+    def _write(self, shard: _Shard, tensors: Mapping[str, Tensor], computed: Any) -> None:
         for name, tensor in tensors.items():
-            writer.write(name, self._worker.to_host(tensor, computed))
+            shard.writer.write(name, self._worker.to_host(tensor, computed))
+            shard.unflushed += tensor.nbytes
+        if shard.unflushed >= FLUSHED and (shard.flushed is None or shard.flushed.done()):
+            shard.unflushed, shard.flushed = 0, self._flushing.submit(shard.writer.flush)
 
     def _finish(self, shard: _Shard, notes: Mapping[str, Any]) -> None:
         if shard.wrote:
             shard.wrote.result()
+        if shard.flushed:  # the last write may have begun it
+            shard.flushed.result()
         shard.writer.finish()
         path = shard.writer.path
         digest = sha256(path)

@@ -91,6 +91,13 @@ class ShardWriter:
             raise disk_error(error, self.path, self.nbytes) from error
         self.missing.discard(name)
 
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise disk_error(error, self.path, self.nbytes) from error
+
     def close(self) -> None:
         """Close the file; once more does nothing."""
         if self._descriptor >= 0:
