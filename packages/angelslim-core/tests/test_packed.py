@@ -151,6 +151,21 @@ def test_an_output_changed_in_place_is_not_answered_again():
     torch.testing.assert_close(found[1], wanted(x)[0])
 
 
+@pytest.mark.parametrize("between", [lambda x: x, torch.clone])
+def test_another_thread_may_end_the_layer_meanwhile(between):
+    class Ended(dict):
+        def get(self, key):
+            found = super().get(key)
+            self.clear()
+            return found
+
+    layer, joined, wanted = layer_of(6, 4)
+    joined.shared._outputs = Ended()
+    x = torch.randn(5, WIDTH)
+    for a, b in zip(layer(x, between), wanted(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_does_not_fit_is_left_as_it_is():
     assert join([plain(6)]) is None
     for others in ([plain(5), plain(4)], [plain(6), plain(4, bias=False)], [plain(6, offset=1.0), plain(4, offset=2.0)], [plain(6, offset=1.0), plain(4)]):
