@@ -206,6 +206,16 @@ def test_a_linear_runs_its_codes_and_nothing_else():
     assert packed.packed_bytes() == 24 * 32 + 24 * 4 + 24 * 4 and "INT8 on" in repr(packed)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 and fp8"])
+def test_inputs_lie_in_memory_as_they_like(kind):
+    grid, inputs = (Grid(8, "int", "channel"), TOKEN_INT8) if kind == "int8" else (Grid(4, "int", "group", 32), TOKEN_FP8 if "fp8" in kind else None)
+    codes, groups = torch.randint(-8, 8, (32, 64), dtype=torch.int8), 2 if grid.strategy == "group" else 1
+    packed = (INT8Linear if kind == "int8" else INT4Linear)(Quantized(Scheme("", grid, inputs), codes, torch.rand(32, groups)), None, torch.bfloat16)
+    with torch.no_grad():
+        for x in (torch.randn(5, 99).bfloat16()[:, 1:65], torch.randn(64, 5).bfloat16().T, torch.randn(1, 64, 5).bfloat16().transpose(1, 2)):
+            assert packed(x).equal(packed(x.clone(memory_format=torch.contiguous_format)))
+
+
 def test_gradients_casts_and_saving_are_refused():
     packed, _ = linear()
     with pytest.raises(EngineError, match="no gradients"):

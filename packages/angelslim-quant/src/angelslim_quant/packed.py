@@ -47,7 +47,7 @@ class _Rows(PackedLinear):
         return found
 
     def prepare(self, x: Tensor) -> Any:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()  # torch's kernels on CPUs take no others
         return (rows, None) if self.inputs is None else self._quantize(rows, self.inputs, self.input_scale)
 
     def prepare_gated(self, x_N2I: Tensor, activation: str) -> Any:
