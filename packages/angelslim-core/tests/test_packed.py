@@ -190,8 +190,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act = plain(width, bias=False), plain(width, bias=False), nn.Identity(), act
 
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, states):
+        return self.down_proj(self.act(self.gate_proj(states)) * self.up_proj(states))
 
 
 class Gelu(MLP):
@@ -235,8 +235,13 @@ class Chosen(MLP):
         return super().forward(x)
 
 
+class Flat(MLP):
+    def forward(self, x):
+        return super().forward(x.view(-1, WIDTH)).view(x.shape)
+
+
 NAMES = Names("gate_proj", "up_proj", "down_proj")
-NOT_GATED = [MLP(nn.GELU()), MLP(nn.functional.relu), Clamped(), Widened(), Swapped(), Doubled(), After(), Scaled(), Chosen()]
+NOT_GATED = [MLP(nn.GELU()), MLP(nn.functional.relu), Clamped(), Widened(), Swapped(), Doubled(), After(), Scaled(), Chosen(), Flat()]
 
 
 def test_gated_mlps_are_known_by_what_they_compute():
@@ -270,8 +275,9 @@ def test_a_gated_mlp_makes_two_products():
     Plain.products.clear()
     for each in (mlp, copy.deepcopy(mlp)):
         torch.testing.assert_close(each(x), wanted)
+        torch.testing.assert_close(each(states=x), wanted)
         assert each(x[:0]).shape == (0, 3, 5) and each.forward.mlp is each
-    assert Plain.products == [12, 5] * 2
+    assert Plain.products == [12, 5] * 4
     with torch.inference_mode():
         torch.testing.assert_close(mlp(torch.ones(2, WIDTH)), twin(torch.ones(2, WIDTH)))
     with pytest.raises(EngineError, match="no gradients"):
