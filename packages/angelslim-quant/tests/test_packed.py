@@ -14,6 +14,7 @@ from angelslim_core.packed import ACTIVATIONS, PackedLinear, SharedInput
 from angelslim_core.plugins import PluginHost
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.kernels import scaled_matmul as scaled
+from angelslim_quant.kernels.available import int4_mma
 from angelslim_quant.kernels.gated_rows import GATED_ROWS
 from angelslim_quant.kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu, unpack4
 from angelslim_quant.kernels.quantize_rows import QUANTIZE_ROWS
@@ -126,6 +127,13 @@ def test_int4_takes_a_row_out_of_an_odd_one():
     for start in (1, 2):
         row = x.to(DEVICE)[:, start : start + 128]
         close(matmul(row, moved, None, None, torch.float16, ptx=False), W4A16_MATMUL.reference(x[:, start : start + 128], weight, dtype=torch.float16), 4e-3)
+
+
+def test_int4_does_not_try_ptx_where_cuda_means_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    assert int4_mma.__wrapped__()[0] is False
 
 
 def test_int4_words_are_the_weight():
