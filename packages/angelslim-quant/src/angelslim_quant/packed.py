@@ -157,7 +157,7 @@ class INT4Linear(_Rows):
 
     def pack(self, quantized: Quantized) -> None:
         device = quantized.codes.device
-        weight = pack4_cpu(quantized) if device.type == "cpu" and self.dtype == torch.bfloat16 and self.out_features % 16 == 0 else pack4(quantized)
+        weight = pack4_cpu(quantized) if device.type == "cpu" and self.dtype == torch.bfloat16 else pack4(quantized)
         self._form = type(weight)
         x, x_scale = self._inputs(quantized)
         kernel = W4A16_MATMUL if x_scale is None else W4A8_MATMUL

@@ -32,7 +32,7 @@ def _columns(pairs, BW: tl.constexpr):
 
 @triton.jit
 def _step(w, b0, b1, low, high, c0, c1, c2, c3, mask, HALF: tl.constexpr, PTX: tl.constexpr, BW: tl.constexpr):
-    """Adds 16 inputs: registers of a thread as mma.sync names them; `low` and `high` are taken from the codes of its two outputs."""
+    """Adds 16 inputs: registers of a thread as mma.sync names them; `low` and `high` are added to what the codes of its two outputs read as."""
     if not PTX:
         c0, c1, c2, c3 = _plain_step(w, b0, b1, low, high, c0, c1, c2, c3, HALF, BW)
     elif HALF == "bf16":
@@ -211,7 +211,7 @@ def _kernel(
 
 @triton.jit
 def _taken(z, HALF: tl.constexpr):
-    """`low` and `high` with the zero points of a thread's two outputs."""
+    """`low` and `high` of a step, from the zero points of a thread's two outputs."""
     z0, z1 = tl.split(z.to(tl.float32))
     return _twice(z0, HALF), _twice(z1, HALF)
 
