@@ -1,7 +1,7 @@
 """Packed linears on a GPU, alone and in a model shaped as Llama-3.1-8B, beside BF16.
 
     python benchmarks/packed_gpu.py --out benchmarks/results/packed_gpu.json
-    python benchmarks/packed_gpu.py --parts tune       # prints the best tiles, for the tables in kernels/triton
+    python benchmarks/packed_gpu.py --parts tune       # prints the best tiles and warps, for kernels/triton
 
 Weights are random. Every linear is compared with its reference before it is timed. Linears are timed in a CUDA graph
 over copies that together exceed the L2 cache; a prefill is one forward of transformers' model, a decoding step one
@@ -348,7 +348,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--schemes", default="bf16,fp8 rows,fp8 blocks,int8,w4a16 g128", help="of the whole model; BF16 first")
-    parser.add_argument("--quick", action="store_true", help="4 layers, fewer tiles")
+    parser.add_argument("--quick", action="store_true", help="4 layers, fewer repeats")
     given = parser.parse_args()
     torch.manual_seed(0)
     document: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "block_scaled_mm": block_scaled_mm(), "quick": given.quick}

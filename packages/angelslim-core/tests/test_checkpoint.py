@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from angelslim_core.errors import ModelError, ResourceError
-from angelslim_core.io.checkpoint import Checkpoint, TensorSpec, read_header
+from angelslim_core.io.checkpoint import Checkpoint, TensorSpec, read_bytes, read_header
 from angelslim_core.io.strict_json import parse_object
 from angelslim_core.io.writer import ShardWriter, shard_name, split_shards
 from angelslim_core.testing.models import split_shards as split_files
@@ -89,6 +89,18 @@ def test_file_that_shrinks_after_the_check(tiny_copy):
     last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
     with pytest.raises(ModelError, match="changed"):
         checkpoint.read(last.name)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 31, 32, 33, 1000])
+def test_tensors_are_read_in_parts(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("angelslim_core.io.checkpoint.PART", 8)
+    monkeypatch.setattr("angelslim_core.io.checkpoint._CALL", 5)
+    path = tmp_path / "data"
+    path.write_bytes(bytes(i % 251 for i in range(size + 3)))
+    assert bytes(read_bytes(path, 3, size).tolist()) == path.read_bytes()[3:]
+    for beyond in (1, 600):  # ends in one part, in several
+        with pytest.raises(ModelError, match="changed while it was read"):
+            read_bytes(path, 3, size + beyond)
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "a.bin", ".a.safetensors"])

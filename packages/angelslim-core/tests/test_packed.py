@@ -151,6 +151,21 @@ def test_an_output_changed_in_place_is_not_answered_again():
     torch.testing.assert_close(found[1], wanted(x)[0])
 
 
+@pytest.mark.parametrize("between", [lambda x: x, torch.clone])
+def test_another_thread_may_end_the_layer_meanwhile(between):
+    class Ended(dict):
+        def get(self, key):
+            found = super().get(key)
+            self.clear()
+            return found
+
+    layer, joined, wanted = layer_of(6, 4)
+    joined.shared._outputs = Ended()
+    x = torch.randn(5, WIDTH)
+    for a, b in zip(layer(x, between), wanted(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_does_not_fit_is_left_as_it_is():
     assert join([plain(6)]) is None
     for others in ([plain(5), plain(4)], [plain(6), plain(4, bias=False)], [plain(6, offset=1.0), plain(4, offset=2.0)], [plain(6, offset=1.0), plain(4)]):
@@ -175,8 +190,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act = plain(width, bias=False), plain(width, bias=False), nn.Identity(), act
 
-    def forward(self, x):
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, states):
+        return self.down_proj(self.act(self.gate_proj(states)) * self.up_proj(states))
 
 
 class Gelu(MLP):
@@ -220,8 +235,13 @@ class Chosen(MLP):
         return super().forward(x)
 
 
+class Flat(MLP):
+    def forward(self, x):
+        return super().forward(x.view(-1, WIDTH)).view(x.shape)
+
+
 NAMES = Names("gate_proj", "up_proj", "down_proj")
-NOT_GATED = [MLP(nn.GELU()), MLP(nn.functional.relu), Clamped(), Widened(), Swapped(), Doubled(), After(), Scaled(), Chosen()]
+NOT_GATED = [MLP(nn.GELU()), MLP(nn.functional.relu), Clamped(), Widened(), Swapped(), Doubled(), After(), Scaled(), Chosen(), Flat()]
 
 
 def test_gated_mlps_are_known_by_what_they_compute():
@@ -255,8 +275,9 @@ def test_a_gated_mlp_makes_two_products():
     Plain.products.clear()
     for each in (mlp, copy.deepcopy(mlp)):
         torch.testing.assert_close(each(x), wanted)
+        torch.testing.assert_close(each(states=x), wanted)
         assert each(x[:0]).shape == (0, 3, 5) and each.forward.mlp is each
-    assert Plain.products == [12, 5] * 2
+    assert Plain.products == [12, 5] * 4
     with torch.inference_mode():
         torch.testing.assert_close(mlp(torch.ones(2, WIDTH)), twin(torch.ones(2, WIDTH)))
     with pytest.raises(EngineError, match="no gradients"):

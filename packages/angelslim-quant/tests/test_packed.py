@@ -14,6 +14,7 @@ from angelslim_core.packed import ACTIVATIONS, PackedLinear, SharedInput
 from angelslim_core.plugins import PluginHost
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.kernels import scaled_matmul as scaled
+from angelslim_quant.kernels.available import int4_mma
 from angelslim_quant.kernels.gated_rows import GATED_ROWS
 from angelslim_quant.kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu, unpack4
 from angelslim_quant.kernels.quantize_rows import QUANTIZE_ROWS
@@ -85,22 +86,26 @@ def test_gated_rows_are_those_of_the_modules(grid, rows, width, activation):
     assert float(differ.float().mean()) < 0.02 and float(steps.max()) <= 1.0
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
-@pytest.mark.parametrize(("group", "symmetric", "quantizes"), [(128, True, False), (32, False, False), (64, False, True)])
+# rows, group, groups (chunks of 64 inputs: 6, 2 with half of one filled up, 3, 4, 1, 5), whether there are zero points, whether inputs are FP8
+INT4 = [(1, 128, 3, False, False), (17, 32, 3, True, False), (3, 64, 3, True, True), (9, 256, 1, True, False), (8, 32, 1, True, True), (1, 32, 10, True, False)]
+
+
+@pytest.mark.parametrize(("rows", "group", "groups", "zeros", "quantizes"), INT4)
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_int4_triton_is_the_reference(rows, group, symmetric, quantizes, half):
+def test_int4_triton_is_the_reference(rows, group, groups, zeros, quantizes, half):
     pytest.importorskip("triton")
     from angelslim_quant.kernels.triton.int4_matmul import matmul, widen
 
-    weight = pack4(int4(48, 3 * group, group, symmetric, half))
-    x, bias = torch.randn(rows, 3 * group).to(half), torch.randn(48).to(half)
+    inputs = groups * group
+    weight = pack4(int4(48, inputs, group, not zeros, half))
+    x, bias = torch.randn(rows, inputs).to(half), torch.randn(48).to(half)
     scale = torch.rand(rows, 1) if quantizes else None
     if quantizes:
         x = x.to(torch.float8_e4m3fn)
     kernel = W4A8_MATMUL if quantizes else W4A16_MATMUL
     wanted = kernel.reference(x, weight, bias, scale, dtype=half)
     moved = type(weight)(*(t if t is None else t.to(DEVICE) for t in weight))
-    filled = torch.nn.functional.pad(x.float(), (0, -3 * group % 64)).to(x.dtype)
+    filled = torch.nn.functional.pad(x.float(), (0, -inputs % 64)).to(x.dtype)
     given = (filled.to(DEVICE), moved, bias.to(DEVICE), None if scale is None else scale.to(DEVICE), half)
     step = 4e-3 if DEVICE == "cuda" else 1e-2  # Triton's interpreter cuts numbers off when it makes them BF16
     for warps in (1, 2):
@@ -111,6 +116,24 @@ def test_int4_triton_is_the_reference(rows, group, symmetric, quantizes, half):
         close(widen(moved, half), unpack4(weight, half), step)
     assert kernel.choose(x, weight, bias, scale, dtype=half).name == "torch"
     close(kernel(x, weight, bias, scale, dtype=half), wanted, 4e-3)
+
+
+def test_int4_takes_a_row_out_of_an_odd_one():
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.int4_matmul import matmul
+
+    weight, x = pack4(int4(16, 128, 64, True, torch.float16)), torch.randn(1, 199).half()
+    moved = type(weight)(*(t if t is None else t.to(DEVICE) for t in weight))
+    for start in (1, 2):
+        row = x.to(DEVICE)[:, start : start + 128]
+        close(matmul(row, moved, None, None, torch.float16, ptx=False), W4A16_MATMUL.reference(x[:, start : start + 128], weight, dtype=torch.float16), 4e-3)
+
+
+def test_int4_does_not_try_ptx_where_cuda_means_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    assert int4_mma.__wrapped__()[0] is False
 
 
 def test_int4_words_are_the_weight():
@@ -204,6 +227,16 @@ def test_a_linear_runs_its_codes_and_nothing_else():
         torch.testing.assert_close(packed(x), wanted, rtol=1e-5, atol=1e-4)
         assert packed(x[:0]).shape == (0, 3, 24)
     assert packed.packed_bytes() == 24 * 32 + 24 * 4 + 24 * 4 and "INT8 on" in repr(packed)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 and fp8"])
+def test_inputs_lie_in_memory_as_they_like(kind):
+    grid, inputs = (Grid(8, "int", "channel"), TOKEN_INT8) if kind == "int8" else (Grid(4, "int", "group", 32), TOKEN_FP8 if "fp8" in kind else None)
+    codes, groups = torch.randint(-8, 8, (32, 64), dtype=torch.int8), 2 if grid.strategy == "group" else 1
+    packed = (INT8Linear if kind == "int8" else INT4Linear)(Quantized(Scheme("", grid, inputs), codes, torch.rand(32, groups)), None, torch.bfloat16)
+    with torch.no_grad():
+        for x in (torch.randn(5, 99).bfloat16()[:, 1:65], torch.randn(64, 5).bfloat16().T, torch.randn(1, 64, 5).bfloat16().transpose(1, 2)):
+            assert packed(x).equal(packed(x.clone(memory_format=torch.contiguous_format)))
 
 
 def test_gradients_casts_and_saving_are_refused():

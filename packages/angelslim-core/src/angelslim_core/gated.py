@@ -26,7 +26,8 @@ class Gated:
     def __init__(self, mlp: nn.Module, names: Names, activation: str) -> None:
         self.mlp, self.names, self.activation = mlp, names, activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *given: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*given, *named.values())  # the one argument of the MLP's own, by whatever name
         mlp = self.mlp
         gate, up, down = (getattr(mlp, n) for n in self.names)
         joined = gate.joined if isinstance(gate, PackedLinear) else None
@@ -61,14 +62,17 @@ def activation_of(mlp: nn.Module, names: Names, width: int, dtype: torch.dtype) 
         return None
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(2, 1, 2, width, generator=generator) * torch.logspace(-2, 2, width)
+    hidden = getattr(mlp, names.gate).in_features  # not just any: some change shapes by it
+    ends = torch.randn(2, 1, 2, hidden, generator=generator)
     found = set(ACTIVATIONS)
     for kind in (torch.float32, dtype):
-        gate, up = spread.to(kind)
-        x = torch.zeros(1, 2, 1, dtype=kind)
+        (gate, up), (x, end) = spread.to(kind), ends.to(kind)
+        down = _Last(end)
         stand = copy.copy(mlp)
-        stand._modules = {**mlp._modules, names.gate: _Answer(x, gate), names.up: _Answer(x, up), names.down: nn.Identity()}
+        stand._modules = {**mlp._modules, names.gate: _Answer(x, gate), names.up: _Answer(x, up), names.down: down}
         y = type(mlp).forward(stand, x)
-        found = {n for n in found if isinstance(y, Tensor) and y.dtype == kind and y.equal(ACTIVATIONS[n](gate) * up)}
+        same = isinstance(y, Tensor) and y.dtype == down.read.dtype == kind and y.equal(end)
+        found = {n for n in found if same and down.read.equal(ACTIVATIONS[n](gate) * up)}
     return next(iter(found), None)
 
 
@@ -81,6 +85,18 @@ class _Answer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.y if x is self.x else torch.full_like(self.y, torch.nan)
+
+
+class _Last(nn.Module):
+    """A linear that keeps what it read."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y, self.read = y, y.new_empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.read = x
+        return self.y
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -217,14 +217,14 @@ class SharedInput:
         if last is None or last[0]() is not x or last[1] != x._version or member not in last[3]:
             if last is not None:  # members that read different inputs had better run alone
                 joined.shared = None
-                del self._outputs[joined]
+                self._outputs.pop(joined, None)  # another thread may have ended the layer
                 return None
             last = (weakref.ref(x), x._version, joined.multiply(self(x, joined.prepares, joined.prepare)), [*joined.members])
             self._outputs[joined] = last
         waiting = last[3]
         waiting.remove(member)
         if not waiting:
-            del self._outputs[joined]
+            self._outputs.pop(joined, None)
         return last[2].narrow(1, member.start, member.out_features)
 
     def _keeps(self, x: Tensor) -> bool:

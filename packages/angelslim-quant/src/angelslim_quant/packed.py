@@ -47,7 +47,7 @@ class _Rows(PackedLinear):
         return found
 
     def prepare(self, x: Tensor) -> Any:
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(-1, self.in_features).contiguous()  # torch's kernels on CPUs take no others
         return (rows, None) if self.inputs is None else self._quantize(rows, self.inputs, self.input_scale)
 
     def prepare_gated(self, x_N2I: Tensor, activation: str) -> Any:
@@ -157,7 +157,7 @@ class INT4Linear(_Rows):
 
     def pack(self, quantized: Quantized) -> None:
         device = quantized.codes.device
-        weight = pack4_cpu(quantized) if device.type == "cpu" and self.dtype == torch.bfloat16 and self.out_features % 16 == 0 else pack4(quantized)
+        weight = pack4_cpu(quantized) if device.type == "cpu" and self.dtype == torch.bfloat16 else pack4(quantized)
         self._form = type(weight)
         x, x_scale = self._inputs(quantized)
         kernel = W4A16_MATMUL if x_scale is None else W4A8_MATMUL

@@ -33,8 +33,10 @@ DTYPES: dict[str, tuple[int, str]] = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 MAX_HEADER = 100 << 20
 MAX_RANK = 16
-# large tensors are read in so many parts at a time, none below so many bytes: one reader is slower than most disks
+# a tensor is read by so many readers at a time, each a part of so many bytes at least, as one reader is slower than most disks
 READERS, PART = 4, 32 << 20
+# bytes that one call reads at most: some systems refuse what exceeds an int32
+_CALL = 1 << 30
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "*processor_config.json",
               "preprocessor_config.json", "chat_template.json", "generation_config.json", "*.tiktoken", "spiece.model", "LICENSE*", "NOTICE*")  # fmt: skip
@@ -163,22 +165,26 @@ def page_locked() -> Iterator[None]:
 
 
 def read_bytes(file: Path, offset: int, nbytes: int) -> torch.Tensor:
-    """`nbytes` of a file as a uint8 tensor."""
+    """`nbytes` of a file as a uint8 tensor.
+
+    Raises:
+        ModelError: the file ends before.
+    """
     import torch
 
     buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=_locked.get())
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    step = max(PART, -(-nbytes // READERS))
     descriptor = os.open(file, os.O_RDONLY)
 
     def fill(start: int) -> None:
         stop = min(nbytes, start + step)
         while start < stop:
-            got = os.preadv(descriptor, [view[start:stop]], offset + start)
+            got = os.preadv(descriptor, [view[start : min(stop, start + _CALL)]], offset + start)
             if got == 0:
                 raise ModelError(11, file.name, "ended before its header's last tensor: it changed while it was read")
             start += got
 
-    step = max(PART, -(-nbytes // READERS))
     try:
         if nbytes <= step:
             fill(0)

@@ -47,7 +47,7 @@ def int4_mma() -> tuple[bool, str]:
     ok, why = triton_runs()
     if not ok:
         return ok, why
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+    if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):  # ROCm's GPUs are "cuda" too
         return False, "no GPU with mma.sync for BF16 (compute capability 8.0 or above)"
     from .int4_matmul import Packed4
     from .triton.int4_matmul import WARPS, matmul

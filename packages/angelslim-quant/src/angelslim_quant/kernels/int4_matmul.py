@@ -1,6 +1,6 @@
 """Products with INT4 weights in groups, weights read packed: y = x W^T + bias, x in 16 bits or in FP8 with a scale per row.
 
-Shapes: N rows, O out features, I in features, G groups, W = I / 8 words.
+Shapes: N rows, O out features, I in features, G groups.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from angelslim_core.schemes import Quantized, scale_values
 
 from .available import int4_mma, triton_runs
 
-# group sizes whose words fit the tiles of the kernels
+# a group is half a chunk, or some chunks
 GROUPS = (32, 64, 128, 256)
 # outputs and inputs of a warp's words
 TILE, CHUNK = 16, 64

@@ -32,7 +32,7 @@ def _columns(pairs, BW: tl.constexpr):
 
 @triton.jit
 def _step(w, b0, b1, low, high, c0, c1, c2, c3, mask, HALF: tl.constexpr, PTX: tl.constexpr, BW: tl.constexpr):
-    """Adds 16 inputs: registers of a thread as mma.sync names them; `low` and `high` are taken from the codes of its two outputs."""
+    """Adds 16 inputs: registers of a thread as mma.sync names them; `low` and `high` are added to what the codes of its two outputs read as."""
     if not PTX:
         c0, c1, c2, c3 = _plain_step(w, b0, b1, low, high, c0, c1, c2, c3, HALF, BW)
     elif HALF == "bf16":
@@ -211,7 +211,7 @@ def _kernel(
 
 @triton.jit
 def _taken(z, HALF: tl.constexpr):
-    """`low` and `high` with the zero points of a thread's two outputs."""
+    """`low` and `high` of a step, from the zero points of a thread's two outputs."""
     z0, z1 = tl.split(z.to(tl.float32))
     return _twice(z0, HALF), _twice(z1, HALF)
 
@@ -290,8 +290,10 @@ def matmul(
     if warps is None:
         warps = 8 if rows > FEW_ROWS else 16 if chunks * 64 > LONG else 4 if outputs >= MANY else 8
     y = torch.empty(rows, outputs, dtype=dtype, device=x_NI.device)
+    x = x_NI.to(dtype).reshape(-1)
+    x = x.clone() if x.storage_offset() % 2 else x  # two numbers are read at a time
     _kernel[(words.shape[0], triton.cdiv(rows, 8))](
-        x_NI.to(dtype).contiguous().view(torch.int32), words, scale, scale if zero is None else zero, scale if x_scale is None else x_scale,
+        x.view(torch.int32), words, scale, scale if zero is None else zero, scale if x_scale is None else x_scale,
         scale if bias is None else bias, y, rows, outputs, chunks, groups, 0x000F000F,
         ZERO=zero is not None, SCALED=x_scale is not None, BIAS=bias is not None, EVEN=chunks % warps == 0, GROUP=weight.group_size,
         HALF="bf16" if dtype == torch.bfloat16 else "fp16", PTX=ptx, WARPS=warps, num_warps=warps,

@@ -9,8 +9,6 @@ from angelslim_core.schemes import Grid
 
 # x + MAGIC - MAGIC rounds fp32 to the nearest whole number, ties to even, for |x| < 2^22
 MAGIC = tl.constexpr(12582912.0)
-# largest row that fits into the registers of a program
-WIDEST = 32768
 # columns of a program that need not know a whole row
 PART = 2048
 
