@@ -392,7 +392,8 @@ def test_weight_files_are_flushed_in_between(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(ShardWriter, "flush", lambda self: flushed.append(os.fdatasync(self._descriptor)))
     run(tiny(), tmp_path / "flushed", "quant.int8_dynamic")
     assert flushed and (tmp_path / "plain/model.safetensors").read_bytes() == (tmp_path / "flushed/model.safetensors").read_bytes()
-    monkeypatch.setattr(ShardWriter, "flush", lambda self: disk_full(self))
+    fails = iter([True])  # the first only
+    monkeypatch.setattr(ShardWriter, "flush", lambda self: next(fails, False) and disk_full(self))
     with pytest.raises(ResourceError, match="cannot be written"):
         run(tiny(), tmp_path / "full", "quant.int8_dynamic")
     assert not (tmp_path / "full").exists()

@@ -231,6 +231,8 @@ class _Behind:
             shard.writer.write(name, self._worker.to_host(tensor, computed))
             shard.unflushed += tensor.nbytes
         if shard.unflushed >= FLUSHED and (shard.flushed is None or shard.flushed.done()):
+            if shard.flushed:  # the system says only once what failed
+                shard.flushed.result()
             shard.unflushed, shard.flushed = 0, self._flushing.submit(shard.writer.flush)
 
     def _finish(self, shard: _Shard, notes: Mapping[str, Any]) -> None:
