@@ -177,19 +177,19 @@ def skipped_by_hand(q, k, index, below):
 
 
 def test_blocks_far_below_the_maximum_are_skipped(executor):
-    q, k, v = qkv(96, heads=2, kv_heads=1, dim=32)
+    q, k, v = qkv(90, heads=2, kv_heads=1, dim=32)
     q *= 3
     k[:, :, 16:64] *= 0.2
     index = select(q, k, v, make_policy("cosa", p=1.0, delta=12.0), block=16)
     assert index.order == "priority" and index.density() == 1
-    gone = skipped_by_hand(q, k, index, math.log(12 / 96))
+    gone = skipped_by_hand(q, k, index, math.log(12 / 90))
     assert 5 < int(gone.sum()) < len(index.col) - 12
-    keep = tokens_of(index, 2) & ~gone.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    keep = tokens_of(index, 2) & ~gone.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :90, :90]
     wanted, wanted_lse = brute(q, k, v, keep)
     out, lse = sparse_attention(q, k, v, index, executor, return_lse=True)
     assert error(out, wanted) < 1e-6 and torch.allclose(lse.double(), wanted_lse, atol=1e-5)
     dense = brute(q, k, v, tokens_of(index, 2))[0]
-    for delta in (-1.0, 96.0):  # a bound of 0 and above would skip everything
+    for delta in (-1.0, 90.0):  # a bound of 0 and above would skip everything
         assert error(sparse_attention(q, k, v, replace(index, delta=(delta,)), executor), dense) < 1e-6
 
 

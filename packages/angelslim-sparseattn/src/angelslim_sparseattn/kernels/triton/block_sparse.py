@@ -131,15 +131,16 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: floa
     tokens = (index.row_ptr, index.col) if index.tokens is None else index.tokens
     wide_d, wide_v = (max(16, triton.next_power_of_2(n)) for n in (width, v_width))
     # the queries and two tiles of keys and values lie in shared memory
-    memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else HOPPER_SHARED_BYTES
+    memory = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"] if q.is_cuda else HOPPER_SHARED_BYTES
     keys = (memory - 4096 - index.block_m * wide_d * q.element_size()) // (2 * (wide_d + wide_v) * q.element_size())
     tile = min(index.block_n, triton.next_power_of_2(keys + 1) // 2)
-    _kernel[(len(launch),)](
-        q, k, v, out, lse, launch, index.row_ptr, index.col, *tokens, *lengths, limits, scale / math.log(2), heads, queries, index.shape[2], width, v_width,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        GROUP=heads // k.shape[1], LISTS_SHARE=share, OWN_FIRST=index.order == "priority", SKIP=skip is not None, TOKENS=index.tokens is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        BM=index.block_m, BN=index.block_n, TN=tile, BD=wide_d, BV=wide_v, FULL_D=wide_d == width, FULL_V=wide_v == v_width,
-        num_warps=8 if index.block_m == 128 else 4, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
+        _kernel[(len(launch),)](
+            q, k, v, out, lse, launch, index.row_ptr, index.col, *tokens, *lengths, limits, scale / math.log(2), heads, queries, index.shape[2], width, v_width,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            GROUP=heads // k.shape[1], LISTS_SHARE=share, OWN_FIRST=index.order == "priority", SKIP=skip is not None, TOKENS=index.tokens is not None,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            BM=index.block_m, BN=index.block_n, TN=tile, BD=wide_d, BV=wide_v, FULL_D=wide_d == width, FULL_V=wide_v == v_width,
+            num_warps=8 if index.block_m == 128 else 4, num_stages=2,
+        )  # fmt: skip
     return out, lse
