@@ -1,3 +1,19 @@
-"""The plugin of sparse attention. It registers nothing yet, and naming it where it would have to do something is an error."""
+"""What this package brings; nothing heavy is imported before it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from angelslim_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from angelslim_core.kernels import Kernel
 
 ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_register_kernels() -> list[Kernel]:
+    from .kernels.block_sparse import BLOCK_SPARSE
+
+    return [BLOCK_SPARSE]

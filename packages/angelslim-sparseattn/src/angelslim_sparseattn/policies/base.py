@@ -1,0 +1,29 @@
+"""What every policy is: options, and a rule from queries, keys and values to kept blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pydantic import Field
+
+from angelslim_core.passes import PassConfig
+
+from ..prefill import Kept, Prefill
+
+
+class Policy(PassConfig, ABC):
+    """Options that all share.
+
+    Attributes:
+        looks_ahead: whether tokens of later blocks can change what earlier query blocks keep.
+    """
+
+    looks_ahead: ClassVar[bool]
+
+    min_len: int = Field(8192, ge=0, description="sequences with fewer keys attend to everything")
+    dense_layers: tuple[int, ...] = Field((0, 1), description="layers that attend to everything")
+
+    @abstractmethod
+    def keep(self, s: Prefill) -> Kept:
+        """What one sequence keeps, whatever its length."""

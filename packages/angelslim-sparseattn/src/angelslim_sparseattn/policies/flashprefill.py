@@ -1,0 +1,30 @@
+"""FlashPrefill: blocks whose mean key scores within a factor of the row's best."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from ..estimators import mean_key_mass
+from ..patterns import causal, last_rows, local, sink
+from ..prefill import Kept, Prefill
+from ..selectors import at_least
+from .base import Policy
+
+
+class FlashPrefill(Policy):
+    """First, near and last blocks, and those with at least alpha times the row's highest mass."""
+
+    looks_ahead: ClassVar[bool] = False  # but for the last rows
+
+    alpha: float = Field(0.2, le=1, description="share of the highest mass; 0 and below: everything is kept")
+    n_init: int = Field(256, ge=0, description="first tokens")
+    n_local: int = Field(512, ge=0, description="tokens up to a query's block")
+    n_last: int = Field(256, ge=0, description="last queries that attend to everything")
+
+    def keep(self, s: Prefill) -> Kept:
+        if self.alpha <= 0:
+            return Kept(causal(s))
+        mass = mean_key_mass(s)
+        return Kept(at_least(mass, self.alpha, mass > 0) | sink(s, self.n_init) | local(s, self.n_local) | last_rows(s, self.n_last))

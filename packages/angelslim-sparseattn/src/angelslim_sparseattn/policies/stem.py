@@ -1,0 +1,70 @@
+"""Stem: top blocks by antidiagonal scores and the size of values, fewer for later rows.
+
+Source: arXiv:2603.06274.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from .. import budgets
+from ..estimators import antidiagonal_mean, value_bias
+from ..patterns import causal, local, own, sink
+from ..prefill import Kept, Prefill
+from ..selectors import top_k
+from .base import Policy
+from .strided import Stride
+
+# blocks that the paper's schedule keeps at least, first and near ones counted
+PAPER_FLOOR = 54
+
+
+class Stem(Policy):
+    """First and near blocks, and beside them the top K of each row.
+
+    With `rate` K is ceil(rate * P) + bias, P the prompt's blocks; without it K falls by the schedule's own numbers, which keep
+    prompts below 56 blocks dense.
+    """
+
+    looks_ahead: ClassVar[bool] = True  # the values' mean, and K, which follows from the prompt's length
+
+    rate: float | None = Field(None, gt=0, le=1, description="selected blocks a row as a share of the prompt's; none: the schedule's")
+    bias: int = Field(0, ge=0, description="selected blocks a row beside `rate`")
+    alpha: float | None = Field(None, gt=0, le=1, description="K of the last row over K at the start; none: 0.7, and 1 with `rate`")
+    schedule: Literal["code", "paper"] = Field("code", description="where K begins to fall: at row K, as the authors' code, or at row 0")
+    cap: int | None = Field(None, ge=1, description="most selected blocks a row")
+    lam: float = Field(0.2, ge=0, description="weight of the values' term")
+    value_term: Literal["znorm", "log"] = Field("znorm", description="the values' term: z-scores of log norms, or log norms")
+    stride: Stride = 16
+    n_init: int = Field(512, ge=0, description="first tokens, beside the selected blocks")
+    n_local: int = Field(512, ge=0, description="tokens up to a query's block, beside the selected blocks")
+
+    @model_validator(mode="after")
+    def _bias_needs_rate(self) -> Stem:
+        if self.bias and self.rate is None:
+            raise ValueError("bias adds to rate, which is not set")
+        return self
+
+    def budget(self, s: Prefill) -> Tensor:
+        """K [Pq]."""
+        p, blocks = s.own_ends[1], -(-s.prompt_len // s.block)
+        alpha = self.alpha if self.alpha is not None else 1.0 if self.rate is not None else 0.7
+        start = None if self.rate is None else budgets.share(self.rate, blocks) + self.bias
+        if self.schedule == "code":
+            found = budgets.decayed(p, blocks, budgets.code_start(blocks) if start is None else start, alpha)
+        elif start is not None:
+            found = budgets.paper(p, blocks, start, alpha)
+        else:
+            forced = -(-self.n_init // s.block) + -(-self.n_local // s.block)
+            found = budgets.paper(p, blocks, budgets.paper_start(blocks, s.prompt_len), alpha).clamp(min=max(1, PAPER_FLOOR - forced))
+        return found if self.cap is None else found.clamp(max=self.cap)
+
+    def keep(self, s: Prefill) -> Kept:
+        score = antidiagonal_mean(s, self.stride)
+        if self.lam:
+            score += self.lam * value_bias(s, self.stride, self.value_term).repeat_interleave(s.groups, 0)[:, None]
+        forced = sink(s, self.n_init) | local(s, self.n_local) | own(s)
+        return Kept(forced | top_k(score, self.budget(s)[:, None], causal(s) & ~forced))
