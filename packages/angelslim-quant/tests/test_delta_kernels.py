@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from angelslim_core.schemes import Grid
 from angelslim_quant.kernels import delta_sums
@@ -199,3 +200,35 @@ def test_a_whole_search(name, search, monkeypatch):
     ours, theirs = found.totals, wanted.totals
     assert ours.absmax == pytest.approx(theirs.absmax, rel=2e-3) and ours.chosen == pytest.approx(theirs.chosen, rel=2e-2)
     assert ours.counts == pytest.approx(theirs.counts, rel=2e-2) and ours.learned == pytest.approx(theirs.learned)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be asked for: operations that are no views and only allocate nothing, and kernels as one each."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.inside = 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not self.inside and not func.is_view and not func.__name__.startswith(("empty", "new_empty", "detach", "_unsafe_view", "_local_scalar"))
+        return func(*args, **(kwargs or {}))
+
+    def kernel(self, kernel, *arguments):
+        self.count, self.inside = self.count + 1, True
+        found = kernel(*arguments)
+        self.inside = False
+        return found
+
+
+@pytest.mark.parametrize(
+    ("search", "most"), [(delta.Search("joint"), 15), (delta.Search("joint", dense=True), 11), (delta.Search("mse", max_projection=1.5), 38)]
+)
+def test_a_search_is_few_launches(search, most, monkeypatch):
+    weight, base = torch.randn(256, 256).bfloat16(), torch.randn(256, 256).bfloat16()
+    delta.quantize(weight, base, GRIDS["block"], search)  # what is made once
+    launches = Launches()
+    for kernel in ("DELTA_SUMS", "DELTA_CODES", "DELTA_SCALES", "DELTA_CHOICE", "DELTA_TOTALS"):
+        monkeypatch.setattr(delta, kernel, partial(launches.kernel, getattr(delta, kernel)))
+    with launches:
+        delta.quantize(weight, base, GRIDS["block"], search)
+    assert launches.count <= most

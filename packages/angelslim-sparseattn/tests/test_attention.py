@@ -1,9 +1,11 @@
 """Attention over kept blocks: the reference and Triton's kernel (interpreted where there is no GPU) against brute force in fp64."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +290,10 @@ def test_bad_arguments_are_errors():
 def test_importing_the_package_imports_no_torch():
     code = "import sys, angelslim_sparseattn, angelslim_sparseattn.plugin; assert 'torch' not in sys.modules and 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    assert 0 < float(capsys.readouterr().out) <= 1 and names["out"].shape == names["q"].shape and names["lse"].isfinite().all()

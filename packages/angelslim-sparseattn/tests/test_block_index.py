@@ -106,3 +106,9 @@ GAP = without(GOOD, 0, 0, 4, 1)
 def test_unsound_indices_are_refused(what, make):
     with pytest.raises(AngelslimError, match=what if what != "kept by" else "row keeps"):
         make()
+
+
+def test_ranks_that_are_given_stay_as_they_are():
+    cells, rank = torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), torch.arange(4.0).view(1, 1, 2, 2)
+    BlockIndex.from_bool(cells, (256,), (256,), rank=rank)
+    assert rank.equal(torch.arange(4.0).view(1, 1, 2, 2))

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from .errors import EngineError, UsageError
+
+
+@cache
+def triton_runs() -> tuple[bool, str]:
+    """Whether Triton is installed, as `Implementation.available` asks."""
+    ok = importlib.util.find_spec("triton") is not None
+    return ok, "" if ok else "triton is not installed"
 
 
 @dataclass(frozen=True)

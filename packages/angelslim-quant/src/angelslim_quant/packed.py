@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from angelslim_core.kernels import triton_runs
 from angelslim_core.packed import PackedLinear
 from angelslim_core.products import slow_on_cpu
 from angelslim_core.schemes import Grid, Quantized, Scheme, scale_values
 
-from .kernels.available import fp8_tensor_cores, triton_runs
+from .kernels.available import fp8_tensor_cores
 from .kernels.gated_rows import GATED_ROWS
 from .kernels.int4_matmul import GROUPS, TILE, W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu
 from .kernels.quantize_rows import QUANTIZE_ROWS

@@ -89,7 +89,7 @@ class BlockIndex:
         if rank is None:
             col = cells.nonzero()[:, -1]
         else:
-            rank = rank.float()
+            rank = rank.to(torch.float32, copy=True)
             for b, lengths in enumerate(zip(q_len, kv_len, strict=True)):
                 first, last = own_blocks(*lengths, block_m, block_n, cells.device)
                 j = torch.arange(cells.shape[-1], device=cells.device)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 
 import torch
 
-
-@cache
-def triton_runs() -> tuple[bool, str]:
-    """Whether Triton is installed."""
-    ok = importlib.util.find_spec("triton") is not None
-    return ok, "" if ok else "triton is not installed"
+from angelslim_core.kernels import triton_runs
 
 
 @cache

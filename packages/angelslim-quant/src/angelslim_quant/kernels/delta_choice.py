@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.rounding import E2M1_MAX, cast_e4m3
 from angelslim_core.schemes import Grid
 
 from . import quantize_fp8, quantize_groups
-from .available import triton_runs
 from .delta_sums import Scales, Sums
 
 Metric = Literal["sign", "cosine", "mse", "joint"]

@@ -12,11 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.rounding import cast_e4m3, e2m1_codes, round_e2m1, round_e4m3
 from angelslim_core.schemes import Grid
-
-from .available import triton_runs
 
 Elements = Literal["e4m3", "e2m1", "int"]
 # values of a tile's chunk that are worked on at once: a few fp32 copies stay in the processor's cache

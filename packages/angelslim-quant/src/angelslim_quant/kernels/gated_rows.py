@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.packed import ACTIVATIONS
 from angelslim_core.schemes import Grid
 
 from . import quantize_rows
-from .available import triton_runs
 
 
 def reference(x_N2F: Tensor, activation: str, grid: Grid | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

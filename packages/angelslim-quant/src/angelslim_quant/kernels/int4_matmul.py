@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.schemes import Quantized, scale_values
 
-from .available import int4_mma, triton_runs
+from .available import int4_mma
 
 # a group is half a chunk, or some chunks
 GROUPS = (32, 64, 128, 256)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.rounding import E4M3_MAX, cast_e4m3
 from angelslim_core.schemes import Grid, against, pieces
 
 from .amax import amax_of
-from .available import triton_runs
 
 
 def scale_of(amax: Tensor, grid: Grid) -> Tensor:

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from angelslim_core.io.checkpoint import torch_dtype
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.schemes import Grid, against, pieces
 
 from .amax import grouped
-from .available import triton_runs
 
 # weights under one scale that a GPU program holds in registers
 LARGEST_GROUP = 1 << 14

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.rounding import E4M3_MAX, cast_e4m3
 from angelslim_core.schemes import Grid
-
-from .available import triton_runs
 
 
 def reference(x_NI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.rounding import cast_e4m3, round_e2m1
-
-from .available import triton_runs
 
 # floats: the element value nearest to each
 ELEMENTS = {"e2m1": round_e2m1, "e4m3": lambda x: cast_e4m3(x).float()}

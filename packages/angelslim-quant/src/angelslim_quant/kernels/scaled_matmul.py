@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
-from .available import block_scaled_mm, fp8_tensor_cores, triton_runs
+from .available import block_scaled_mm, fp8_tensor_cores
 
 BLOCK = 128
 # sums of row-wise FP8 stay in the tensor cores; promoting them to fp32 on the way is more exact and slower

@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from angelslim_core.rounding import E2M1_MAX, E4M3_MAX, cast_e4m3, e2m1_codes, e8m0_codes, round_e2m1
 from angelslim_core.schemes import Grid, pieces, scale_values
 
 from .amax import amax_of, grouped
-from .available import triton_runs
 
 # positive finite E4M3 bytes: 2^-9 to 448; powers of two of E8M0 that are normal fp32 numbers
 E4M3_BYTES, E8M0_CODES = (0x01, 0x7E), (1, 254)

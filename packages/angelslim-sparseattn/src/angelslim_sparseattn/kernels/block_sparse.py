@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
 from ..block_index import BlockIndex
-from .available import triton_interprets, triton_runs
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
@@ -76,6 +75,13 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) ->
     from .triton.block_sparse import block_sparse
 
     return block_sparse(q, k, v, index, scale)
+
+
+def triton_interprets() -> bool:
+    """Whether kernels run on the CPU, in Triton's interpreter."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def _on_cpu(q: Tensor, *_: object) -> tuple[bool, str]:

@@ -30,29 +30,36 @@ def _columns(pairs, BW: tl.constexpr):
     return a, b, c, d
 
 
+def _ptx(half: str, magic: str, one: str) -> str:
+    """A word to four registers of two numbers each, and their product with two of inputs; a product with 1 adds, which BF16 cannot alone."""
+    return f"""{{
+    .reg .b32 a0, a1, a2, a3, one;
+    mov.b32 one, {one};
+    lop3.b32 a0, $4, $13, {magic}, 0xEA;
+    shr.u32 a1, $4, 4;
+    shr.u32 a2, $4, 8;
+    shr.u32 a3, $4, 12;
+    lop3.b32 a1, a1, $13, {magic}, 0xEA;
+    lop3.b32 a2, a2, $13, {magic}, 0xEA;
+    lop3.b32 a3, a3, $13, {magic}, 0xEA;
+    fma.rn.{half}x2 a0, a0, one, $7;
+    fma.rn.{half}x2 a1, a1, one, $8;
+    fma.rn.{half}x2 a2, a2, one, $7;
+    fma.rn.{half}x2 a3, a3, one, $8;
+    mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 {{$0, $1, $2, $3}}, {{a0, a1, a2, a3}}, {{$5, $6}}, {{$9, $10, $11, $12}};
+    }}"""
+
+
+_BF16 = tl.constexpr(_ptx("bf16", "0x43004300", "0x3F803F80"))
+_FP16 = tl.constexpr(_ptx("f16", "0x64006400", "0x3C003C00"))
+
+
 @triton.jit
 def _step(w, b0, b1, low, high, c0, c1, c2, c3, mask, HALF: tl.constexpr, PTX: tl.constexpr, BW: tl.constexpr):
     """Adds 16 inputs: registers of a thread as mma.sync names them; `low` and `high` are added to what the codes of its two outputs read as."""
-    if not PTX:
-        c0, c1, c2, c3 = _plain_step(w, b0, b1, low, high, c0, c1, c2, c3, HALF, BW)
-    elif HALF == "bf16":
+    if PTX:
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a0, a1, a2, a3, one;
-            mov.b32 one, 0x3F803F80;
-            lop3.b32 a0, $4, $13, 0x43004300, 0xEA;
-            shr.u32 a1, $4, 4;
-            shr.u32 a2, $4, 8;
-            shr.u32 a3, $4, 12;
-            lop3.b32 a1, a1, $13, 0x43004300, 0xEA;
-            lop3.b32 a2, a2, $13, 0x43004300, 0xEA;
-            lop3.b32 a3, a3, $13, 0x43004300, 0xEA;
-            fma.rn.bf16x2 a0, a0, one, $7;
-            fma.rn.bf16x2 a1, a1, one, $8;
-            fma.rn.bf16x2 a2, a2, one, $7;
-            fma.rn.bf16x2 a3, a3, one, $8;
-            mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {a0, a1, a2, a3}, {$5, $6}, {$9, $10, $11, $12};
-            }""",
+            _BF16 if HALF == "bf16" else _FP16,
             "=f,=f,=f,=f,r,r,r,r,r,f,f,f,f,r",
             [w, b0, b1, low, high, c0, c1, c2, c3, mask],
             (tl.float32, tl.float32, tl.float32, tl.float32),
@@ -60,28 +67,7 @@ def _step(w, b0, b1, low, high, c0, c1, c2, c3, mask, HALF: tl.constexpr, PTX: t
             pack=1,
         )
     else:
-        c0, c1, c2, c3 = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a0, a1, a2, a3;
-            lop3.b32 a0, $4, $13, 0x64006400, 0xEA;
-            shr.u32 a1, $4, 4;
-            shr.u32 a2, $4, 8;
-            shr.u32 a3, $4, 12;
-            lop3.b32 a1, a1, $13, 0x64006400, 0xEA;
-            lop3.b32 a2, a2, $13, 0x64006400, 0xEA;
-            lop3.b32 a3, a3, $13, 0x64006400, 0xEA;
-            add.f16x2 a0, a0, $7;
-            add.f16x2 a1, a1, $8;
-            add.f16x2 a2, a2, $7;
-            add.f16x2 a3, a3, $8;
-            mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {a0, a1, a2, a3}, {$5, $6}, {$9, $10, $11, $12};
-            }""",
-            "=f,=f,=f,=f,r,r,r,r,r,f,f,f,f,r",
-            [w, b0, b1, low, high, c0, c1, c2, c3, mask],
-            (tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
+        c0, c1, c2, c3 = _plain_step(w, b0, b1, low, high, c0, c1, c2, c3, HALF, BW)
     return c0, c1, c2, c3
 
 
