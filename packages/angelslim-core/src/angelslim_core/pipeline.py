@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,12 @@ from .adapters.base import Description
 from .analysis import merged_reports, summarized, summary, warnings_of
 from .artifact import Artifact, fingerprint, write_records
 from .context import Context, Progress, never, silent
-from .device import device_name, peak_ram_bytes, pick_device, release_ram
+from .device import device_name, free_ram_bytes, peak_ram_bytes, pick_device, release_ram
 from .errors import ModelError, UsageError
 from .evaluation import check_evaluation
 from .guards import check_disk, check_gates, check_ram, memory_errors, verify_written
 from .io.hub import resolve
+from .io.read_ahead import ReadAhead
 from .io.writer import disk_errors
 from .parallel import Group, joined
 from .passes import LayerPass, ModelPass, Pass, RuntimePass, SourcePass, WeightPass
@@ -101,10 +103,13 @@ def compress(
         AngelslimError: with a stable code; nothing is left at `out`.
     """
     start = time.perf_counter()
-    prepared = prepare(model, use, out, recipe=recipe, plugins=plugins, overrides=overrides, seed=seed, device=device, host=host)
-    if prepared.out is None:
-        raise UsageError(1, "--out", "no output folder is given", "name one by --out, or export.to in the recipe")
-    return _execute(prepared, replace, progress, stop_requested, start)
+    with ReadAhead(free_ram_bytes() // 4) as ahead:
+        prepared = prepare(
+            model, use, out, recipe=recipe, plugins=plugins, overrides=overrides, seed=seed, device=device, host=host, found=ahead.start
+        )  # fmt: skip
+        if prepared.out is None:
+            raise UsageError(1, "--out", "no output folder is given", "name one by --out, or export.to in the recipe")
+        return _execute(prepared, replace, progress, stop_requested, start)
 
 
 @dataclass
@@ -132,10 +137,14 @@ def prepare(
     seed: int | None = None,
     device: str | None = None,
     host: PluginHost | None = None,
+    found: Callable[[Path], None] = lambda _: None,
 ) -> Prepared:
-    """Load plugins, bind options, read headers and plan; reads no weight. Arguments as for `compress`."""
+    """Load plugins, bind options, read headers and plan; reads no weight. Arguments as for `compress`.
+
+    Args:
+        found: called with the model's folder, of which nothing is checked yet, before torch is loaded.
+    """
     host = host or PluginHost()
-    chosen = pick_device(device or "auto")
     if recipe is not None and use:
         raise UsageError(2, "--use", "a recipe and --use exclude each other", "add the step to the recipe")
     if recipe is not None:
@@ -144,25 +153,26 @@ def prepare(
         bound = steps_from_use(list(use), overrides)
     elif plugins:
         host.load(plugins)
-        bound = load_recipe({"steps": host.default_steps(plugins, device_name(chosen))}, overrides=overrides)
+        bound = load_recipe({"steps": host.default_steps(plugins, device_name(pick_device(device or "auto")))}, overrides=overrides)
     else:
         raise UsageError(3, "run", "nothing to do", "give a recipe, --use PASS_ID, or --plugins for their default presets")
+    path = model if model is not None else bound.model.path
+    if path is not None and os.path.isdir(path):
+        found(Path(path))
     host.load(required_plugins([s.use for s in bound.steps], plugins or ()))
     passes = []
     for index, step in enumerate(bound.steps):
         pass_class = host.registry.find_pass(step.use, bound.where(f"steps[{index}].use"))
         passes.append(pass_class.bind(bind_options(index, bound, pass_class)))
-    path = model if model is not None else bound.model.path
     if path is None:
         raise UsageError(4, "--model", "no model is given", "name one by --model, or model.path in the recipe")
     target = out if out is not None else bound.export.to
-    if device is None and bound.runtime.device != "auto":
-        chosen = pick_device(bound.runtime.device)
     if seed is not None:
         bound = bound.model_copy(update={"runtime": bound.runtime.model_copy(update={"seed": seed})})
     # the recipe in the records names the model that was used
     bound = bound.model_copy(update={"model": bound.model.model_copy(update={"path": str(path)})})
     source = open_source(resolve(path), host.registry.exporters.values())
+    chosen = pick_device(device or bound.runtime.device)
     source, description = _rewritten(source, passes, host, chosen, bound.runtime.seed)
     if any(p.needs_calibration for p in passes) and bound.calibration is None:
         index = next(i for i, p in enumerate(passes) if p.needs_calibration)

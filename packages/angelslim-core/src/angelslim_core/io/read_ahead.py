@@ -1,0 +1,74 @@
+"""The first part of a checkpoint goes into the system's file cache while the program starts.
+
+Loading torch and waking a GPU take seconds in which the disk would rest. What is read here is read from memory when its
+turn comes; nothing is read twice, as long as the system keeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event
+from types import TracebackType
+
+from ..errors import AngelslimError
+from .checkpoint import READERS, Checkpoint
+
+# bytes read ahead at most; a start takes seconds, and a disk reads some GB in them
+MOST = 8 << 30
+BLOCK = 16 << 20
+
+
+class ReadAhead:
+    """Reads on until the context is left.
+
+    Args:
+        most: bytes, and `MOST` if that is less.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = min(most, MOST)
+        self._stop = Event()
+        self._pool = ThreadPoolExecutor(READERS)
+
+    def start(self, folder: Path) -> None:
+        """Begin with the weight files of a model folder, in order; one that is not valid is left to whoever opens it next."""
+        try:
+            checkpoint = Checkpoint.open(folder)
+        except AngelslimError:
+            return
+        blocks: SimpleQueue[tuple[Path, int, int]] = SimpleQueue()
+        for block in _blocks(checkpoint, self._most):
+            blocks.put(block)
+        for _ in range(READERS):
+            self._pool.submit(self._read, blocks)
+
+    def _read(self, blocks: SimpleQueue[tuple[Path, int, int]]) -> None:
+        with contextlib.suppress(Empty, OSError), open(os.devnull, "wb") as nowhere:  # who needs what cannot be read meets it again, and reports it
+            while not self._stop.is_set():
+                file, offset, count = blocks.get_nowait()
+                with file.open("rb") as stream:
+                    os.sendfile(nowhere.fileno(), stream.fileno(), offset, count)  # copies nothing
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+
+
+def _blocks(checkpoint: Checkpoint, most: int) -> Iterator[tuple[Path, int, int]]:
+    """(file, offset, bytes) of the first `most` bytes of the weight files."""
+    for file in dict.fromkeys(info.file for info in checkpoint.tensors.values()):
+        size = file.stat().st_size
+        for offset in range(0, size, BLOCK):
+            count = min(BLOCK, size - offset, most)
+            if count <= 0:
+                return
+            yield file, offset, count
+            most -= count
