@@ -203,7 +203,7 @@ SCALES = {
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 37, 48), (17, 130, 272)])
 def test_eight_bits_are_the_reference(rows, outputs, inputs, dtype, scales):
     pytest.importorskip("triton")
-    from angelslim_quant.kernels.triton.scaled_matmul import scaled_matmul
+    from angelslim_quant.kernels.triton.scaled_matmul import Tile, scaled_matmul
 
     if dtype == torch.int8 and scales == "blocks":
         pytest.skip("no INT8 scheme has blocks")
@@ -214,8 +214,21 @@ def test_eight_bits_are_the_reference(rows, outputs, inputs, dtype, scales):
     wanted = kernel.reference(x, x_scale, w, w_scale, bias)
     close(scaled.pieces(x, x_scale, w, w_scale, bias), wanted, 1e-2)
     moved = [t.to(DEVICE) for t in (x, x_scale, w, w_scale, bias)]
-    close(scaled_matmul(*moved, torch.bfloat16, (32, 64, 128, 4, 2)), wanted, 1e-2)
+    for tile in (Tile(32, 64, 128, 4, 2), Tile(16, 64, 128, 4, 2, weight_first=True)):
+        close(scaled_matmul(*moved, torch.bfloat16, tile), wanted, 1e-2)
     close(kernel(*moved, dtype=torch.bfloat16), wanted, 1e-2)
+
+
+@pytest.mark.parametrize(("scales", "rows", "runs"), [("rows", 1, "triton"), ("rows", 8, "triton"), ("rows", 9, "torch"), ("tensors", 1, "torch")])
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_few_rows_of_row_wise_fp8_are_tritons(monkeypatch, scales, rows, runs, has_triton):
+    monkeypatch.setattr(scaled, "ROW_WISE_FROM", 9)
+    monkeypatch.setattr(scaled, "triton_runs", lambda: (has_triton, ""))
+    monkeypatch.setattr(scaled, "_triton", lambda *given: "triton")
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *given, **options: "torch")
+    x, w = (torch.zeros(n, 128, dtype=torch.float8_e4m3fn) for n in (rows, 256))
+    x_scale, w_scale = SCALES[scales](rows, 256, 128)
+    assert scaled._scaled_mm(x, x_scale, w, w_scale) == (runs if has_triton else "torch")
 
 
 def test_a_weight_is_widened_in_pieces(monkeypatch):
