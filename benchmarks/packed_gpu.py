@@ -1,12 +1,12 @@
 """Packed linears on a GPU, alone and in a model shaped as Llama-3.1-8B, beside BF16.
 
     python benchmarks/packed_gpu.py --out benchmarks/results/packed_gpu.json
-    python benchmarks/packed_gpu.py --parts tune       # prints the best tiles and warps, for kernels/triton
+    python benchmarks/packed_gpu.py --parts tune --tune few   # prints the best tiles and warps, for kernels/triton, and the ways beside them
 
 Weights are random. Every linear is compared with its reference before it is timed. Linears are timed in a CUDA graph
 over copies that together exceed the L2 cache; a prefill is one forward of transformers' model, a decoding step one
 token after a context, all layers in one CUDA graph (`step`, the same code for BF16 and packed; norms and rotations are fused).
-Packed models are put together by the function that `load` uses.
+Packed models are put together by the function that `load` uses: in their prefill norms are fused with what reads them, BF16's are not.
 Times are medians.
 """
 # ruff: noqa: B023  (closures are called before their variables change)
@@ -39,6 +39,7 @@ from angelslim_quant.kernels import int4_matmul, scaled_matmul
 from angelslim_quant.kernels.available import block_scaled_mm
 from angelslim_quant.kernels.triton import int4_matmul as triton4
 from angelslim_quant.kernels.triton import scaled_matmul as triton8
+from angelslim_quant.kernels.triton.scaled_matmul import Tile
 from angelslim_quant.numerics import fp8, integer
 from angelslim_quant.packed import FP8Linear, INT4Linear, INT8Linear
 
@@ -57,8 +58,18 @@ CONFIG = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
     "max_position_embeddings": 32768, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-INT8_TILES = [(128, 256, 128, 8, 3), (128, 256, 64, 8, 4), (128, 128, 128, 8, 3), (128, 128, 128, 4, 3), (256, 128, 128, 8, 3), (64, 256, 128, 4, 3)]
-FEW_TILES = [(16, 32, 256, 4, 4), (16, 64, 256, 4, 4), (16, 64, 128, 4, 5), (16, 32, 512, 4, 3), (16, 128, 128, 4, 4)]
+MANY_TILES = [
+    Tile(128, 256, 128, 8, 3), Tile(128, 256, 64, 8, 4), Tile(128, 128, 128, 8, 3), Tile(128, 128, 128, 4, 3), Tile(256, 128, 128, 8, 3), Tile(64, 256, 128, 4, 3),
+]  # fmt: skip
+# up to 16 rows, and up to 64
+FEW_TILES = [
+    Tile(16, 16, 512, 4, 4), Tile(16, 32, 256, 4, 4), Tile(16, 64, 256, 4, 4), Tile(16, 64, 128, 4, 5), Tile(16, 32, 512, 4, 3), Tile(16, 64, 128, 4, 6, True),
+    Tile(16, 64, 256, 4, 4, True), Tile(16, 64, 512, 4, 3, True), Tile(16, 128, 128, 4, 6, True), Tile(16, 128, 256, 8, 4, True),
+]  # fmt: skip
+MORE_TILES = [
+    Tile(64, 64, 128, 4, 4), Tile(64, 128, 128, 4, 4), Tile(32, 64, 256, 4, 3, True), Tile(64, 64, 256, 4, 3, True), Tile(64, 64, 128, 4, 5, True),
+    Tile(64, 128, 128, 4, 4, True),
+]  # fmt: skip
 
 
 def quantized(weight_OI: Tensor, scheme: Scheme) -> Quantized:
@@ -156,43 +167,81 @@ def tune(given: argparse.Namespace) -> dict[str, Any]:
         found = []
         for tile in tiles:
             try:
-                found.append((run(tile), tile))
+                found.append((round(run(tile), 2), tuple(tile) if isinstance(tile, Tile) else tile))
             except Exception as error:  # too much shared memory, for instance
                 print(label, tile, f"{type(error).__name__}: {str(error)[:80]}")
-        found.sort()
-        best[label] = [(round(us, 2), tile) for us, tile in found[:4]]
+        best[label] = sorted(found)[:4]
         print(label, best[label], flush=True)
 
+    for part in given.tune.split(","):
+        {"int4": tune_int4, "few": tune_few, "many": tune_many}[part](search)
+    return best
+
+
+def tune_int4(search: Callable[..., None]) -> None:
+    """INT4 on tensor cores by warps, beside a weight that is widened for cuBLAS: which rows `WIDE_ROWS` should give to which."""
+    half = torch.bfloat16
     for shape in SHAPES:
         base = int4_matmul.pack4(quantized(torch.randn(shape, device="cuda").bfloat16(), SCHEMES["w4a16 g128"][1]))
         weights = [int4_matmul.Packed4(base.words.clone(), base.scale.clone(), None) for _ in range(copies(shape, 4))]
-        for rows in (1, 4, 8, 16, 32, 64):
+        for rows in (1, 4, 8, 16, 32, 40, 48, 56, 64):
             x = torch.randn(rows, shape[1], device="cuda").bfloat16()
             search(
-                f"int4 {shape} rows {rows}, warps", triton4.WARPS, lambda warps: in_graph([lambda w=w: triton4.matmul(x, w, None, None, torch.bfloat16, warps) for w in weights], 3)
-            )  # fmt: skip
-        label = f"widen and cuBLAS {shape} rows {rows}"
-        best[label] = round(in_graph([lambda w=w: functional.linear(x, triton4.widen(w, torch.bfloat16)) for w in weights], 3), 2)
-        print(label, best[label], flush=True)
-    for rows, tiles in ((4096, INT8_TILES), (1, FEW_TILES)):
-        for name in ("int8", "fp8 rows", "fp8 blocks"):
-            linear = made(name, torch.randn(14336, 4096, device="cuda").bfloat16())
-            codes, scale = linear.prepare(torch.randn(rows, 4096, device="cuda").bfloat16())
-            weight = (linear.codes, linear.weight_scale, None, torch.bfloat16)
-            kept = [t for t in tiles if t[2] <= 128] if name == "fp8 blocks" else tiles
-            search(f"{name} triton rows {rows}", kept, lambda tile: in_graph([lambda: triton8.scaled_matmul(codes, scale, *weight, tile)] * 4, 3))
-            for other in ("scaled_mm", "scaled_mm blocks", "int_mm"):
-                kernel = scaled_matmul.INT8_MATMUL if name == "int8" else scaled_matmul.FP8_MATMUL
-                chosen = next((i for i in kernel.implementations if i.name == other), None)
-                arguments = (codes, scale, linear.codes, linear.weight_scale)
-                if chosen and chosen.available()[0] and chosen.supports(*arguments, dtype=torch.bfloat16)[0]:
-                    search(f"{name} {other} rows {rows}", [()], lambda _: in_graph([lambda: chosen.function(*arguments)] * 4, 3))
+                f"int4 {shape} rows {rows}, warps",
+                triton4.WARPS,
+                lambda n: in_graph([lambda w=w: triton4.matmul(x, w, None, None, half, n) for w in weights], 3),
+            )
+            if rows >= 16:
+                wide = [lambda w=w: functional.linear(x, triton4.widen(w, half)) for w in weights]
+                search(f"int4 {shape} rows {rows}, widened", ["cuBLAS"], lambda _: in_graph(wide, 3))
+
+
+def tune_few(search: Callable[..., None]) -> None:
+    """Row-wise FP8 and INT8 by tiles, beside torch's product: which rows `ROW_WISE_FROM` should give to which."""
+    one = torch.ones(1, device="cuda")
+    for shape, name in itertools.product(SHAPES, ("fp8 rows", "int8")):
+        base = made(name, torch.randn(shape, device="cuda").bfloat16())
+        weights = [(base.codes.clone(), base.weight_scale) for _ in range(copies(shape, 8))]
+        for rows in (1, 16, 32, 64):
+            codes, scale = base.prepare(torch.randn(rows, shape[1], device="cuda").bfloat16())
+            label, half = f"{name} {shape} rows {rows}", torch.bfloat16
+            tiles = FEW_TILES if rows <= 16 else MORE_TILES
+            wanted = scaled_matmul.pieces(codes, scale, base.codes, base.weight_scale).float()
+
+            def run(tile: Tile) -> float:
+                calls = [lambda w=w, s=s: triton8.scaled_matmul(codes, scale, w, s, None, half, tile) for w, s in weights]
+                error = float((calls[0]().float() - wanted).abs().max() / wanted.abs().max())
+                assert error < 0.02, error
+                return in_graph(calls, 3)
+
+            search(f"{label} triton", tiles, run)
             if name == "fp8 rows":
-                for fast in (True, False):
-                    scaled_matmul.FAST_ACCUM = fast
-                    search(f"fp8 rows scaled_mm fast_accum={fast} rows {rows}", [()], lambda _: in_graph([lambda: linear.multiply((codes, scale))] * 4, 3))
-                scaled_matmul.FAST_ACCUM = True
-    return best
+                torchs = {
+                    "scaled_mm": [lambda w=w, s=s: scaled_matmul.whole_mm(codes, scale, w, s, None, half) for w, s in weights],
+                    "scaled_mm of one scale, to fp32, yet to be scaled": [lambda w=w: scaled_matmul.whole_mm(codes, one, w, one, None, torch.float32) for w, _ in weights],
+                }  # fmt: skip
+                for other, calls in torchs.items():
+                    search(f"{label} {other}", ["torch"], lambda _: in_graph(calls, 3))
+
+
+def tune_many(search: Callable[..., None]) -> None:
+    """4096 rows by tiles, beside every other implementation."""
+    for name in ("int8", "fp8 rows", "fp8 blocks"):
+        linear = made(name, torch.randn(14336, 4096, device="cuda").bfloat16())
+        codes, scale = linear.prepare(torch.randn(4096, 4096, device="cuda").bfloat16())
+        arguments = (codes, scale, linear.codes, linear.weight_scale)
+        tiles = [t for t in MANY_TILES if t.inputs <= 128] if name == "fp8 blocks" else MANY_TILES
+        search(f"{name} triton", tiles, lambda tile: in_graph([lambda: triton8.scaled_matmul(*arguments, None, torch.bfloat16, tile)] * 4, 3))
+        kernel = scaled_matmul.INT8_MATMUL if name == "int8" else scaled_matmul.FP8_MATMUL
+        for other in ("scaled_mm", "scaled_mm blocks", "int_mm"):
+            chosen = next((i for i in kernel.implementations if i.name == other), None)
+            if chosen and chosen.available()[0] and chosen.supports(*arguments, dtype=torch.bfloat16)[0]:
+                search(f"{name} {other}", ["torch"], lambda _: in_graph([lambda: chosen.function(*arguments)] * 4, 3))
+        if name == "fp8 rows":
+            for fast in (True, False):
+                scaled_matmul.FAST_ACCUM = fast
+                search(f"fp8 rows scaled_mm fast_accum={fast}", ["torch"], lambda _: in_graph([lambda: linear.multiply((codes, scale))] * 4, 3))
+            scaled_matmul.FAST_ACCUM = True
 
 
 def decoded(layer: Any, hidden: Tensor, more: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, place: int) -> tuple[Tensor, Tensor]:
@@ -348,6 +397,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--schemes", default="bf16,fp8 rows,fp8 blocks,int8,w4a16 g128", help="of the whole model; BF16 first")
+    parser.add_argument("--tune", default="int4,few,many", help="what the part of that name tries")
     parser.add_argument("--quick", action="store_true", help="4 layers, fewer repeats")
     given = parser.parse_args()
     torch.manual_seed(0)

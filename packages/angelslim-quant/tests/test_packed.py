@@ -5,18 +5,23 @@ import contextlib
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from angelslim_core import compress, evaluate, loading
 from angelslim_core.emulation import round_input
 from angelslim_core.errors import EngineError
 from angelslim_core.loading import OWN_READER, load_model
-from angelslim_core.packed import ACTIVATIONS, PackedLinear, SharedInput
+from angelslim_core.model import decoder_layers
+from angelslim_core.normed import Normed
+from angelslim_core.packed import ACTIVATIONS, NORMS, PackedLinear, SharedInput
 from angelslim_core.plugins import PluginHost
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.kernels import scaled_matmul as scaled
 from angelslim_quant.kernels.available import int4_mma
 from angelslim_quant.kernels.gated_rows import GATED_ROWS
 from angelslim_quant.kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu, unpack4
+from angelslim_quant.kernels.normed_rows import NORMED_ROWS
 from angelslim_quant.kernels.quantize_rows import QUANTIZE_ROWS
 from angelslim_quant.packed import FP8Linear, INT4Linear, INT8Linear
 
@@ -84,6 +89,32 @@ def test_gated_rows_are_those_of_the_modules(grid, rows, width, activation):
     differ = codes.cpu().float() != wanted[0].float()
     steps = (codes.cpu().float() - wanted[0].float()).abs() / (1 if grid.type == "int" else wanted[0].float().abs().clamp(min=2**-6) / 8)
     assert float(differ.float().mean()) < 0.02 and float(steps.max()) <= 1.0
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("grid", [TOKEN_INT8, TOKEN_FP8, GROUP_FP8, TENSOR_FP8, None], ids=lambda g: f"{g.type} {g.strategy}" if g else "none")
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 200), (2, 2100)])
+def test_normed_rows_are_the_norm_and_its_codes(grid, rows, width, norm):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.quantize_rows import normed_rows
+
+    x, weight = torch.randn(rows, width).to(HALF), torch.randn(width).to(HALF)
+    x[-1] *= 1e-3  # eps counts
+    x[0] *= rows == 1  # a row of zeros
+    scale = torch.tensor([0.01]) if grid and grid.strategy == "tensor" else None
+    module = LlamaRMSNorm(width, 1e-5) if norm == "weight" else Gemma3RMSNorm(width, 1e-5)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    wanted = module(x)
+    plain = NORMED_ROWS.reference(x, weight, 1e-5, norm, grid, scale)
+    assert plain[0].equal(wanted)
+    moved = None if scale is None else scale.to(DEVICE)
+    y, codes, scales = normed_rows(x.to(DEVICE), weight.to(DEVICE), 1e-5, norm, grid, moved)
+    torch.testing.assert_close(y.cpu(), wanted, rtol=2e-3 if DEVICE == "cpu" else 1e-2, atol=1e-5)
+    assert float((y.cpu() != wanted).float().mean()) < 0.01  # squares are summed in another order
+    apart = (y.cpu(), None) if grid is None else QUANTIZE_ROWS.reference(y.cpu(), grid, scale)
+    for found, both in ((codes, apart[0]), (scales, apart[1])):
+        assert found is both is None or (found.dtype == both.dtype and found.shape == both.shape and found.cpu().float().equal(both.float()))
+    assert plain[1].shape == codes.shape and NORMED_ROWS.choose(x, weight, 1e-5, norm, grid, scale).name == "torch"
 
 
 # rows, group, groups (chunks of 64 inputs: 6, 2 with half of one filled up, 3, 4, 1, 5), whether there are zero points, whether inputs are FP8
@@ -172,7 +203,7 @@ SCALES = {
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 37, 48), (17, 130, 272)])
 def test_eight_bits_are_the_reference(rows, outputs, inputs, dtype, scales):
     pytest.importorskip("triton")
-    from angelslim_quant.kernels.triton.scaled_matmul import scaled_matmul
+    from angelslim_quant.kernels.triton.scaled_matmul import Tile, scaled_matmul
 
     if dtype == torch.int8 and scales == "blocks":
         pytest.skip("no INT8 scheme has blocks")
@@ -183,8 +214,21 @@ def test_eight_bits_are_the_reference(rows, outputs, inputs, dtype, scales):
     wanted = kernel.reference(x, x_scale, w, w_scale, bias)
     close(scaled.pieces(x, x_scale, w, w_scale, bias), wanted, 1e-2)
     moved = [t.to(DEVICE) for t in (x, x_scale, w, w_scale, bias)]
-    close(scaled_matmul(*moved, torch.bfloat16, (32, 64, 128, 4, 2)), wanted, 1e-2)
+    for tile in (Tile(32, 64, 128, 4, 2), Tile(16, 64, 128, 4, 2, weight_first=True)):
+        close(scaled_matmul(*moved, torch.bfloat16, tile), wanted, 1e-2)
     close(kernel(*moved, dtype=torch.bfloat16), wanted, 1e-2)
+
+
+@pytest.mark.parametrize(("scales", "rows", "runs"), [("rows", 1, "triton"), ("rows", 8, "triton"), ("rows", 9, "torch"), ("tensors", 1, "torch")])
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_few_rows_of_row_wise_fp8_are_tritons(monkeypatch, scales, rows, runs, has_triton):
+    monkeypatch.setattr(scaled, "ROW_WISE_FROM", 9)
+    monkeypatch.setattr(scaled, "triton_runs", lambda: (has_triton, ""))
+    monkeypatch.setattr(scaled, "_triton", lambda *given: "triton")
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *given, **options: "torch")
+    x, w = (torch.zeros(n, 128, dtype=torch.float8_e4m3fn) for n in (rows, 256))
+    x_scale, w_scale = SCALES[scales](rows, 256, 128)
+    assert scaled._scaled_mm(x, x_scale, w, w_scale) == (runs if has_triton else "torch")
 
 
 def test_a_weight_is_widened_in_pieces(monkeypatch):
@@ -309,6 +353,41 @@ def test_a_model_computes_what_the_dequantized_one_does(tiny, tmp_path, architec
     torch.testing.assert_close(packed.model(IDS).logits, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
     with torch.no_grad():
         assert packed.model.generate(IDS, max_new_tokens=4, do_sample=False).equal(plain.model.generate(IDS, max_new_tokens=4, do_sample=False))
+
+
+INPUT, MLP, LATENT = "input_layernorm", "post_attention_layernorm", {"self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"}
+# routers and what is left alone read the other norms too
+NORMED = {
+    "llama": [{INPUT, MLP}] * 2,
+    "gemma3_text": [{INPUT, "pre_feedforward_layernorm"}] * 2,
+    "qwen3_moe": [{INPUT}] * 2,
+    "deepseek_v3": [{INPUT, MLP, *LATENT}, {INPUT, *LATENT}],
+    "qwen3_5_text": [{MLP}] * 3 + [{INPUT, MLP}],
+}
+
+
+@pytest.mark.parametrize(("architecture", "case"), [*((a, "fp8_dynamic") for a in NORMED), ("llama", "int4_rtn")])
+def test_norms_stand_for_what_reads_them(tiny, tmp_path, monkeypatch, architecture, case):
+    loaded = load_model(compressed(tiny(architecture), case, tmp_path / "out"), "cpu", packed=True).model
+    _, layers = decoder_layers(loaded, len(NORMED[architecture]))
+    assert [{n for n, m in layer.named_modules() if isinstance(vars(m).get("forward"), Normed)} for layer in layers] == NORMED[architecture]
+    made = []
+    for module in loaded.modules():
+        if isinstance(module, PackedLinear):
+            monkeypatch.setattr(module, "prepare", lambda x, own=module.prepare: made.append(x) or own(x))
+            if module.joined is not None and "prepare" not in vars(module.joined):
+                monkeypatch.setattr(module.joined, "prepare", lambda x, own=module.joined.prepare: made.append(x) or own(x))
+    with torch.no_grad():
+        found, fused = loaded(IDS).logits, len(made)
+        for layer in layers:
+            for norm in layer.modules():
+                if isinstance(vars(norm).get("forward"), Normed):
+                    del norm.forward
+        made.clear()
+        assert loaded(IDS).logits.equal(found)
+    if case != "int4_rtn":
+        # what a model views before it is read is another tensor
+        assert len(made) - fused == sum(len(names - {"self_attn.kv_a_layernorm"}) for names in NORMED[architecture])
 
 
 @pytest.mark.parametrize("case", ["fp8_dynamic", "int8_dynamic", "int4_rtn asym", "w4a8_fp8"])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .packed import ACTIVATIONS, PackedLinear
+from .packed import ACTIVATIONS, PackedLinear, is_watched
 
 
 class Names(NamedTuple):
@@ -31,7 +31,7 @@ class Gated:
         mlp = self.mlp
         gate, up, down = (getattr(mlp, n) for n in self.names)
         joined = gate.joined if isinstance(gate, PackedLinear) else None
-        if joined is None or joined.members != (gate, up) or not isinstance(down, PackedLinear) or not x.numel() or any(_is_watched(m) for m in mlp.children()):
+        if joined is None or joined.members != (gate, up) or not isinstance(down, PackedLinear) or not x.numel() or any(is_watched(m) for m in mlp.children()):
             plain: Tensor = type(mlp).forward(mlp, x)
             return plain
         y = joined(x)
@@ -97,8 +97,3 @@ class _Last(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.read = x
         return self.y
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether something waits for its calls or replaces them."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)

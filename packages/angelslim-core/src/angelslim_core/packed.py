@@ -27,6 +27,20 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 )  # fmt: skip
 
 
+def _normed(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+# name -> an RMSNorm of x, its weight and eps, rounded where the modules of transformers round, that `prepare_normed` is asked for
+NORMS: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = MappingProxyType(
+    {
+        "weight": lambda x, weight, eps: weight * _normed(x, eps).to(x.dtype),
+        "one_plus_weight": lambda x, weight, eps: (_normed(x, eps) * (1.0 + weight.float())).to(x.dtype),
+    }
+)
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + b, where W stays in its codes and scales.
 
@@ -88,6 +102,11 @@ class PackedLinear(nn.Module):
         """What `multiply` gets for act(gate) * up, both rounded to `dtype`, of gate and up beside each other; the act is one of `ACTIVATIONS`."""
         gate_NI, up_NI = x_N2I.chunk(2, 1)
         return self.prepare(ACTIVATIONS[activation](gate_NI) * up_NI)
+
+    def prepare_normed(self, x_NI: Tensor, weight_I: Tensor, eps: float, norm: str) -> tuple[Tensor, Any]:
+        """The norm of rows, by a key of `NORMS`, and what `prepare` makes of it."""
+        y_NI = NORMS[norm](x_NI, weight_I, eps)
+        return y_NI, self.prepare(y_NI)
 
     def multiply(self, prepared: Any) -> Tensor:
         """[N, O] in `dtype`, bias included."""
@@ -200,18 +219,23 @@ class SharedInput:
 
     def __call__(self, x: Tensor, kind: Hashable, prepare: Callable[[Tensor], Any]) -> Any:
         """`prepare(x)`, or what it returned for the same `x` and `kind` just before."""
-        if kind is None or not self._keeps(x):
+        if kind is None or not self.keeps(x):
             return prepare(x)
         last = self._last
         if last is not None and last[0]() is x and last[1] == x._version and last[2] == kind:
             return last[3]
         found = prepare(x)
-        self._last = (weakref.ref(x), x._version, kind, found)
+        self.give(x, kind, found)
         return found
+
+    def give(self, x: Tensor, kind: Hashable, prepared: Any) -> None:
+        """Know what `prepare` makes of `x`, for whoever asks next."""
+        if kind is not None and self.keeps(x):
+            self._last = (weakref.ref(x), x._version, kind, prepared)
 
     def outputs(self, x: Tensor, joined: PackedLinear, member: PackedLinear) -> Tensor | None:
         """A member's columns [N, O] of what `joined` makes of `x`; None where nothing can be kept for the other members."""
-        if not self._keeps(x) or joined.shared is None:
+        if not self.keeps(x) or joined.shared is None:
             return None
         last = self._outputs.get(joined)
         if last is None or last[0]() is not x or last[1] != x._version or member not in last[3]:
@@ -227,7 +251,8 @@ class SharedInput:
             self._outputs.pop(joined, None)
         return last[2].narrow(1, member.start, member.out_features)
 
-    def _keeps(self, x: Tensor) -> bool:
+    def keeps(self, x: Tensor) -> bool:
+        """Whether it remembers what is made of `x`."""
         # inference tensors do not tell that they were changed
         return self._running and not torch.compiler.is_compiling() and not x.is_inference()
 
@@ -242,6 +267,11 @@ class SharedInput:
     def _clear(self) -> None:
         self._last = None
         self._outputs.clear()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something waits for its calls or replaces them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
 class Hole(nn.Module):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -114,13 +115,14 @@ def with_holes(model_class: Any, description: Description, classes: Mapping[str,
 def fill(
     linears: Linears, read: Callable[[str], Quantized], classes: Mapping[str, type[PackedLinear]], dtype: torch.dtype, device: str
 ) -> str:  # fmt: skip
-    """Put packed linears into a model as they are read, those that engines run as one joined, and gated MLPs fused; says which.
+    """Put packed linears into a model as they are read, those that engines run as one joined, gated MLPs and norms fused; says which.
 
     Args:
         read: the weight of a linear, on any device.
         classes: as `choose_packed` returns them.
     """
     from .gated import Names, gate
+    from .normed import join_norm
     from .packed import SharedInput, join
 
     counts: Counter[str] = Counter()
@@ -144,6 +146,8 @@ def fill(
     for path, children in mlps.items():
         if children.keys() >= {*Names._fields}:
             gate(linears.parent(f"{path}.{children['down']}"), Names(*(children[role] for role in Names._fields)), dtype)
+    for norm, readers in _normed(linears, classes):
+        join_norm(norm, readers, dtype)
     linears.model.requires_grad_(False)
     return " and ".join(f"{n} linears packed ({name})" for name, n in sorted(counts.items())) + " by AngelSlim"
 
@@ -156,6 +160,19 @@ def _together(description: Description, classes: Mapping[str, type[PackedLinear]
             sets.setdefault((site.fused or site.name, classes[site.name]), []).append(site)
     order = {role: i for roles in description.layout.fused for i, role in enumerate(roles)}
     return [[s.name for s in sorted(sites, key=lambda s: order.get(s.role, 0))] for sites in sets.values()]
+
+
+def _normed(linears: Linears, classes: Mapping[str, type[PackedLinear]]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """What feeds packed linears alone, and these; routed experts get some of its rows only."""
+    inside: dict[int, dict[str, Site]] = {}
+    for site in linears.sites.values():
+        if site.layer is not None:
+            name = site.name.removeprefix(f"{linears.description.block}.{site.layer}.")
+            inside.setdefault(site.layer, {})[name if site.expert is None else name.replace(f".{site.expert}.", ".{e}.", 1)] = site
+    for layer, feed in itertools.product(inside, linears.description.layout.feeds):
+        readers = [inside[layer][r] for r in feed.readers if r in inside[layer]]
+        if readers and all(s.name in classes and s.expert is None for s in readers):
+            yield linears.layers[layer].get_submodule(feed.source), [linears(s.name) for s in readers]
 
 
 def _moved(quantized: Quantized, device: str) -> Quantized:

@@ -18,6 +18,7 @@ from angelslim_core.schemes import Grid, Quantized, Scheme, scale_values
 from .kernels.available import fp8_tensor_cores
 from .kernels.gated_rows import GATED_ROWS
 from .kernels.int4_matmul import GROUPS, TILE, W4A8_MATMUL, W4A16_MATMUL, Packed4CPU, pack4, pack4_cpu
+from .kernels.normed_rows import NORMED_ROWS
 from .kernels.quantize_rows import QUANTIZE_ROWS
 from .kernels.scaled_matmul import BLOCK, FP8_MATMUL, INT8_MATMUL
 
@@ -40,6 +41,7 @@ class _Rows(PackedLinear):
         self.keep("input_scale", None if scale is None else scale.float().reshape(1))
         example = torch.zeros(_ROWS, self.in_features, dtype=self.dtype, device=quantized.codes.device)
         self._gate = GATED_ROWS.choose(example.new_empty(0, 2 * self.in_features), "silu", grid, self.input_scale).function
+        self._norm = NORMED_ROWS.choose(example, example[0], 0.0, "weight", grid, self.input_scale).function
         if grid is None:
             return example, None
         self.prepares = (grid.bits, grid.type, grid.strategy, grid.group_size, None if scale is None else float(scale))
@@ -53,6 +55,10 @@ class _Rows(PackedLinear):
 
     def prepare_gated(self, x_N2I: Tensor, activation: str) -> Any:
         return self._gate(x_N2I, activation, self.inputs, self.input_scale)
+
+    def prepare_normed(self, x_NI: Tensor, weight_I: Tensor, eps: float, norm: str) -> tuple[Tensor, Any]:
+        y_NI, *prepared = self._norm(x_NI, weight_I, eps, norm, self.inputs, self.input_scale)
+        return y_NI, tuple(prepared)
 
 
 class _EightBits(_Rows):

@@ -18,8 +18,8 @@ from .available import block_scaled_mm, fp8_tensor_cores
 BLOCK = 128
 # sums of row-wise FP8 stay in the tensor cores; promoting them to fp32 on the way is more exact and slower
 FAST_ACCUM = True
-# rows from which cuBLAS takes block-wise scales; fewer go to Triton, whose tiles fit them
-FROM_ROWS = 64
+# rows from which cuBLAS takes scales of rows, and of blocks; fewer go to Triton, whose tiles fit them
+ROW_WISE_FROM, BLOCKS_FROM = 64, 64
 # rows from which a CPU widens INT8 weights: 512 rows of 2048 x 2048 take 66 ms so, and 105 ms by `_weight_int8pack_mm` (AVX2, one core)
 CPU_ROWS = 64
 # outputs at a time that the slow ways widen
@@ -58,12 +58,18 @@ def pieces(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale: Tensor, bias: T
     return y
 
 
-def _scaled_mm(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def whole_mm(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Row-wise (or one scale each) through cuBLAS or CUTLASS, whichever torch takes."""
     rowwise = w_scale.numel() > 1
     return torch._scaled_mm(
         x_NI, w_OI.T, x_scale, w_scale.T if rowwise else w_scale, bias=bias, out_dtype=dtype, use_fast_accum=FAST_ACCUM
     )  # fmt: skip
+
+
+def _scaled_mm(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    if w_scale.numel() > 1 and x_NI.shape[0] < ROW_WISE_FROM and triton_runs()[0]:
+        return _triton(x_NI, x_scale, w_OI, w_scale, bias, dtype)
+    return whole_mm(x_NI, x_scale, w_OI, w_scale, bias, dtype)
 
 
 def block_mm(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, scale_KO: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -77,7 +83,7 @@ def block_mm(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, scale_KO: Tensor, bias
 
 
 def _blocks(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    if x_NI.shape[0] < FROM_ROWS or x_NI.shape[0] % 4:  # cuBLAS reads scales 16 bytes at a time
+    if x_NI.shape[0] < BLOCKS_FROM or x_NI.shape[0] % 4:  # cuBLAS reads scales 16 bytes at a time
         return _triton(x_NI, x_scale, w_OI, w_scale, bias, dtype)
     return block_mm(x_NI, x_scale, w_OI, w_scale.T, bias, dtype)
 

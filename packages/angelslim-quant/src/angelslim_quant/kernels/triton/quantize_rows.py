@@ -1,4 +1,4 @@
-"""`quantize_rows` and `gated_rows` in one pass: a row, or some groups of it, stays in registers between its largest value and its codes."""
+"""`quantize_rows`, `gated_rows` and `normed_rows` in one pass: a row, or some groups of it, stays in registers between its largest value and its codes."""
 
 import torch
 import triton
@@ -24,8 +24,8 @@ def _activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _kernel(
-    x, codes, scales, given, width, groups, row_stride, group_stride,
-    ACTIVATION: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, GIVEN: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    x, weight, normed, codes, scales, given, width, groups, row_stride, group_stride, eps,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, GIVEN: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
@@ -37,6 +37,13 @@ def _kernel(
         at = x + row * 2 * width + column
         gate = _activated(tl.load(at, inside, 0.0).to(tl.float32), ACTIVATION).to(x.dtype.element_ty)
         values = (gate.to(tl.float32) * tl.load(at + width, inside, 0.0).to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+    if NORM != "":  # this program has the whole row
+        values = values * tl.rsqrt(tl.div_rn(tl.sum(tl.sum(values * values, 1), 0), width.to(tl.float32)) + eps)
+        by = tl.load(weight + column, inside, 0.0).to(tl.float32)
+        values = values * (1.0 + by) if NORM == "one_plus_weight" else values.to(x.dtype.element_ty).to(tl.float32) * by
+        values = values.to(x.dtype.element_ty).to(tl.float32)
+        if LARGEST != 0.0:
+            tl.store(normed + row * width + column, values.to(normed.dtype.element_ty), inside)
     if LARGEST == 0.0:
         tl.store(codes + row * width + column, values.to(codes.dtype.element_ty), inside)
         return
@@ -61,17 +68,29 @@ def _kernel(
 
 def quantize_rows(x_NI: Tensor, grid: Grid, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    codes, scales = _run(x_NI, x_NI.shape[1], "", grid, scale)
+    codes, scales = _run(x_NI, x_NI.shape[1], grid, scale)
     assert scales is not None
     return codes, scales
 
 
 def gated_rows(x_N2F: Tensor, activation: str, grid: Grid | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """As the reference."""
-    return _run(x_N2F, x_N2F.shape[1] // 2, activation, grid, scale)
+    return _run(x_N2F, x_N2F.shape[1] // 2, grid, scale, activation)
 
 
-def _run(x: Tensor, width: int, activation: str, grid: Grid | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def normed_rows(
+    x_NI: Tensor, weight_I: Tensor, eps: float, norm: str, grid: Grid | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """As the reference, up to the order in which a row's squares are summed."""
+    y = None if grid is None else x_NI.new_empty(x_NI.shape)
+    codes, scales = _run(x_NI, x_NI.shape[1], grid, scale, norm=norm, weight=weight_I, normed=y, eps=eps)
+    return codes if y is None else y, codes, scales
+
+
+def _run(
+    x: Tensor, width: int, grid: Grid | None, scale: Tensor | None, activation: str = "",
+    norm: str = "", weight: Tensor | None = None, normed: Tensor | None = None, eps: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     x = x.contiguous()
     rows = x.shape[0]
     integer = grid is not None and grid.type == "int"
@@ -82,17 +101,17 @@ def _run(x: Tensor, width: int, activation: str, grid: Grid | None, scale: Tenso
         size, groups = grid.group_size, triton.cdiv(width, grid.group_size)
         # rows next to each other, as block-wise scaled matmuls read them
         scales = x.new_empty(groups, rows, dtype=torch.float32).T
-        tile = min(32, triton.next_power_of_2(groups))
-    elif grid is None or scale is not None:
+        tile = triton.next_power_of_2(groups) if norm else min(32, triton.next_power_of_2(groups))
+    elif (grid is None or scale is not None) and not norm:
         size, groups, tile = PART, triton.cdiv(width, PART), 1
     else:
         size, groups, tile = triton.next_power_of_2(width), 1, 1
-        scales = x.new_empty(rows, 1, dtype=torch.float32)
+        scales = x.new_empty(rows, 1, dtype=torch.float32) if grid is not None and scale is None else scale
     written = scale is None and scales is not None
     _kernel[(rows, triton.cdiv(groups, tile))](
-        x, codes, codes if scales is None else scales, codes if scale is None else scale, width, groups,
-        scales.stride(0) if scales is not None and written else 0, scales.stride(1) if scales is not None and written else 0,
-        ACTIVATION=activation, LARGEST=0.0 if grid is None else 127.0 if integer else 448.0, INTEGER=integer, GIVEN=scale is not None, GROUPS=tile, SIZE=size,
-        num_warps=max(1, min(16, tile * size // 512)),
+        x, x if weight is None else weight, x if normed is None else normed, codes, codes if scales is None else scales, codes if scale is None else scale,
+        width, groups, scales.stride(0) if scales is not None and written else 0, scales.stride(1) if scales is not None and written else 0, eps,
+        ACTIVATION=activation, NORM=norm, LARGEST=0.0 if grid is None else 127.0 if integer else 448.0, INTEGER=integer, GIVEN=scale is not None,
+        GROUPS=tile, SIZE=size, num_warps=max(1, min(16, tile * size // 512)),
     )  # fmt: skip
     return codes, scales
