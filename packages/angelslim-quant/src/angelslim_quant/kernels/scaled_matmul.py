@@ -19,7 +19,7 @@ BLOCK = 128
 # sums of row-wise FP8 stay in the tensor cores; promoting them to fp32 on the way is more exact and slower
 FAST_ACCUM = True
 # rows from which cuBLAS takes scales of rows, and of blocks; fewer go to Triton, whose tiles fit them
-ROW_WISE_FROM, BLOCKS_FROM = 64, 64
+ROW_WISE_FROM, BLOCKS_FROM = 65, 64
 # rows from which a CPU widens INT8 weights: 512 rows of 2048 x 2048 take 66 ms so, and 105 ms by `_weight_int8pack_mm` (AVX2, one core)
 CPU_ROWS = 64
 # outputs at a time that the slow ways widen

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import early
+
 if TYPE_CHECKING:
     from ..int4_matmul import Packed4
 
@@ -136,8 +138,10 @@ def _inputs(x_at, chunk, chunks, real, here, EVEN: tl.constexpr):
 def _kernel(
     x, words, scale, zero, x_scale, bias, out, rows, outputs, chunks, groups, mask,
     ZERO: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
-    WARPS: tl.constexpr,
+    WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     BW: tl.constexpr = 32 * WARPS
     tile, n0 = tl.program_id(0), tl.program_id(1) * 8
     i = tl.arange(0, BW)
@@ -274,7 +278,8 @@ def matmul(
     words, scale, zero = weight
     chunks, groups, (rows, outputs) = words.shape[1], scale.shape[1], (x_NI.shape[0], weight.outputs)
     if warps is None:
-        warps = 8 if rows > FEW_ROWS else 16 if chunks * 64 > LONG else 4 if outputs >= MANY else 8
+        few, is_long = rows <= FEW_ROWS, chunks * 64 > LONG
+        warps = (16 if few else 8) if is_long else 8 if few and outputs < MANY else 4
     y = torch.empty(rows, outputs, dtype=dtype, device=x_NI.device)
     x = x_NI.to(dtype).reshape(-1)
     x = x.clone() if x.storage_offset() % 2 else x  # two numbers are read at a time
@@ -282,7 +287,7 @@ def matmul(
         x.view(torch.int32), words, scale, scale if zero is None else zero, scale if x_scale is None else x_scale,
         scale if bias is None else bias, y, rows, outputs, chunks, groups, 0x000F000F,
         ZERO=zero is not None, SCALED=x_scale is not None, BIAS=bias is not None, EVEN=chunks % warps == 0, GROUP=weight.group_size,
-        HALF="bf16" if dtype == torch.bfloat16 else "fp16", PTX=ptx, WARPS=warps, num_warps=warps,
+        HALF="bf16" if dtype == torch.bfloat16 else "fp16", PTX=ptx, WARPS=warps, num_warps=warps, **early(x.device),
     )  # fmt: skip
     return y
 

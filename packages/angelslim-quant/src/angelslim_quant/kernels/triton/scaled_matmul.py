@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import early
+
 
 class Tile(NamedTuple):
     """What a program multiplies at a time, and how.
@@ -25,13 +27,9 @@ class Tile(NamedTuple):
 
 ALL = 1 << 30
 # the tile for up to so many rows and outputs; the first that fits
-TILES = (
-    (16, ALL, Tile(16, 64, 256, 4, 4)),
-    (64, ALL, Tile(64, 64, 128, 4, 4)),
-    (256, ALL, Tile(64, 128, 128, 4, 4)),
-    (ALL, ALL, Tile(128, 256, 128, 8, 3)),
-)
-FP8_TILES = ((16, ALL, Tile(16, 64, 256, 4, 4, weight_first=True)), *TILES[1:])
+LARGE = ((256, ALL, Tile(64, 128, 128, 4, 4)), (ALL, ALL, Tile(128, 256, 128, 8, 3)))
+TILES = ((16, ALL, Tile(16, 64, 256, 4, 4)), (64, 16384, Tile(32, 64, 256, 4, 3, weight_first=True)), *LARGE)
+FP8_TILES = ((16, ALL, Tile(16, 64, 256, 4, 4, weight_first=True)), (64, 16384, Tile(64, 64, 128, 4, 5, weight_first=True)), *LARGE)
 # scales of blocks need a multiply per tile, which wants smaller accumulators
 BLOCK_TILES = ((16, ALL, Tile(16, 64, 128, 4, 4)), (64, ALL, Tile(64, 64, 128, 4, 4)), (ALL, ALL, Tile(128, 128, 128, 4, 4)))
 
@@ -40,8 +38,10 @@ BLOCK_TILES = ((16, ALL, Tile(16, 64, 128, 4, 4)), (64, ALL, Tile(64, 64, 128, 4
 def _kernel(
     x, x_scale, w, w_scale, bias, out, rows, outputs, inputs, xs_row, xs_group, ws_row, ws_group,
     INTEGER: tl.constexpr, BLOCKS: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, STRIP: tl.constexpr,
-    WEIGHT_FIRST: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     # programs that run together share rows and outputs in L2
     wide, high = tl.cdiv(outputs, BO), tl.cdiv(rows, BN)
     strip = tl.program_id(0) // (STRIP * wide)
@@ -92,6 +92,6 @@ def scaled_matmul(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale: Tensor, 
         x_NI, x_scale, w_OI, w_scale, y if bias is None else bias, y, rows, outputs, inputs,
         x_row, x_scale.stride(-1) if blocks else 0, w_row, w_scale.stride(-1) if blocks else 0,
         INTEGER=integer, BLOCKS=blocks, BIAS=bias is not None, BN=tile.rows, BO=tile.outputs, BI=tile.inputs, STRIP=8, WEIGHT_FIRST=tile.weight_first,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **early(x_NI.device),
     )  # fmt: skip
     return y
