@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from angelslim_sparseattn import make_policy, select
 from angelslim_sparseattn import attention as attention_module
+from angelslim_sparseattn import make_policy, select
 from angelslim_sparseattn.block_index import Lists, joined, to_cells
 from angelslim_sparseattn.estimators import ANTIDIAGONAL_MASS, ANTIDIAGONAL_MEAN, MEAN_KEY_MASS, VALUE_BIAS
 from angelslim_sparseattn.kernels.select_rows import COMPACT, SELECT_ROWS, Rule, bound, counts_of
@@ -15,7 +15,14 @@ from angelslim_sparseattn.prefill import Prefill
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # queries, keys, block, stride, heads, kv heads, width
-SIZES = [(96, 96, 16, 4, 4, 2, 16), (83, 83, 16, 8, 2, 1, 48), (30, 95, 16, 2, 3, 3, 16), (300, 470, 32, 16, 4, 1, 80), (17, 64, 16, 16, 2, 2, 32), (40, 40, 16, 1, 1, 1, 16)]
+SIZES = [
+    (96, 96, 16, 4, 4, 2, 16),
+    (83, 83, 16, 8, 2, 1, 48),
+    (30, 95, 16, 2, 3, 3, 16),
+    (300, 470, 32, 16, 4, 1, 80),
+    (17, 64, 16, 16, 2, 2, 32),
+    (40, 40, 16, 1, 1, 1, 16),
+]
 
 
 def prefill(queries, keys, block=16, heads=4, kv_heads=2, width=16, dtype=torch.float32, seed=0):
@@ -92,23 +99,23 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("lengths", [(160, 160), (155, 155), (60, 157), (7, 150)], ids=str)
+@pytest.mark.parametrize("lengths", [(112, 112), (60, 157), (7, 90)], ids=str)
 def test_lists_are_those_of_the_reference(lengths, rule):
-    s = prefill(*lengths)
+    s = prefill(*lengths, heads=2)
     chosen = RULES[rule](s.rows)
     generator = torch.Generator().manual_seed(3)
-    score = torch.randn(4, s.rows, s.columns, generator=generator).to(DEVICE)
+    score = torch.randn(2, s.rows, s.columns, generator=generator).to(DEVICE)
     if chosen.mode != "top_k":
         score = torch.where(score > 1, -score, score.abs()) if chosen.ordered else score.abs()
         score[1, :, 1:4] = 0.0
     score[0] = (score[0] * 2).round() / 2  # ties, among them of 0 and -0
-    for each in (score, torch.where(causal(s), score, torch.nan)):
-        found, wanted = both(SELECT_ROWS, s, each, chosen)
-        same(s, found, wanted)
+    score = torch.where(causal(s), score, torch.nan)  # what kernels leave there
+    found, wanted = both(SELECT_ROWS, s, score, chosen)
+    same(s, found, wanted)
     cells = cells_of(s, wanted)
     assert (cells | own(s)).equal(cells) and not (cells & ~causal(s)).any()
     if chosen.mode == "top_k":
-        assert wanted.ptr.diff().view(4, -1).tolist() == [list(counts_of(s.span, chosen).per_row)] * 4
+        assert wanted.ptr.diff().view(2, -1).tolist() == [list(counts_of(s.span, chosen).per_row)] * 2
     assert bound(s.span) == int(causal(s).sum())
 
 
@@ -132,7 +139,7 @@ def test_lists_are_joined_in_order(monkeypatch):
         monkeypatch.setattr(block_index, "PIECE", piece)
         monkeypatch.setattr(block_index, "NARROW_ABOVE", narrow)
         ptr, col = joined([a, b, a], [1, 1, 2], 2, 10)
-        assert ptr.tolist() == [0, 2, 2, 3, 3, 4, 4, 6, 7] or piece  # rows of each head of each list
+        assert ptr.tolist() == [0, 2, 2, 3, 3, 4, 4, 6, 7]  # a row is missing in each head but the last
         assert col[: int(ptr[-1])].tolist() == [0, 1, 1, 4, 0, 1, 1] and col.dtype == (torch.int16 if narrow == 3 else torch.int32)
 
 
@@ -155,13 +162,14 @@ def by_triton(monkeypatch):
 @pytest.mark.parametrize("name", CLASSES)
 def test_policies_select_the_same_by_triton(name, monkeypatch):
     generator = torch.Generator().manual_seed(5)
-    q, k, v = (torch.randn(2, heads, 300, 16, generator=generator).to(DEVICE) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, heads, 200, 16, generator=generator).to(DEVICE) for heads in (2, 1, 1))
     policy = make_policy(name, **SMALL.get(name, {}))
-    lengths = {"q_len": [300, 75], "kv_len": [300, 193]}
+    lengths = {"q_len": [200, 75], "kv_len": [200, 193]}
     wanted = select(q.cpu(), k.cpu(), v.cpu(), policy, block=16, **lengths)
-    by_triton(monkeypatch)
-    for scratch in (2**30, 1):  # all heads at a time, and one
+    for scratch in (1, 2**30):  # a head at a time, and all
         monkeypatch.setattr(attention_module, "SCRATCH_BYTES", scratch)
+        if scratch > 1:
+            by_triton(monkeypatch)
         found = select(q, k, v, policy, block=16, check=True, **lengths).check()
         n = int(wanted.row_ptr[-1])
         assert found.row_ptr.equal(wanted.row_ptr.to(DEVICE)) and found.col[:n].equal(wanted.col.to(DEVICE)) and found.order == wanted.order

@@ -139,9 +139,13 @@ def _select(q: Tensor, k: Tensor, v: Tensor, policy: Policy, lengths: Lengths, s
 
 def _listed(s: Prefill, kept: Kept, ordered: bool) -> Lists:
     """The lists of what is kept, in priority order if it is `ordered`: then of cells own blocks come first."""
-    if kept.lists is not None and (kept.lists.order == "priority") == ordered:
+    if kept.lists is None:
+        assert kept.cells is not None
+        cells = (kept.cells | own(s)) & causal(s)
+    elif (kept.lists.order == "priority") == ordered:
         return kept.lists
-    cells = to_cells(kept.lists, s.rows, s.columns) if kept.cells is None else (kept.cells | own(s)) & causal(s)
+    else:
+        cells = to_cells(kept.lists, s.rows, s.columns)
     return COMPACT(s, cells.expand(len(s.q), -1, -1), ordered, None)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from angelslim_core.errors import UsageError
 
-
 # blocks that are moved at a time
 PIECE = 2**24
 # columns of more blocks than this, where lists are allocated for the worst case, are of two bytes

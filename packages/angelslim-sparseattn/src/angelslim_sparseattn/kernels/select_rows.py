@@ -117,7 +117,11 @@ def reference(s: Prefill, score: Tensor, rule: Rule) -> Lists:
 
 
 def compact(s: Prefill, cells: Tensor, own_first: bool, values: Tensor | None) -> Lists:
-    """Lists of the cells [H, Pq, Pk] that are set, ascending, or own blocks first; of `values` [H, Pk] in their place where given."""
+    """Lists of the cells [H, Pq, Pk] that are set, ascending, or own blocks first; of `values` in their place where given.
+
+    Args:
+        values: positions [H, Pk] of keys, or blocks [H, Pq, Pk].
+    """
     if own_first:
         near = own(s).expand(cells.shape)
         order = torch.where(near, -1, 0).masked_fill(~cells, 1).argsort(dim=-1, stable=True)
@@ -125,7 +129,7 @@ def compact(s: Prefill, cells: Tensor, own_first: bool, values: Tensor | None) -
     elif values is None:
         col = cells.nonzero()[:, -1]
     else:
-        col = values[:, None].expand(cells.shape)[cells]
+        col = (values if values.dim() == 3 else values[:, None].expand(cells.shape))[cells]
     return Lists(_ends(cells.sum(-1)), col.int(), True, "priority" if own_first else "ascending")
 
 

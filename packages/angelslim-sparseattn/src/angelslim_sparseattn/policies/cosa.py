@@ -26,6 +26,9 @@ class CoSA(Policy):
     delta: float = Field(1000, description="blocks below ln(delta / N) of the running maximum are skipped; negative: none")
     stride: Stride = 8
 
+    def scratch_bytes(self, s: Prefill) -> int:
+        return 32 * s.rows * s.columns
+
     def keep(self, s: Prefill) -> Kept:
         rule = Rule("top_p", share=self.p, n_init=1, ordered=True)
         return Kept(lists=SELECT_ROWS(s, antidiagonal_mass(s, self.stride, owners=True), rule), delta=self.delta)

@@ -29,7 +29,7 @@ def _bits(x):
 
 @triton.jit
 def _select(
-    score, budget, counts, ptr, col, rows, columns, off, q_len, ss_h, ss_r, share, first_blocks, near_blocks, last_queries,
+    score, budget, counts, ptr, col, turns, rows, columns, off, q_len, ss_h, ss_r, share, first_blocks, near_blocks, last_queries,
     MODE: tl.constexpr, WRITE: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     i, h = tl.program_id(0), tl.program_id(1)
@@ -77,22 +77,21 @@ def _select(
                 kept = causal
     row = h * rows + i
     if WRITE:
-        at = col + tl.load(ptr + row)
-        if ORDERED:
-            # own blocks, other forced ones, then by mass, ties by number
-            rank = tl.where(kept, key.to(tl.int64) + 1, 0)
-            rank = tl.where(forced, 0x200000000, rank)
-            rank = tl.where(own, 0x400000000, rank)
-            turn = tl.sort((rank << 16) | (0xFFFF - j).to(tl.int64), descending=True)
-            tl.store(at + j, (0xFFFF - (turn & 0xFFFF)).to(col.dtype.element_ty), j < tl.sum(kept.to(tl.int32), 0))
-        else:
-            tl.store(at + tl.cumsum(kept.to(tl.int32), 0) - 1, j.to(col.dtype.element_ty), kept)
+        tl.store(col + tl.load(ptr + row) + tl.cumsum(kept.to(tl.int32), 0) - 1, j.to(col.dtype.element_ty), kept)
     else:
         tl.store(counts + row, tl.sum(kept.to(tl.int64), 0))
+    if ORDERED:
+        # own blocks, other forced ones, then by mass; the highest is first
+        turn = tl.where(kept, (key ^ 0x80000000).to(tl.int32, bitcast=True), -0x80000000)
+        turn = tl.where(forced, tl.where(own, 0x7FFFFFFF, 0x7FFFFFFE), turn)
+        tl.store(turns + row.to(tl.int64) * columns + j, turn, j < columns)
 
 
 @triton.jit
-def _compact(cells, values, ptr, col, rows, columns, off, q_len, cs_h, cs_r, vs_h, VALUES: tl.constexpr, OWN_FIRST: tl.constexpr, BLOCK: tl.constexpr, BP: tl.constexpr):
+def _compact(
+    cells, values, ptr, col, rows, columns, off, q_len, cs_h, cs_r, vs_h, vs_r,
+    VALUES: tl.constexpr, OWN_FIRST: tl.constexpr, BLOCK: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
     i, h = tl.program_id(0), tl.program_id(1)
     first, last, _ = _row(i, i, off, q_len, BLOCK)
     at = tl.load(ptr + h * rows + i)
@@ -104,7 +103,7 @@ def _compact(cells, values, ptr, col, rows, columns, off, q_len, cs_h, cs_r, vs_
         kept = tl.load(cells + h.to(tl.int64) * cs_h + i.to(tl.int64) * cs_r + j, j < columns, 0) != 0
         value = j
         if VALUES:
-            value = tl.load(values + h.to(tl.int64) * vs_h + j, kept, 0)
+            value = tl.load(values + h.to(tl.int64) * vs_h + i.to(tl.int64) * vs_r + j, kept, 0)
         if OWN_FIRST:
             own = kept & (j >= first)
             tl.store(col + begin + j - first, value.to(col.dtype.element_ty), own)
@@ -116,39 +115,43 @@ def _compact(cells, values, ptr, col, rows, columns, off, q_len, cs_h, cs_r, vs_
 def select_rows(s: Prefill, score: Tensor, rule: Rule) -> Lists:
     """As the reference; lists whose lengths depend on scores are as long as causality allows."""
     heads, rows, columns = score.shape
-    width = triton.next_power_of_2(columns)
-    exact = rule.mode == "top_k"
-    if exact:
-        known = counts_of(s.span, rule)
-        ptr, budget = offsets(known, heads, s.q.device), known.budget(s.q.device)
-        col = torch.empty(heads * known.total, dtype=torch.int32, device=s.q.device)
-        counts = ptr
-    else:
-        most = heads * bound(s.span)
-        counts = torch.empty(heads * rows, dtype=torch.int64, device=s.q.device)
-        budget, col = counts, torch.empty(most, dtype=column_dtype(most, columns), device=s.q.device)
-        ptr = counts
+    width = max(256, triton.next_power_of_2(columns))  # fewer variants to compile
     options = {"MODE": MODES[rule.mode], "ORDERED": rule.ordered, "BLOCK": s.block, "BP": width, "num_warps": min(16, max(1, width // 512))}
     sizes = (rows, columns, s.off, s.q_len, *score.stride()[:2], float(rule.share), *rule.blocks(s.block), rule.n_last)
+    device = score.device
     with torch.cuda.device_of(score):
-        if not exact:
-            _select[(rows, heads)](score, budget, counts, ptr, col, *sizes, WRITE=False, **options)
-            ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        _select[(rows, heads)](score, budget, counts, ptr, col, *sizes, WRITE=True, **options)
-    return Lists(ptr, col, exact, "priority" if rule.ordered else "ascending")
+        if rule.mode == "top_k":
+            known = counts_of(s.span, rule)
+            ptr, budget = offsets(known, heads, device), known.budget(device)
+            col = torch.empty(heads * known.total, dtype=torch.int32, device=device)
+            _select[(rows, heads)](score, budget, ptr, ptr, col, col, *sizes, WRITE=True, **options)
+            return Lists(ptr, col)
+        counts = torch.empty(heads * rows, dtype=torch.int64, device=device)
+        turns = torch.empty(score.shape, dtype=torch.int32, device=device) if rule.ordered else counts
+        _select[(rows, heads)](score, counts, counts, counts, counts, turns, *sizes, WRITE=False, **options)
+        if rule.ordered:
+            order = turns.sort(dim=-1, descending=True, stable=True).indices
+            cells = torch.arange(columns, device=device) < counts.view(heads, rows, 1)
+            return compact(s, cells, False, order)._replace(order="priority")
+        ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        most = heads * bound(s.span)
+        col = torch.empty(most, dtype=column_dtype(most, columns), device=device)
+        _select[(rows, heads)](score, counts, counts, ptr, col, col, *sizes, WRITE=True, **options)
+    return Lists(ptr, col, False)
 
 
 def compact(s: Prefill, cells: Tensor, own_first: bool, values: Tensor | None) -> Lists:
     """As the reference; the list is as long as causality, or all cells, allow."""
     heads, rows, columns = cells.shape
     ptr = torch.nn.functional.pad(cells.sum(-1).flatten().cumsum(0), (1, 0))
-    most = heads * (bound(s.span) if values is None else rows * columns)
-    col = torch.empty(most, dtype=column_dtype(most, columns) if values is None else torch.int32, device=cells.device)
+    of_blocks = values is None or values.dim() == 3
+    most = heads * (bound(s.span) if of_blocks else rows * columns)
+    col = torch.empty(most, dtype=column_dtype(most, columns) if of_blocks else torch.int32, device=cells.device)
     bytes_ = cells.view(torch.uint8)
-    looked_up = bytes_ if values is None else values
+    looked_up = bytes_ if values is None else values if values.dim() == 3 else values[:, None].expand(cells.shape)
     with torch.cuda.device_of(cells):
         _compact[(rows, heads)](
-            bytes_, looked_up, ptr, col, rows, columns, s.off, s.q_len, *bytes_.stride()[:2], looked_up.stride(0),
+            bytes_, looked_up, ptr, col, rows, columns, s.off, s.q_len, *bytes_.stride()[:2], *looked_up.stride()[:2],
             VALUES=values is not None, OWN_FIRST=own_first, BLOCK=s.block, BP=1024, num_warps=4,
         )  # fmt: skip
     return Lists(ptr, col, False, "priority" if own_first else "ascending")
