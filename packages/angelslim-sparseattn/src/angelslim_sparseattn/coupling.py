@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ _NAME = "sparseattn_"
 _NUMBERS = count(1)
 # what only a model's own eager attention computes
 _EAGER = ("s_aux", "sinks", "softcap")
+_ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
 
 
 class _Layer:
@@ -193,13 +195,16 @@ def attach(model: PreTrainedModel, config: SparseAttentionConfig) -> Attached:
     text = model.config.get_text_config()
     if attention_of(text).startswith(_NAME):
         raise UsageError(554, type(model).__name__, "follows a sparse attention policy already", "detach that first")
-    for override in config.overrides:
-        for what, numbers, most in (("layer", override.layers, text.num_hidden_layers), ("head", override.heads or (), text.num_attention_heads)):
-            if max(numbers, default=0) >= most:
-                raise UsageError(552, "overrides", f"{what} {max(numbers)} of a model with {most}")
+    config.check(text.num_hidden_layers, text.num_attention_heads)
     attached = Attached(config, text.num_hidden_layers)
     attached._bound = _bind(model, lambda before: (attached.attend, attached.mask))
+    _ATTACHED[model] = attached
     return attached
+
+
+def attachment(model: nn.Module) -> Attached | None:
+    """What `attach`, or loading an artifact with a policy, attached to a model last."""
+    return _ATTACHED.get(model)
 
 
 def _bind(model: PreTrainedModel, functions: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]) -> list[tuple[Any, str]]:
