@@ -148,6 +148,25 @@ def test_prompts_in_parts(model, architecture, parts):
             assert off(found[-1], whole[:, -parts[-1] :]) < 1e-5 or parts[-1] < 16
 
 
+def test_chunks_get_the_budgets_of_the_whole_prompt(model):
+    of, ids = model(), tokens(2, LENGTH)
+    config = small(options={"rate": 0.3, "n_init": 16, "n_local": 16, "lam": 0})  # the values' term would see fewer values
+    with attach(of, config) as attached:
+        whole = of(ids).logits
+        attached.prompt_len = LENGTH
+        cache = DynamicCache(config=of.config)
+        found = [of(part, past_key_values=cache).logits for part in ids.split((80, 70), 1)]
+        assert off(torch.cat(found, 1), whole) < 1e-5
+        attached.prompt_len = None
+        cache = DynamicCache(config=of.config)
+        assert off(of(ids[:, :80], past_key_values=cache).logits, whole[:, :80]) > 1e-3
+        attached.prompt_len = 80  # tokens beyond it are of a later turn
+        assert of(ids[:, 80:], past_key_values=cache).logits.isfinite().all()
+    with attach(of, small(**SINK)):
+        wanted = of.generate(ids, max_new_tokens=4, do_sample=False)
+        assert of.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=48).equal(wanted)
+
+
 def test_a_second_turn_after_a_padded_batch(model):
     of, first, second = model(), tokens(2, 80), tokens(2, 40, seed=1)
     mask = torch.ones(2, 120, dtype=torch.int64)

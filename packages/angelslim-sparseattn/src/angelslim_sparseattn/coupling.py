@@ -46,10 +46,16 @@ class _Layer:
 
 
 class Attached:
-    """A model that attends as its configuration says, until `detach` or the end of a `with` block."""
+    """A model that attends as its configuration says, until `detach` or the end of a `with` block.
+
+    Attributes:
+        prompt_len: tokens of the whole prompt, for policies whose budgets follow from it; set it, and back to None, around
+            a prefill in chunks without padding, else each chunk counts as the prompt's end.
+    """
 
     def __init__(self, config: SparseAttentionConfig, num_layers: int) -> None:
         self.config = config
+        self.prompt_len: int | None = None
         self._policies = [config.policy_of(layer) for layer in range(num_layers)]
         self._layers: dict[int, _Layer] = {}
         self._bound: list[tuple[Any, str]] = []
@@ -164,8 +170,9 @@ class Attached:
 
     def _sparse(self, call: Call, found: Packing | None, lengths: Lengths, policy: Policy) -> Tensor:
         q, k, v = call.packed(found)
+        prompt = None if found is not None or self.prompt_len is None else max(self.prompt_len, *lengths.kv)
         with call.on_device():
-            index = _select(q, k, v, policy, lengths, call.scale, self.config.block, None, policy.min_len)
+            index = _select(q, k, v, policy, lengths, call.scale, self.config.block, prompt, policy.min_len)
             out = sparse_attention(q, k, v, index, self.config.executor, scale=call.scale)
         layer = self._of(call.module)
         layer.sparse += 1
