@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from angelslim_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from angelslim_core.kernels import Kernel
+    from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_register_passes() -> list[type[Pass]]:
+    from .passes import PASSES
+
+    return [*PASSES]
 
 
 @hookimpl
@@ -17,3 +25,8 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.block_sparse import BLOCK_SPARSE
 
     return [BLOCK_SPARSE]
+
+
+@hookimpl
+def angelslim_default_steps() -> list[dict[str, Any]]:
+    return [{"use": "sparseattn.stem"}]
