@@ -53,11 +53,11 @@ CONFIGS = {
 def _rows(x, b, h, first, n, x_t, e, mask, TMA: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
     # keys or values n [T], which are first, first + 1 ... where they come by TMA: [T, W]
     if TMA:
-        return x.load([b, h, first, 0]).reshape(T, W)
-    at = x + n.to(tl.int64)[:, None] * x_t + e[None, :]
-    if FULL:
-        return tl.load(at)
-    return tl.load(at, mask, 0.0)
+        tile = x.load([b, h, first, 0]).reshape(T, W)
+    else:
+        at = x + n.to(tl.int64)[:, None] * x_t + e[None, :]
+        tile = tl.load(at) if FULL else tl.load(at, mask, 0.0)
+    return tile
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _fold(s, v, m, total, acc, scale_log2, PRECISION: tl.constexpr):
     return m2, total, acc
 
 
-@triton.jit(do_not_specialize=["q_lens", "kv_lens", "limits", "queries", "rows"])
+@triton.jit(do_not_specialize=["q_lens", "kv_lens", "limits", "heads", "queries", "rows"])
 def _kernel(
     q, k, v, out, lse, row_ptr, col, token_ptr, token, q_lens, kv_lens, limits, scale_log2, heads, queries, rows, width, v_width,
     qs_b, qs_h, qs_t, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t,
@@ -133,7 +133,7 @@ def _kernel(
         listed = col + start
         if OWN_FIRST:
             listed += own
-        for at in range(0, count * PARTS):
+        for at in range(count * PARTS):
             n0 = tl.load(listed + at // PARTS).to(tl.int32) * BN + at % PARTS * TN
             kx = _rows(k, b, kv, n0, n0 + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
             s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
@@ -197,14 +197,17 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: floa
 
 def _sent(values: list[float] | tuple[int, ...], device: torch.device) -> Tensor:
     """One number a sequence, on the device; nothing waits for it to arrive."""
-    return torch.tensor(values, dtype=torch.float32 if isinstance(values[0], float) else torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.tensor(values, dtype=torch.float32 if isinstance(values[0], float) else torch.int32, pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
 
 
 def _tile(q: Tensor, index: BlockIndex, width: int, wide_d: int, config: Config) -> int:
     """Keys at a time: the queries and all stages of keys and values lie in shared memory."""
     memory = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"] if q.is_cuda else HOPPER_SHARED_BYTES
     keys = (memory - 4096 - index.block_m * wide_d * q.element_size()) // (config.stages * width * q.element_size())
-    return min(index.block_n, config.tile, max(16, triton.next_power_of_2(keys + 1) // 2))
+    wanted = 32 if q.is_cuda and q.dtype == torch.float32 else config.tile  # fp32 has no tensor cores: a wide tile is more than the registers hold
+    return min(index.block_n, wanted, max(16, triton.next_power_of_2(keys + 1) // 2))
 
 
 def _has_tma(q: Tensor) -> bool:
@@ -213,4 +216,4 @@ def _has_tma(q: Tensor) -> bool:
 
 def _box_fits(x: Tensor) -> bool:
     """Whether TMA takes this layout: everything a multiple of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(0 < s and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
