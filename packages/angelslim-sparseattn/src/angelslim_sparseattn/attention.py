@@ -14,15 +14,12 @@ from torch import Tensor
 
 from angelslim_core.errors import UsageError
 
-from .block_index import BlockIndex, Lists, Tokens, joined, to_cells
+from .block_index import BlockIndex, Tokens
 from .kernels.block_sparse import BLOCK_SPARSE
-from .kernels.select_rows import COMPACT
-from .patterns import causal, own
 from .policies.base import Policy
-from .prefill import Kept, Prefill
+from .prefill import Prefill
+from .selection import selected, together
 
-# memory that selection may take beside its result
-SCRATCH_BYTES = 2**30
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -117,37 +114,19 @@ def _select(q: Tensor, k: Tensor, v: Tensor, policy: Policy, lengths: Lengths, s
         raise UsageError(531, "select", f"a block is a multiple of 16, not {block}")
     if prompt_len is not None and prompt_len < max(lengths.kv):
         raise UsageError(533, "select", f"a prompt of {prompt_len} tokens has no {max(lengths.kv)} keys")
-    most, columns = -(-q.shape[2] // block), -(-k.shape[2] // block)
-    blocks, rows, singles, delta = [], [], [], []
+    rows, columns = -(-q.shape[2] // block), -(-k.shape[2] // block)
+    found, blocks, delta = [], [], []
     for b, (queries, keys) in enumerate(zip(*lengths, strict=True)):
-        sequence = Prefill(q[b, :, :queries], k[b, :, :keys], v[b, :, :keys], scale, block, prompt_len or keys)
-        sparse, skip = keys >= min_len, -1.0
-        for s in sequence.parts(SCRATCH_BYTES // (policy.scratch_bytes(sequence) if sparse else sequence.rows * sequence.columns)):
-            kept = policy.keep(s) if sparse else Kept(causal(s))
-            skip = kept.delta
-            blocks.append(_listed(s, kept, policy.ordered))
-            rows.append(s.rows)
-            singles.append(kept.tokens)
-        delta.append(skip)
-    tokens = None
-    if any(each is not None for each in singles):
-        empty = [Lists(torch.zeros_like(each.ptr), each.col[:0].int()) for each in blocks]
-        tokens = Tokens(*joined([none if each is None else each for each, none in zip(singles, empty, strict=True)], rows, most, max(lengths.kv)))
-    ptr, col = joined(blocks, rows, most, columns)
-    order = blocks[0].order
-    return BlockIndex(ptr, col, (*q.shape[:2], most, columns), *lengths, block, block, "per_q", order, tokens, tuple(delta))
-
-
-def _listed(s: Prefill, kept: Kept, ordered: bool) -> Lists:
-    """The lists of what is kept, in priority order if it is `ordered`: then of cells own blocks come first."""
-    if kept.lists is None:
-        assert kept.cells is not None
-        cells = (kept.cells | own(s)) & causal(s)
-    elif (kept.lists.order == "priority") == ordered:
-        return kept.lists
-    else:
-        cells = to_cells(kept.lists, s.rows, s.columns)
-    return COMPACT(s, cells.expand(len(s.q), -1, -1), ordered, None)
+        s = Prefill(q[b, :, :queries], k[b, :, :keys], v[b, :, :keys], scale, block, prompt_len or keys)
+        kept = selected(s, policy if keys >= min_len else None, policy.ordered)
+        found.append(kept)
+        blocks.append(s.rows)
+        delta.append(kept.delta)
+    whole = together(found, blocks, rows, columns, k.shape[2])
+    assert whole.lists is not None
+    tokens = None if whole.tokens is None else Tokens(whole.tokens.ptr, whole.tokens.col)
+    shape = (*q.shape[:2], rows, columns)
+    return BlockIndex(whole.lists.ptr, whole.lists.col, shape, *lengths, block, block, "per_q", whole.lists.order, tokens, tuple(delta))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:

@@ -47,7 +47,7 @@ class Lists(NamedTuple):
 
 
 def to_cells(lists: Lists, rows: int, columns: int) -> Tensor:
-    """Listed blocks as bool [H, rows, columns], without a look at the device."""
+    """Listed blocks as bool [H, rows, columns] of lists none of which is empty, without a look at the device."""
     length = lists.ptr.diff()
     cells = torch.zeros(len(length), columns, dtype=torch.bool, device=lists.col.device)
     place = torch.arange(columns, device=lists.col.device)
@@ -61,8 +61,8 @@ def column_dtype(most: int, columns: int) -> torch.dtype:
     return torch.int16 if most > NARROW_ABOVE and columns < 2**15 else torch.int32
 
 
-def joined(lists: Sequence[Lists], rows: Sequence[int], most: int, columns: int) -> tuple[Tensor, Tensor]:
-    """One pair of offsets and columns of several lists, in their order, without a look at the device.
+def joined(lists: Sequence[Lists], rows: Sequence[int], most: int, columns: int) -> Lists:
+    """Several lists as one, in their order, without a look at the device.
 
     Args:
         rows: rows of each head of each of the lists.
@@ -70,11 +70,11 @@ def joined(lists: Sequence[Lists], rows: Sequence[int], most: int, columns: int)
         columns: what is listed is below it.
     """
     if len(lists) == 1 and rows[0] == most:
-        return lists[0].ptr, lists[0].col
+        return lists[0]
     counts = [torch.nn.functional.pad(each.ptr.diff().view(-1, n), (0, most - n)).flatten() for each, n in zip(lists, rows, strict=True)]
     ptr = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
     if all(each.exact for each in lists):
-        return ptr, torch.cat([each.col for each in lists])
+        return Lists(ptr, torch.cat([each.col for each in lists]), True, lists[0].order)
     length = sum(len(each.col) for each in lists)
     col = torch.empty(length, dtype=column_dtype(length, columns), device=ptr.device)
     start = ptr.new_zeros(())
@@ -83,7 +83,7 @@ def joined(lists: Sequence[Lists], rows: Sequence[int], most: int, columns: int)
             part = each.col[piece : piece + PIECE].to(col.dtype)
             col.scatter_(0, start + torch.arange(piece, piece + len(part), device=col.device), part)
         start = start + each.ptr[-1]
-    return ptr, col
+    return Lists(ptr, col, False, lists[0].order)
 
 
 def own_blocks(q_len: int, kv_len: int, block_m: int, block_n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -17,14 +17,17 @@ class Policy(PassConfig, ABC):
 
     Attributes:
         looks_ahead: whether tokens of later blocks can change what earlier query blocks keep.
-        ordered: whether its lists are in priority order.
     """
 
     looks_ahead: ClassVar[bool]
-    ordered: ClassVar[bool] = False
 
     min_len: int = Field(8192, ge=0, description="sequences with fewer keys attend to everything")
     dense_layers: tuple[int, ...] = Field((0, 1), description="layers that attend to everything")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether lists are in priority order."""
+        return False
 
     def scratch_bytes(self, s: Prefill) -> int:
         """Memory that a query head takes up while it selects: fewer heads at a time where it is much."""

@@ -20,11 +20,14 @@ class CoSA(Policy):
     """Own blocks, block 0, owners of row maxima by mass, the rest by mass, while the mass before is below a share p."""
 
     looks_ahead: ClassVar[bool] = False
-    ordered: ClassVar[bool] = True
 
     p: float = Field(0.95, ge=0, le=1, description="share of the estimated mass to keep")
     delta: float = Field(1000, description="blocks below ln(delta / N) of the running maximum are skipped; negative: none")
     stride: Stride = 8
+
+    @property
+    def ordered(self) -> bool:
+        return True
 
     def scratch_bytes(self, s: Prefill) -> int:
         return 32 * s.rows * s.columns
