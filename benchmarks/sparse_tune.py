@@ -33,14 +33,14 @@ from angelslim_sparseattn.kernels.triton.block_sparse import CONFIGS, block_spar
 
 HEADS, KV_HEADS, WIDTH, BLOCK = 32, 8, 128, 128
 PEERS = ("flex", "flash")
-CHECK_S, TIME_S = 100, 60
+CHECK_S, TIME_S = 60, 60
 
 
 def attention(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """(q, k, v, index, scale) -> (out, lse) of a configuration or a peer."""
     if name in PEERS:
-        return lambda *args: BLOCK_SPARSE(*args, executor=name)
-    return lambda *args: block_sparse(*args, config=CONFIGS[name])
+        return partial(BLOCK_SPARSE, executor=name)
+    return partial(block_sparse, config=CONFIGS[name])
 
 
 def qkv(queries: int, keys: int, heads: int = HEADS, kv_heads: int = KV_HEADS) -> list[Tensor]:
@@ -61,7 +61,7 @@ def random_index(queries: int, keys: int, heads: int, share: float) -> BlockInde
 def check(name: str) -> dict[str, Any]:
     """Largest error relative to fp64, of outputs over SDPA's own in bf16, and of LSE, over shapes with tails and offsets."""
     worst: dict[str, Any] = {"error": 0.0, "ratio": 0.0, "lse": 0.0}
-    for queries, keys in ((1024, 1024), (1000, 1000), (640, 1805)):
+    for queries, keys in ((1024, 1024), (1000, 1000), (640, 1792)):
         q, k, v = qkv(queries, keys, 8, 2)
         for share in (0.3, 1.0):
             index = random_index(queries, keys, 8, share)
@@ -159,9 +159,13 @@ def main() -> None:
     right = [name for name in names if checked[name]["ok"]]
     checks_s = time.perf_counter() - start
     document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "checks": checked, "checks_s": checks_s}
-    rows = child(["--time", "--only", ",".join(right), "--lengths", args.lengths, "--densities", args.densities], TIME_S)
-    if args.out:
-        write(args.out, {**document, "rows": rows})
+    rows: list[dict[str, Any]] = []
+    # kernels that synchronise by hand come last and alone: one that hangs takes nothing else with it
+    by_hand = [name for name in right if name in CONFIGS and CONFIGS[name].hopper]
+    for group in ([name for name in right if name not in by_hand], *([name] for name in by_hand)):
+        rows += child(["--time", "--only", ",".join(group), "--lengths", args.lengths, "--densities", args.densities], TIME_S)
+        if args.out:
+            write(args.out, {**document, "rows": rows})
     for row in sorted(rows, key=lambda row: (row.get("length", 0), row.get("share", 0), row.get("ms", 1e9))):
         show(row)
     for name, found in checked.items():

@@ -250,7 +250,7 @@ def test_every_way_to_run_the_kernel_is_the_reference(triton_kernel, dtype):
         q, k, v = qkv(*lengths, heads=2, kv_heads=1, dim=dim, v_dim=v_dim, dtype=dtype)
         index = random_index(*lengths, heads=2, block=64)
         wanted, wanted_lse = brute(q, k, v, tokens_of(index, 2), 0.1)
-        for config in {c._replace(warps=4, registers=None, stages=2) for c in triton_kernel.CONFIGS.values()}:
+        for config in {c._replace(warps=4, registers=None, stages=2) for c in triton_kernel.CONFIGS.values() if not c.hopper}:
             out, lse = triton_kernel.block_sparse(q, k, v, index, 0.1, config)
             assert error(out, wanted) < (1e-6 if dtype == torch.float32 else 8e-3) and torch.allclose(lse.double(), wanted_lse, atol=1e-5)
 

@@ -24,6 +24,8 @@ class Config(NamedTuple):
         registers: the most a thread may have, so that two programs fit on a multiprocessor; None: as many as it takes.
         tma: whether keys and values come by the tensor memory accelerator, where it is there and their layout allows it.
         together: KV heads whose programs run side by side; 0: all. One after the other, a head's keys stay in the L2 cache.
+        hopper: whether it is the kernel of `hopper`; warps, registers and tma are not its.
+        by_turns: of `hopper` only.
     """
 
     tile: int = 128
@@ -32,6 +34,8 @@ class Config(NamedTuple):
     registers: int | None = None
     tma: bool = True
     together: int = 1
+    hopper: bool = False
+    by_turns: bool = False
 
 
 CONFIGS = {
@@ -46,7 +50,12 @@ CONFIGS = {
     "64-narrow-3-stages": Config(64, warps=4, stages=3),
     "64-narrow-all": Config(64, warps=4, stages=2, together=0),
     "32-narrow": Config(32, warps=4, stages=3),
+    "hopper": Config(hopper=True),
+    "hopper-turns": Config(hopper=True, by_turns=True),
+    "hopper-all": Config(hopper=True, together=0),
 }
+# names of CONFIGS, fastest first; the last takes every call
+FASTEST = ("128",)
 
 
 @triton.jit
@@ -168,19 +177,23 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: floa
         wide, lse = block_sparse(q.float(), k.float(), v.float(), index, scale, config)
         return wide.bfloat16(), lse
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    config = config or CONFIGS["128"]
+    config = config or _fastest(q, k, v, index)
     batch, heads, queries, width = q.shape
     kv_heads, v_width, rows = k.shape[1], v.shape[-1], index.shape[2]
+    together = config.together if config.together and kv_heads % config.together == 0 else batch * kv_heads if config.together == 0 else 1
+    if config.hopper:
+        from . import hopper
+
+        return hopper.block_sparse(q, k, v, index, scale, config.stages, config.by_turns, together)
     out, lse = q.new_empty(batch, heads, queries, v_width), q.new_empty(batch, heads, queries, dtype=torch.float32)
     wide_d, wide_v = (max(16, triton.next_power_of_2(n)) for n in (width, v_width))
     tile = _tile(q, index, wide_d + wide_v, wide_d, config)
-    tma = config.tma and index.tokens is None and _has_tma(q) and all(_box_fits(x) for x in (k, v))
+    tma = config.tma and index.tokens is None and _has_tma(q) and all(box_fits(x) for x in (k, v))
     skip = index.skip_below()
     limits = [t / LOG2 for t in skip or [-math.inf] * batch]
     same = len(set(zip(index.q_len, index.kv_len, limits, strict=True))) == 1
     sizes = [n[0] if same else _sent(n, q.device) for n in (index.q_len, index.kv_len, limits)]
     tokens = (index.row_ptr, index.col) if index.tokens is None else index.tokens
-    together = config.together if config.together and kv_heads % config.together == 0 else batch * kv_heads if config.together == 0 else 1
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
         _kernel[(batch * heads * rows,)](
             q, *(TensorDescriptor.from_tensor(x, [1, 1, tile, w]) if tma else x for x, w in ((k, wide_d), (v, wide_v))),
@@ -193,6 +206,18 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: floa
             num_warps=config.warps if index.block_m == 128 else 4, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
     return out, lse
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Config:
+    """The first of FASTEST that takes the call."""
+    for config in (CONFIGS[name] for name in FASTEST):
+        if config.hopper:
+            from . import hopper  # needs a newer Triton than the rest
+
+            if not hopper.takes(q, k, v, index):
+                continue
+        return config
+    raise AssertionError("the last of FASTEST takes every call")
 
 
 def _sent(values: list[float] | tuple[int, ...], device: torch.device) -> Tensor:
@@ -214,6 +239,6 @@ def _has_tma(q: Tensor) -> bool:
     return not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] >= 9
 
 
-def _box_fits(x: Tensor) -> bool:
+def box_fits(x: Tensor) -> bool:
     """Whether TMA takes this layout: everything a multiple of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
