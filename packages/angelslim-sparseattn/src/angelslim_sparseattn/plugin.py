@@ -22,9 +22,11 @@ def angelslim_register_passes() -> list[type[Pass]]:
 
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
+    from .estimators import ANTIDIAGONAL_MASS, ANTIDIAGONAL_MEAN, MEAN_KEY_MASS, VALUE_BIAS
     from .kernels.block_sparse import BLOCK_SPARSE
+    from .kernels.select_rows import COMPACT, SELECT_ROWS
 
-    return [BLOCK_SPARSE]
+    return [BLOCK_SPARSE, ANTIDIAGONAL_MEAN, VALUE_BIAS, ANTIDIAGONAL_MASS, MEAN_KEY_MASS, SELECT_ROWS, COMPACT]
 
 
 @hookimpl
