@@ -14,9 +14,10 @@ from angelslim_core.errors import AngelslimError
 from angelslim_sparseattn import BlockIndex, make_policy, select, sparse_attention
 from angelslim_sparseattn.block_index import Tokens
 from angelslim_sparseattn.kernels import block_sparse as kernel
+from angelslim_sparseattn.kernels import flex
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXECUTORS = ["reference", "triton"]
+EXECUTORS = ["reference", "triton", "sdpa"]
 
 
 @pytest.fixture(params=EXECUTORS)
@@ -61,14 +62,14 @@ def error(found, wanted):
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def random_index(queries, keys, heads=4, block=16, seed=1, share=0.4):
+def random_index(queries, keys, heads=4, block=16, seed=1, share=0.4, device=DEVICE):
     """Random lists, own blocks and block 0 in each."""
     generator = torch.Generator().manual_seed(seed)
     shape = (1, heads, math.ceil(queries / block), math.ceil(keys / block))
     cells = torch.rand(shape, generator=generator) < share
     i, j, off = torch.arange(shape[2])[:, None], torch.arange(shape[3]), keys - queries
     first, last = (off + i * block) // block, (off + ((i + 1) * block).clamp(max=queries) - 1) // block
-    return BlockIndex.from_bool(((cells | (j >= first)) & (j <= last)).to(DEVICE), (queries,), (keys,), block, block).check()
+    return BlockIndex.from_bool(((cells | (j >= first)) & (j <= last)).to(device), (queries,), (keys,), block, block).check()
 
 
 SIZES = [
@@ -178,6 +179,7 @@ def skipped_by_hand(q, k, index, below):
     return skipped
 
 
+@pytest.mark.parametrize("executor", ["reference", "triton"])
 def test_blocks_far_below_the_maximum_are_skipped(executor):
     q, k, v = qkv(90, heads=2, kv_heads=1, dim=32)
     q *= 3
@@ -218,9 +220,11 @@ def test_which_executor_runs(monkeypatch):
     q, k, v = qkv(20, dim=32)
     index = random_index(20, 20)
     assert kernel.BLOCK_SPARSE.choose(q.cpu(), k.cpu(), v.cpu(), index, 1.0).name == "torch"
-    for name in ("flex", "nonsense"):
+    for name in ("flex", "flash", "nonsense"):
         with pytest.raises(AngelslimError, match=name):
-            sparse_attention(q, k, v, index, name)
+            sparse_attention(q.cpu(), k.cpu(), v.cpu(), random_index(20, 20, device="cpu"), name)
+    with pytest.raises(AngelslimError, match="skipped"):
+        sparse_attention(q, k, v, replace(index, delta=(5.0,)), "sdpa")
     if DEVICE == "cpu":
         monkeypatch.setattr(kernel, "triton_interprets", lambda: False)
         with pytest.raises(AngelslimError, match="on a GPU"):
@@ -230,6 +234,61 @@ def test_which_executor_runs(monkeypatch):
     with pytest.raises(AngelslimError, match="256"):
         sparse_attention(*wide, index, "triton")
     assert error(sparse_attention(*wide, index, "reference"), brute(*wide, tokens_of(index, 4))[0]) < 1e-6
+
+
+@pytest.fixture
+def triton_kernel():
+    pytest.importorskip("triton")
+    from angelslim_sparseattn.kernels.triton import block_sparse
+
+    return block_sparse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_way_to_run_the_kernel_is_the_reference(triton_kernel, dtype):
+    for dim, v_dim, lengths in ((64, None, (100, 100)), (192, 128, (40, 133))):
+        q, k, v = qkv(*lengths, heads=2, kv_heads=1, dim=dim, v_dim=v_dim, dtype=dtype)
+        index = random_index(*lengths, heads=2, block=64)
+        wanted, wanted_lse = brute(q, k, v, tokens_of(index, 2), 0.1)
+        for config in {c._replace(warps=4, registers=None, stages=2) for c in triton_kernel.CONFIGS.values() if not c.hopper}:
+            out, lse = triton_kernel.block_sparse(q, k, v, index, 0.1, config)
+            assert error(out, wanted) < (1e-6 if dtype == torch.float32 else 8e-3) and torch.allclose(lse.double(), wanted_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("tma", [True, False])
+def test_what_lies_behind_a_sequence_is_not_read(triton_kernel, tma):
+    block_sparse, config = triton_kernel.block_sparse, triton_kernel.Config(32, tma=tma)
+    q, k, v = qkv(130, 200, batch=2, dim=32)
+    lengths = (130, 77), (200, 141)
+    cells = torch.ones(2, 4, 3, 4, dtype=torch.bool, device=DEVICE)
+    index = BlockIndex.from_bool(cells, *lengths, 64, 64).intersect_causal()
+    wanted = block_sparse(q, k, v, index, 0.2, config)[0]
+    q[1, :, 77:], k[1, :, 141:], v[1, :, 141:] = torch.nan, torch.nan, torch.nan
+    found = block_sparse(q, k, v, index, 0.2, config)[0]
+    assert found.equal(wanted) and found.isfinite().all() and not found[1, :, 77:].any()
+
+
+def test_flex_attention_sees_the_index():
+    for lengths in ((300, 300), (200, 333), (64, 70)):
+        index = random_index(*lengths, heads=2, block=64)
+        for lists in (index, index.per_kv(2)):
+            mask = flex.block_mask(lists, 4)
+            assert mask.to_dense().bool().equal(lists.to_bool().repeat_interleave(4 // lists.shape[1], 1))
+            first, last = index.own()
+            assert mask.kv_num_blocks.equal((last - first + 1)[:, None].int().expand(1, 4, -1))
+            assert all(mask.kv_indices[0, 0, i, 0] == first[0, i] for i in range(index.shape[2]))
+            x = torch.arange(400, device=DEVICE)
+            assert mask.mask_mod(0, 0, x[:, None], x).equal(torch.ones(400, 400, dtype=torch.bool, device=DEVICE).tril(lengths[1] - lengths[0]))
+
+
+def test_what_flex_attention_cannot_take():
+    q, k, v = qkv(100, dim=32)
+    index = random_index(100, 100)
+    assert flex.fits(q, k, v, index) == (True, "")
+    assert "length" in flex.fits(q, k, v, random_index(90, 90))[1]
+    assert "single keys" in flex.fits(q, k, v, replace(index, tokens=Tokens(*singles_before(index, (100, 100)))))[1]
+    assert "skips" in flex.fits(q, k, v, replace(index, delta=(5.0,)))[1]
+    assert "wide" in flex.fits(*qkv(100, dim=320), index)[1]
 
 
 def test_short_sequences_and_dense_layers_attend_to_everything():

@@ -30,6 +30,16 @@ def test_to_bool_and_back():
     assert again.col.equal(index.col) and again.row_ptr.equal(index.row_ptr) and index.col.dtype == torch.int32
 
 
+def test_columns_may_be_longer_than_the_lists():
+    index = without(causal_index(), 0, 1, 4, 2)
+    longer = replace(index, col=torch.cat([index.col, torch.tensor([99, -7]).int()])).check()
+    assert longer.density() == index.density() and longer.to_bool().equal(index.to_bool())
+    assert longer.intersect_causal().col.equal(index.col) and longer.per_kv(1).col.equal(index.per_kv(1).col)
+    short = replace(index, col=index.col[:-1])
+    with pytest.raises(AngelslimError, match="no more than 28"):
+        short.check()
+
+
 def test_offsets_move_the_diagonal():
     index = causal_index(queries=33, keys=70).check()
     assert index.off == (37,)

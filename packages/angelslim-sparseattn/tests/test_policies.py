@@ -5,10 +5,9 @@ import torch
 
 from angelslim_core.errors import AngelslimError
 from angelslim_sparseattn import make_policy, select, sparse_attention
-from angelslim_sparseattn.estimators import antidiagonal_mean, diagonal_sums, value_bias
+from angelslim_sparseattn.estimators import antidiagonal_mass, antidiagonal_mean, diagonal_sums, value_bias
 from angelslim_sparseattn.policies import CLASSES
 from angelslim_sparseattn.policies.stem import Stem
-from angelslim_sparseattn.policies.xattention import antidiagonal_mass
 from angelslim_sparseattn.prefill import Prefill
 
 # options under which 30 blocks of 16 are sparse

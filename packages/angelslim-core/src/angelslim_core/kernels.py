@@ -27,12 +27,14 @@ class Implementation:
         function: same signature as the reference.
         supports: called with the operation's arguments; (ok, why not).
         available: whether this machine can run it at all; (ok, why not).
+        by_name: only for callers that name it, never for "auto".
     """
 
     name: str
     function: Callable[..., Any]
     supports: Callable[..., tuple[bool, str]] = lambda *args, **options: (True, "")
     available: Callable[[], tuple[bool, str]] = lambda: (True, "")
+    by_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Kernel:
         """
         if executor == "reference":
             return Implementation("reference", self.reference)
-        candidates = [i for i in self.implementations if executor in ("auto", i.name)]
+        candidates = [i for i in self.implementations if executor == i.name or (executor == "auto" and not i.by_name)]
         if not candidates and executor != "auto":
             names = ", ".join(["reference", *(i.name for i in self.implementations)])
             raise UsageError(33, self.op, f"no implementation {executor!r}", f"choose one of: {names}")

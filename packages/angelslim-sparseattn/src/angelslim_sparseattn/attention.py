@@ -16,9 +16,9 @@ from angelslim_core.errors import UsageError
 
 from .block_index import BlockIndex, Tokens
 from .kernels.block_sparse import BLOCK_SPARSE
-from .patterns import causal, own
 from .policies.base import Policy
-from .prefill import Kept, Prefill
+from .prefill import Prefill
+from .selection import selected, together
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,6 +33,7 @@ class Lengths(NamedTuple):
 def select(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, *, scale: float | None = None, block: int = 128,
     q_len: Sequence[int] | None = None, kv_len: Sequence[int] | None = None, prompt_len: int | None = None,
+    check: bool | None = None,
 ) -> BlockIndex:  # fmt: skip
     """The blocks that the policy keeps, however short the sequences are.
 
@@ -43,14 +44,21 @@ def select(
         block: queries and keys a block, a multiple of 16.
         q_len, kv_len: real queries and keys of sequences padded on the right; all are real if None.
         prompt_len: tokens of the whole prompt where these are a chunk of it; the keys' number if None.
+        check: look for NaN and infinity, which waits for a GPU once, at the end, and on a CPU also for an unsound index; by
+            default on the CPU only. Without it the host waits for nothing, but with the policy "vecattention".
 
     Raises:
         UsageError: shapes or dtypes that do not fit, more queries than keys, NaN or infinity in what is real.
     """
     lengths = _lengths(q, k, v, q_len, kv_len)
-    _check_finite(q, k, v, lengths)
-    scale = _scale(q, scale)
-    return _select(q, k, v, policy, lengths, scale, block, prompt_len, min_len=0).check()
+    check, on_cpu = q.device.type == "cpu" if check is None else check, q.device.type == "cpu"
+    finite = _finite(q, k, v, lengths) if check else None
+    if finite is not None and on_cpu:
+        _check(finite)
+    index = _select(q, k, v, policy, lengths, _scale(q, scale), block, prompt_len, min_len=0)
+    if finite is not None and not on_cpu:
+        _check(finite)
+    return index.check() if check and on_cpu else index
 
 
 def sparse_attention(
@@ -65,15 +73,17 @@ def sparse_attention(
 
     Args:
         q, k, v, scale, q_len, kv_len, prompt_len: as of `select`; an index brings its own lengths.
-        executor: "reference", "torch" (the same, for the CPU), "triton", or "auto": the fastest that takes the call.
+        executor: "reference", "torch" (the same, for the CPU), "triton", "flex" (FlexAttention), "flash" (its FLASH backend), "sdpa" (a
+            mask of everything, for comparison), or "auto": the fastest that takes the call.
         layer: number of the model's layer that this is, for `dense_layers`.
-        check: look for NaN, infinity and an unsound index, which reads from the device; by default on the CPU only.
+        check: look for NaN and infinity, which waits for a GPU once, at the end, and for an unsound index where one is given or
+            on a CPU; by default on the CPU only.
 
     Raises:
         UsageError: as of `select`; an index made for other sizes; no such executor.
         EngineError: the executor does not take the call.
     """
-    check = q.device.type == "cpu" if check is None else check
+    check, on_cpu = q.device.type == "cpu" if check is None else check, q.device.type == "cpu"
     if isinstance(policy_or_index, BlockIndex):
         index = policy_or_index
         if (q_len is not None and tuple(q_len) != index.q_len) or (kv_len is not None and tuple(kv_len) != index.kv_len):
@@ -81,18 +91,21 @@ def sparse_attention(
         lengths = _lengths(q, k, v, index.q_len, index.kv_len)
     else:
         index, lengths = None, _lengths(q, k, v, q_len, kv_len)
-    if check:
-        _check_finite(q, k, v, lengths)
-    scale = _scale(q, scale)
+    finite = _finite(q, k, v, lengths) if check else None
+    if finite is not None and on_cpu:
+        _check(finite)
+    scale, given = _scale(q, scale), index is not None
     if index is None:
         policy = policy_or_index
         dense = layer is not None and layer in policy.dense_layers  # type: ignore[union-attr]
         min_len = max(lengths.kv) + 1 if dense else policy.min_len  # type: ignore[union-attr]
         index = _select(q, k, v, policy, lengths, scale, 128, prompt_len, min_len)  # type: ignore[arg-type]
     _check_fits(index, q, k)
-    if check:
+    if check and (given or on_cpu):
         index.check()
     out, lse = BLOCK_SPARSE(q, k, v, index, scale, executor=executor)
+    if finite is not None and not on_cpu:
+        _check(finite)
     return (out, lse) if return_lse else out
 
 
@@ -101,24 +114,19 @@ def _select(q: Tensor, k: Tensor, v: Tensor, policy: Policy, lengths: Lengths, s
         raise UsageError(531, "select", f"a block is a multiple of 16, not {block}")
     if prompt_len is not None and prompt_len < max(lengths.kv):
         raise UsageError(533, "select", f"a prompt of {prompt_len} tokens has no {max(lengths.kv)} keys")
-    batch, heads = q.shape[:2]
-    cells = torch.zeros(batch, heads, -(-q.shape[2] // block), -(-k.shape[2] // block), dtype=torch.bool, device=q.device)
-    rank, counts, singles, delta = None, cells.new_zeros(cells.shape[:3], dtype=torch.int64), [], []
+    rows, columns = -(-q.shape[2] // block), -(-k.shape[2] // block)
+    found, blocks, delta = [], [], []
     for b, (queries, keys) in enumerate(zip(*lengths, strict=True)):
         s = Prefill(q[b, :, :queries], k[b, :, :keys], v[b, :, :keys], scale, block, prompt_len or keys)
-        kept = policy.keep(s) if keys >= min_len else Kept(causal(s))
-        cells[b, :, : s.rows, : s.columns] = (kept.cells | own(s)) & causal(s)
-        if kept.rank is not None:
-            rank = torch.zeros(cells.shape, device=q.device) if rank is None else rank
-            rank[b, :, : s.rows, : s.columns] = kept.rank.float()
-        if kept.token_counts is not None and kept.tokens is not None:
-            counts[b, :, : s.rows] = kept.token_counts
-            singles.append(kept.tokens)
+        kept = selected(s, policy if keys >= min_len else None, policy.ordered)
+        found.append(kept)
+        blocks.append(s.rows)
         delta.append(kept.delta)
-    tokens = None
-    if singles:
-        tokens = Tokens(torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)]), torch.cat(singles))
-    return BlockIndex.from_bool(cells, *lengths, block, block, rank=rank, tokens=tokens, delta=tuple(delta))
+    whole = together(found, blocks, rows, columns, k.shape[2])
+    assert whole.lists is not None
+    tokens = None if whole.tokens is None else Tokens(whole.tokens.ptr, whole.tokens.col)
+    shape = (*q.shape[:2], rows, columns)
+    return BlockIndex(whole.lists.ptr, whole.lists.col, shape, *lengths, block, block, "per_q", whole.lists.order, tokens, tuple(delta))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -145,10 +153,18 @@ def _lengths(q: Tensor, k: Tensor, v: Tensor, q_len: Sequence[int] | None, kv_le
     return found
 
 
-def _check_finite(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> None:
-    for name, x, real in (("q", q, lengths.q), ("k", k, lengths.kv), ("v", v, lengths.kv)):
-        highest = torch.stack([x[b, :, :n].abs().amax() for b, n in enumerate(real)])
-        if not bool(highest.isfinite().all()):
+def _finite(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
+    """Whether q, k and v are finite where they are real: bool [3], on their device."""
+    ends = []
+    for x, real in ((q, lengths.q), (k, lengths.kv), (v, lengths.kv)):
+        parts = [x] if min(real) == x.shape[2] else [x[b, :, :n] for b, n in enumerate(real)]
+        ends.append(torch.stack([end for part in parts for end in torch.aminmax(part)]).isfinite().all())
+    return torch.stack(ends)
+
+
+def _check(finite: Tensor) -> None:
+    for name, ok in zip("qkv", finite.tolist(), strict=True):
+        if not ok:
             raise UsageError(540, name, "holds NaN or infinity")
 
 

@@ -8,6 +8,7 @@ where queries do not begin on a block).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -16,12 +17,73 @@ from torch import Tensor
 
 from angelslim_core.errors import UsageError
 
+# blocks that are moved at a time
+PIECE = 2**24
+# columns of more blocks than this, where lists are allocated for the worst case, are of two bytes
+NARROW_ABOVE = 2**28
+
 
 class Tokens(NamedTuple):
-    """Single keys outside the kept blocks: `col[ptr[r] : ptr[r + 1]]`, int32 positions, of row r; ptr int64 [B * H * Pq + 1]."""
+    """Single keys outside the kept blocks: `col[ptr[r] : ptr[r + 1]]`, int32 positions, of row r; ptr int64 [B * H * Pq + 1], col as of `BlockIndex`."""
 
     ptr: Tensor
     col: Tensor
+
+
+class Lists(NamedTuple):
+    """Lists of rows one after the other: `col[ptr[r] : ptr[r + 1]]` of row r.
+
+    Attributes:
+        ptr: int64 [rows + 1].
+        col: int32, or int16; longer than ptr[-1] where that is known to the device only.
+        exact: whether it is not longer.
+        order: see `BlockIndex`.
+    """
+
+    ptr: Tensor
+    col: Tensor
+    exact: bool = True
+    order: Literal["ascending", "priority"] = "ascending"
+
+
+def to_cells(lists: Lists, rows: int, columns: int) -> Tensor:
+    """Listed blocks as bool [H, rows, columns] of lists none of which is empty, without a look at the device."""
+    length = lists.ptr.diff()
+    cells = torch.zeros(len(length), columns, dtype=torch.bool, device=lists.col.device)
+    place = torch.arange(columns, device=lists.col.device)
+    listed = lists.col[(lists.ptr[:-1, None] + place).clamp(max=max(len(lists.col) - 1, 0))].long()
+    # places past a row's end stand for its first block
+    return cells.scatter_(-1, torch.where(place < length[:, None], listed, listed[:, :1]), True).view(-1, rows, columns)
+
+
+def column_dtype(most: int, columns: int) -> torch.dtype:
+    """Of lists of up to so many blocks, whose numbers are below `columns`."""
+    return torch.int16 if most > NARROW_ABOVE and columns < 2**15 else torch.int32
+
+
+def joined(lists: Sequence[Lists], rows: Sequence[int], most: int, columns: int) -> Lists:
+    """Several lists as one, in their order, without a look at the device.
+
+    Args:
+        rows: rows of each head of each of the lists.
+        most: rows that every head gets; what is missing is empty.
+        columns: what is listed is below it.
+    """
+    if len(lists) == 1 and rows[0] == most:
+        return lists[0]
+    counts = [torch.nn.functional.pad(each.ptr.diff().view(-1, n), (0, most - n)).flatten() for each, n in zip(lists, rows, strict=True)]
+    ptr = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+    if all(each.exact for each in lists):
+        return Lists(ptr, torch.cat([each.col for each in lists]), True, lists[0].order)
+    length = sum(len(each.col) for each in lists)
+    col = torch.empty(length, dtype=column_dtype(length, columns), device=ptr.device)
+    start = ptr.new_zeros(())
+    for each in lists:  # what is too long is written over by the next
+        for piece in range(0, len(each.col), PIECE):
+            part = each.col[piece : piece + PIECE].to(col.dtype)
+            col.scatter_(0, start + torch.arange(piece, piece + len(part), device=col.device), part)
+        start = start + each.ptr[-1]
+    return Lists(ptr, col, False, lists[0].order)
 
 
 def own_blocks(q_len: int, kv_len: int, block_m: int, block_n: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -38,7 +100,7 @@ class BlockIndex:
 
     Args:
         row_ptr: int64 [B * H * Pq + 1].
-        col: int32 [nnz].
+        col: int32 [nnz], or int16; what lies beyond row_ptr[-1] means nothing.
         shape: (B, H, Pq, Pk).
         q_len, kv_len: real queries and keys of each sequence, q_len <= kv_len; query 0 stands at position kv_len - q_len.
         block_m, block_n: queries and keys a block.
@@ -119,9 +181,10 @@ class BlockIndex:
         found = [math.log(d / n) if 0 < d < n else -math.inf for d, n in zip(self.delta or (), self.kv_len, strict=False)]
         return found if any(t > -math.inf for t in found) else None
 
-    def _rows(self) -> Tensor:
-        """The row [nnz] of each listed block."""
-        return torch.repeat_interleave(torch.arange(len(self.row_ptr) - 1, device=self.col.device), self.row_ptr.diff())
+    def _listed(self) -> tuple[Tensor, Tensor]:
+        """The row of each listed block, and the blocks, int64 [nnz] both; waits for the device."""
+        rows = torch.repeat_interleave(torch.arange(len(self.row_ptr) - 1, device=self.col.device), self.row_ptr.diff())
+        return rows, self.col[: len(rows)].long()
 
     def _by_row(self, of_BP: Tensor) -> Tensor:
         return of_BP[:, None].expand(self.shape[:3]).flatten()
@@ -129,22 +192,22 @@ class BlockIndex:
     def to_bool(self) -> Tensor:
         """Kept blocks as bool [B, H, Pq, Pk]; single keys are not in it."""
         cells = torch.zeros(len(self.row_ptr) - 1, self.shape[3], dtype=torch.bool, device=self.col.device)
-        cells[self._rows(), self.col.long()] = True
+        cells[self._listed()] = True
         return cells.view(self.shape)
 
     def density(self) -> float:
-        """Kept blocks, a single key counting as its share of one, over the blocks of causal attention."""
+        """Kept blocks, a single key counting as its share of one, over the blocks of causal attention; waits for the device."""
         _, last = self.own()
         causal = (last + 1).clamp(min=0).sum().item() * self.shape[1]
-        singles = 0 if self.tokens is None else len(self.tokens.col)
-        return (len(self.col) + singles / self.block_n) / causal
+        singles = 0 if self.tokens is None else int(self.tokens.ptr[-1])
+        return (int(self.row_ptr[-1]) + singles / self.block_n) / causal
 
     def intersect_causal(self) -> BlockIndex:
         """Without blocks after a row's last own block."""
-        rows = self._rows()
-        keep = self.col <= self._by_row(self.own()[1])[rows]
+        rows, col = self._listed()
+        keep = col <= self._by_row(self.own()[1])[rows]
         counts = torch.bincount(rows[keep], minlength=len(self.row_ptr) - 1)
-        return replace(self, row_ptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]), col=self.col[keep])
+        return replace(self, row_ptr=torch.cat([counts.new_zeros(1), counts.cumsum(0)]), col=col[keep].int())
 
     def per_kv(self, kv_heads: int) -> BlockIndex:
         """One list a KV head: the union of its query heads' blocks, ascending. Single keys have no such form."""
@@ -161,7 +224,7 @@ class BlockIndex:
                 list beyond a sequence's queries, or a single key that is in the future or in a kept block.
         """
         _check_ptr(self.row_ptr, self.col)
-        rows, col = self._rows(), self.col.long()
+        rows, col = self._listed()
         first, last = (self._by_row(of) for of in self.own())
         if bool(((col < 0) | (col > last[rows])).any()):
             raise UsageError(506, "BlockIndex", "a row lists a block after its queries' last position", "intersect_causal() drops those")
@@ -181,7 +244,7 @@ class BlockIndex:
     def _check_tokens(self, tokens: Tokens) -> None:
         _check_ptr(*tokens)
         rows = torch.repeat_interleave(torch.arange(len(tokens.ptr) - 1, device=tokens.col.device), tokens.ptr.diff())
-        col = tokens.col.long()
+        col = tokens.col[: len(rows)].long()
         first = self._by_row(self.own()[0])[rows]
         if bool(((col < 0) | (col >= first * self.block_n)).any()):
             raise UsageError(510, "BlockIndex", "a single key does not lie before its row's own blocks")
@@ -192,5 +255,5 @@ class BlockIndex:
 
 
 def _check_ptr(ptr: Tensor, col: Tensor) -> None:
-    if int(ptr[0]) != 0 or int(ptr[-1]) != len(col) or bool((ptr.diff() < 0).any()):
-        raise UsageError(513, "BlockIndex", f"offsets must rise from 0 to {len(col)}")
+    if int(ptr[0]) != 0 or int(ptr[-1]) > len(col) or bool((ptr.diff() < 0).any()):
+        raise UsageError(513, "BlockIndex", f"offsets must rise from 0 to no more than {len(col)}")

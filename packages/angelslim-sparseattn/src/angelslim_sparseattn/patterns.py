@@ -36,7 +36,7 @@ def window(s: Prefill, tokens: int) -> Tensor:
 def last_rows(s: Prefill, tokens: int) -> Tensor:
     """All blocks for the query blocks that hold the last queries."""
     start = torch.arange(0, s.q_len, s.block, device=s.q.device)[:, None]
-    return (start + s.block > s.q_len - tokens).expand(-1, s.columns)
+    return ((start + s.block).clamp(max=s.q_len) > s.q_len - tokens).expand(-1, s.columns)
 
 
 def every(s: Prefill, stride: int) -> Tensor:

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .block_index import own_blocks
+from .block_index import Lists, own_blocks
+
+
+class Span(NamedTuple):
+    """Sizes that positions and budgets follow from: the last `q_len` of `kv_len` tokens are queries."""
+
+    q_len: int
+    kv_len: int
+    block: int
+    prompt_len: int
+
+    @property
+    def off(self) -> int:
+        """Position of the first query."""
+        return self.kv_len - self.q_len
+
+    @property
+    def rows(self) -> int:
+        """Query blocks."""
+        return -(-self.q_len // self.block)
+
+    @property
+    def columns(self) -> int:
+        """Key blocks."""
+        return -(-self.kv_len // self.block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +65,10 @@ class Prefill:
         return self.k.shape[1]
 
     @property
+    def span(self) -> Span:
+        return Span(self.q_len, self.kv_len, self.block, self.prompt_len)
+
+    @property
     def off(self) -> int:
         """Position of the first query."""
         return self.kv_len - self.q_len
@@ -58,6 +87,15 @@ class Prefill:
     def columns(self) -> int:
         """Key blocks."""
         return -(-self.kv_len // self.block)
+
+    def parts(self, heads: int) -> Iterator[Prefill]:
+        """The sequence by no more than so many query heads at a time, in their order."""
+        groups = self.groups
+        step = max(1, min(heads, len(self.q)))
+        step = step // groups * groups if step >= groups else max(n for n in range(1, step + 1) if groups % n == 0)
+        for start in range(0, len(self.q), step):
+            kv = slice(start // groups, (start + step - 1) // groups + 1)
+            yield replace(self, q=self.q[start : start + step], k=self.k[kv], v=self.v[kv])
 
     @cached_property
     def own_ends(self) -> tuple[Tensor, Tensor]:
@@ -80,17 +118,16 @@ class Prefill:
 
 
 class Kept(NamedTuple):
-    """A policy's decision for one sequence.
+    """A policy's decision for one sequence: cells or lists.
 
     Attributes:
         cells: bool [Hq, Pq, Pk], or [Pq, Pk] for all heads; own blocks and causality are seen to by `select`.
-        rank: int [Hq, Pq, Pk], low before high: blocks in order of importance; None: ascending.
-        token_counts, tokens: single keys of each row [Hq, Pq] and their positions one row after the other, int32.
+        lists: causal, with own blocks in them.
+        tokens: positions of single keys, a list for each row.
         delta: see `BlockIndex`.
     """
 
-    cells: Tensor
-    rank: Tensor | None = None
-    token_counts: Tensor | None = None
-    tokens: Tensor | None = None
+    cells: Tensor | None = None
+    lists: Lists | None = None
+    tokens: Lists | None = None
     delta: float = -1.0

@@ -95,6 +95,63 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> t
     return sizes, "blocks of 16, 32, 64 or 128 and heads up to 256 wide"
 
 
+def _flex(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
+    from .flex import attend
+
+    return attend(q, k, v, index, scale)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
+    from .flex import attend
+
+    return attend(q, k, v, index, scale, "FLASH")
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
+    from .sdpa import attend
+
+    return attend(q, k, v, index, scale)
+
+
+def _flex_runs() -> tuple[bool, str]:
+    from .flex import has_backends
+
+    ok, why = triton_runs()
+    return has_backends() if ok else (ok, why)
+
+
+def _flash_runs() -> tuple[bool, str]:
+    from .flex import has_backends, has_flash
+
+    ok, why = has_flash()
+    return has_backends() if ok else (ok, why)
+
+
+def _flex_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[bool, str]:
+    from .flex import fits
+
+    return fits(q, k, v, index) if q.is_cuda else (False, "tensors on a GPU")
+
+
+def _flash_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[bool, str]:
+    if q.dtype == torch.float32 or (index.block_m, index.block_n) != (128, 128):
+        return False, "fp16 or bf16, and blocks of 128"
+    return _flex_fits(q, k, v, index, scale)
+
+
+def _sdpa_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[bool, str]:
+    return index.skip_below() is None, "nothing is skipped while it runs"
+
+
+# "auto" takes the first that fits: fastest first
 BLOCK_SPARSE = Kernel(
-    "sparseattn.block_sparse", reference, (Implementation("torch", reference, _on_cpu), Implementation("triton", _triton, _fits, triton_runs))
+    "sparseattn.block_sparse",
+    reference,
+    (
+        Implementation("torch", reference, _on_cpu),
+        Implementation("triton", _triton, _fits, triton_runs),
+        Implementation("flex", _flex, _flex_fits, _flex_runs),
+        Implementation("flash", _flash, _flash_fits, _flash_runs),
+        Implementation("sdpa", _sdpa, _sdpa_fits, by_name=True),
+    ),
 )

@@ -24,6 +24,15 @@ class Policy(PassConfig, ABC):
     min_len: int = Field(8192, ge=0, description="sequences with fewer keys attend to everything")
     dense_layers: tuple[int, ...] = Field((0, 1), description="layers that attend to everything")
 
+    @property
+    def ordered(self) -> bool:
+        """Whether lists are in priority order."""
+        return False
+
+    def scratch_bytes(self, s: Prefill) -> int:
+        """Memory that a query head takes up while it selects: fewer heads at a time where it is much."""
+        return 16 * s.rows * s.columns
+
     @abstractmethod
     def keep(self, s: Prefill) -> Kept:
         """What one sequence keeps, whatever its length."""

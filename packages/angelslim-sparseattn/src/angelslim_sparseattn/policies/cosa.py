@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
-from ..estimators import antidiagonal_cells, real_groups
-from ..patterns import causal, own, sink
+from ..estimators import antidiagonal_mass
+from ..kernels.select_rows import SELECT_ROWS, Rule
 from ..prefill import Kept, Prefill
-from ..selectors import top_p
 from .base import Policy
 from .strided import Stride
-
-# a block within this of a row's highest score owns its maximum
-OWNS = 0.999
 
 
 class CoSA(Policy):
@@ -30,14 +25,13 @@ class CoSA(Policy):
     delta: float = Field(1000, description="blocks below ln(delta / N) of the running maximum are skipped; negative: none")
     stride: Stride = 8
 
+    @property
+    def ordered(self) -> bool:
+        return True
+
+    def scratch_bytes(self, s: Prefill) -> int:
+        return 32 * s.rows * s.columns
+
     def keep(self, s: Prefill) -> Kept:
-        mass = s.q.new_zeros(len(s.q), s.rows, s.columns, dtype=torch.float32)
-        owner = torch.zeros_like(mass, dtype=torch.bool)
-        for head, blocks, x in antidiagonal_cells(s, self.stride):
-            highest = x.amax(-1)
-            share = (highest - highest.amax(-1, keepdim=True)).exp() * real_groups(s, self.stride, blocks)[..., None]
-            mass[head, blocks] = share.sum(1)
-            owner[head, blocks] = (share >= OWNS).any(1)
-        tier = torch.where(sink(s, 1) | own(s), 0, torch.where(owner, 1, 2))
-        cells, rank = top_p(mass, self.p, tier, causal(s))
-        return Kept(cells, rank, delta=self.delta)
+        rule = Rule("top_p", share=self.p, n_init=1, ordered=True)
+        return Kept(lists=SELECT_ROWS(s, antidiagonal_mass(s, self.stride, owners=True), rule), delta=self.delta)

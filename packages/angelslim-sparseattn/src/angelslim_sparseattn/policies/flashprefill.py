@@ -7,9 +7,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from ..estimators import mean_key_mass
-from ..patterns import causal, last_rows, local, sink
+from ..kernels.select_rows import SELECT_ROWS, Rule
+from ..patterns import causal
 from ..prefill import Kept, Prefill
-from ..selectors import at_least
 from .base import Policy
 
 
@@ -26,5 +26,5 @@ class FlashPrefill(Policy):
     def keep(self, s: Prefill) -> Kept:
         if self.alpha <= 0:
             return Kept(causal(s))
-        mass = mean_key_mass(s)
-        return Kept(at_least(mass, self.alpha, mass > 0) | sink(s, self.n_init) | local(s, self.n_local) | last_rows(s, self.n_last))
+        rule = Rule("at_least", share=self.alpha, n_init=self.n_init, n_local=self.n_local, n_last=self.n_last)
+        return Kept(lists=SELECT_ROWS(s, mean_key_mass(s), rule))

@@ -28,6 +28,9 @@ class FlexPrefill(Policy):
     min_budget: int = Field(1024, ge=1, description="tokens that columns, and diagonals, amount to at least")
     exact_slash: bool = Field(False, description="keep both block diagonals that a token diagonal crosses")
 
+    def scratch_bytes(self, s: Prefill) -> int:
+        return 12 * s.block * s.kv_len + 40 * s.rows * s.columns
+
     def keep(self, s: Prefill) -> Kept:
         least = -(-self.min_budget // s.block)
         if s.kv_len <= max(2, least) * s.block:

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..estimators import diagonal_sums, last_attention
+from ..kernels.select_rows import COMPACT
 from ..patterns import causal, own
 from ..prefill import Kept, Prefill
 from .base import Policy
@@ -29,21 +30,20 @@ class MInference(Policy):
     vertical: int = Field(1000, ge=0, description="columns a head, no fewer than 30")
     slash: int = Field(6096, ge=0, description="diagonals a head, no fewer than 50")
 
+    def scratch_bytes(self, s: Prefill) -> int:
+        return 12 * QUERIES * s.kv_len + 40 * s.rows * s.columns
+
     def keep(self, s: Prefill) -> Kept:
         attention = last_attention(s, QUERIES)
         columns, diagonals = attention.sum(1), diagonal_sums(attention)
         columns[:, :FIRST_COLUMNS] = torch.inf
         diagonals[:, :NEAR_DIAGONALS] = torch.inf
-        columns = _top(columns, min(s.kv_len, max(self.vertical, 30)))
-        cells = crossed(s, _top(diagonals, min(s.kv_len, max(self.slash, 50)))) | own(s)
-        counts, singles = [], []
-        for head, chosen in enumerate(columns):
-            key = chosen.nonzero()[:, 0]
-            block = key // s.block
-            alone = ~cells[head][:, block] & (causal(s)[:, block])
-            counts.append(alone.sum(-1))
-            singles.append(key.expand_as(alone)[alone])
-        return Kept(cells, token_counts=torch.stack(counts), tokens=torch.cat(singles).int())
+        keys = columns.sort(dim=-1, descending=True, stable=True).indices[:, : min(s.kv_len, max(self.vertical, 30))].sort().values
+        cells = (crossed(s, _top(diagonals, min(s.kv_len, max(self.slash, 50)))) | own(s)) & causal(s)
+        # a key stands alone in rows that do not keep its block and are not before it
+        block = keys // s.block
+        alone = ~cells.gather(-1, block[:, None].expand(-1, s.rows, -1)) & (block[:, None] <= s.last_P1)
+        return Kept(cells, tokens=COMPACT(s, alone, False, keys))
 
 
 def _top(score: Tensor, k: int) -> Tensor:

@@ -5,16 +5,17 @@ Source: arXiv:2603.06274.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import budgets
+from ..block_index import own_blocks
 from ..estimators import antidiagonal_mean, value_bias
-from ..patterns import causal, local, own, sink
-from ..prefill import Kept, Prefill
-from ..selectors import top_k
+from ..kernels.select_rows import SELECT_ROWS, Rule
+from ..prefill import Kept, Prefill, Span
 from .base import Policy
 from .strided import Stride
 
@@ -48,9 +49,9 @@ class Stem(Policy):
             raise ValueError("bias adds to rate, which is not set")
         return self
 
-    def budget(self, s: Prefill) -> Tensor:
-        """K [Pq]."""
-        p, blocks = s.own_ends[1], -(-s.prompt_len // s.block)
+    def budget(self, s: Prefill | Span) -> Tensor:
+        """K [Pq], on the CPU."""
+        p, blocks = own_blocks(s.q_len, s.kv_len, s.block, s.block)[1], -(-s.prompt_len // s.block)
         alpha = self.alpha if self.alpha is not None else 1.0 if self.rate is not None else 0.7
         start = None if self.rate is None else budgets.share(self.rate, blocks) + self.bias
         if self.schedule == "code":
@@ -63,8 +64,12 @@ class Stem(Policy):
         return found if self.cap is None else found.clamp(max=self.cap)
 
     def keep(self, s: Prefill) -> Kept:
-        score = antidiagonal_mean(s, self.stride)
-        if self.lam:
-            score += self.lam * value_bias(s, self.stride, self.value_term).repeat_interleave(s.groups, 0)[:, None]
-        forced = sink(s, self.n_init) | local(s, self.n_local) | own(s)
-        return Kept(forced | top_k(score, self.budget(s)[:, None], causal(s) & ~forced))
+        bias = value_bias(s, self.stride, self.value_term) if self.lam else None
+        score = antidiagonal_mean(s, self.stride, bias, self.lam)
+        return Kept(lists=SELECT_ROWS(s, score, _rule(self, s.span)))
+
+
+@lru_cache(16)
+def _rule(policy: Stem, span: Span) -> Rule:
+    """The same for every layer of a forward."""
+    return Rule("top_k", k=tuple(policy.budget(span).tolist()), n_init=policy.n_init, n_local=policy.n_local)

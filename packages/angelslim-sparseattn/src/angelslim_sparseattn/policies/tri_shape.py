@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..patterns import last_rows
+from ..patterns import last_rows, sink, window
 from ..prefill import Kept, Prefill
 from .a_shape import AShape
 
@@ -22,4 +22,4 @@ class TriShape(AShape):
     n_last: int = Field(100, ge=0, description="last queries, rounded up to blocks")
 
     def keep(self, s: Prefill) -> Kept:
-        return Kept(super().keep(s).cells | last_rows(s, min(self.n_last, s.q_len - 1)))
+        return Kept(sink(s, self.n_init) | window(s, self.n_local) | last_rows(s, min(self.n_last, s.q_len - 1)))

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from ..block_index import Lists
 from ..estimators import block_sums, means, products
 from ..patterns import own, sink
 from ..prefill import Kept, Prefill
@@ -17,6 +19,8 @@ from .base import Policy
 # the running maximum begins anew every GROUP keys and goes STEP keys at a time
 GROUP = 256
 STEP = 16
+# bytes of scores of keys that are looked at at a time
+MEMORY = 2**30
 
 
 class VecAttention(Policy):
@@ -26,20 +30,23 @@ class VecAttention(Policy):
 
     theta: float = Field(0.1, ge=0, le=1, description="share of the running maximum's weight that a key needs; 0: everything is kept")
 
+    def scratch_bytes(self, s: Prefill) -> int:
+        return 16 * s.rows * s.kv_len
+
     def keep(self, s: Prefill) -> Kept:
+        step = max(1, MEMORY // (self.scratch_bytes(s) // s.rows * len(s.q)))
+        found = [self._rows(part, slice(at, at + step)) for part in s.parts(len(s.q) if step >= s.rows else 1) for at in range(0, s.rows, step)]
+        cells, counts, singles = zip(*found, strict=True)
+        ends = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return Kept(torch.cat(cells).view(len(s.q), s.rows, s.columns), tokens=Lists(ends, torch.cat(singles)))
+
+    def _rows(self, s: Prefill, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Blocks [heads * rows, Pk], number of single keys of each row, and the keys; waits for the device, which knows how many there are."""
         gap = -math.log(self.theta) if self.theta else math.inf
-        queries, keys = means(s.q, s.block), s.k.float()
-        token = torch.arange(s.kv_len, device=queries.device)
-        before = token < s.own_ends[0][:, None] * s.block
+        token = torch.arange(s.kv_len, dtype=torch.int32, device=s.q.device)
+        scores = products(means(s.q, s.block)[:, rows], s.k.float()) * s.scale
+        near = running_gap(scores.masked_fill_(token >= s.own_ends[0][rows, None] * s.block, -torch.inf), gap, GROUP, STEP)
         sizes = block_sums(torch.ones_like(token), s.block)
-        cells, counts, singles = [], [], []
-        for head in range(len(queries)):
-            kv = head // s.groups
-            scores = products(queries[head : head + 1], keys[kv : kv + 1])[0] * s.scale
-            near = running_gap(scores.masked_fill(~before, -torch.inf), gap, GROUP, STEP)
-            whole = (block_sums(near.int(), s.block) == sizes) | sink(s, 1) | own(s)
-            near &= ~whole.repeat_interleave(s.block, -1)[:, : s.kv_len]
-            cells.append(whole)
-            counts.append(near.sum(-1))
-            singles.append(near.nonzero()[:, 1])
-        return Kept(torch.stack(cells), token_counts=torch.stack(counts), tokens=torch.cat(singles).int())
+        whole = (block_sums(near.int(), s.block) == sizes) | (sink(s, 1) | own(s))[rows]
+        near &= ~whole.repeat_interleave(s.block, -1)[..., : s.kv_len]
+        return whole.flatten(0, 1), near.sum(-1).flatten(), token.expand_as(near)[near]
