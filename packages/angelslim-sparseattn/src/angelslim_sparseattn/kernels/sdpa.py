@@ -35,5 +35,6 @@ def _singles(index: BlockIndex) -> Tensor:
     """Single keys [B, H, Pq, N] as bool."""
     assert index.tokens is not None
     cells = torch.zeros(len(index.row_ptr) - 1, max(index.kv_len), dtype=torch.bool, device=index.col.device)
-    cells[torch.repeat_interleave(torch.arange(len(cells), device=cells.device), index.tokens.ptr.diff()), index.tokens.col.long()] = True
+    rows = torch.repeat_interleave(torch.arange(len(cells), device=cells.device), index.tokens.ptr.diff())
+    cells[rows, index.tokens.col[: len(rows)].long()] = True
     return cells.view(*index.shape[:3], -1)
