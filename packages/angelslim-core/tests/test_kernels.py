@@ -31,3 +31,10 @@ def test_refuses_instead_of_falling_back():
 
 def test_describes_itself():
     assert [(i["name"], i["ok"]) for i in KERNEL.describe()["implementations"]] == [("missing", False), ("small", True), ("reference", True)]
+
+
+def test_auto_never_takes_what_runs_by_name():
+    kernel = Kernel("toy.add", KERNEL.reference, (Implementation("exact", lambda a, b: ("exact", a + b), by_name=True), *KERNEL.implementations))
+    assert kernel(1, 2) == ("small", 3) and kernel(11, 2, executor="exact") == ("exact", 13)
+    with pytest.raises(EngineError, match=r"\(missing: not installed; small: a is 10 or more\)"):
+        kernel(11, 2)

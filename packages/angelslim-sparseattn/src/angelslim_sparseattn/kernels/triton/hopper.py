@@ -16,6 +16,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...block_index import BlockIndex
 from .block_sparse import box_fits
 
+# the second names are those of Triton 3.6
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 # of a thread: 12 warps start with as many as the multiprocessor has, then those that multiply take from the one that fetches
 REGISTERS = 168
 MULTIPLYING: gl.constexpr = gl.constexpr(240)
@@ -62,17 +65,17 @@ def _fetch(
         mbarrier.wait(q_empty.index(side), (turn // 2 & 1) ^ 1)
         mbarrier.expect(q_full.index(side), 2 * q.block_type.nbytes)
         for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(q, [b, h, i * 128 + half * 64, 0], q_full.index(side), q_bufs.index(side * 2 + half))
+            _load(q, [b, h, i * 128 + half * 64, 0], q_full.index(side), q_bufs.index(side * 2 + half))
         n0 = own * BN
         for n in range(count):
             stage = tile % STAGES
             phase = (tile // STAGES & 1) ^ 1
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
-            tma.async_copy_global_to_shared(k, [b, kv, n0, 0], k_full.index(stage), k_bufs.index(stage))
+            _load(k, [b, kv, n0, 0], k_full.index(stage), k_bufs.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-            tma.async_copy_global_to_shared(v, [b, kv, n0, 0], v_full.index(stage), v_bufs.index(stage))
+            _load(v, [b, kv, n0, 0], v_full.index(stage), v_bufs.index(stage))
             n0 = gl.load(listed + n, n + 1 < count, 0).to(gl.int32) * BN
             tile += 1
 
@@ -153,7 +156,7 @@ def _attend(
         y = acc / gl.convert_layout(total, gl.SliceLayout(1, of_o))[:, None]
         q.store(y.to(k_bufs.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out, [b, h, i * 128 + HALF * 64, 0], own_q)
+        _store(out, [b, h, i * 128 + HALF * 64, 0], own_q)
         at = i * 128 + HALF * 64 + x
         gl.store(lse + (b * heads + h).to(gl.int64) * queries + at, (m + gl.log2(total)) * 0.6931471805599453, at < queries)
         tma.store_wait(0)
