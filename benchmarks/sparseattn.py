@@ -111,7 +111,7 @@ def block_mask(cells: Tensor) -> BlockMask:
     blocks = cells.shape[-1]
     diagonal = torch.eye(blocks, dtype=torch.bool, device=cells.device)
     full = cells & ~diagonal
-    order = full.int().argsort(-1, descending=True, stable=True).int()
+    order = full.int().argsort(dim=-1, descending=True, stable=True).int()
     one = torch.ones(cells.shape[:3], dtype=torch.int32, device=cells.device)
     own = torch.zeros_like(order)
     own[..., 0] = torch.arange(blocks, device=cells.device)

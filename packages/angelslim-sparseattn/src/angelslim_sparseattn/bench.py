@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from angelslim_core.context import Progress, silent
+from angelslim_core.kernels import triton_runs
 
 from .attention import select, sparse_attention
 from .candidates import Attention, Candidate
@@ -29,7 +31,8 @@ def machine(device: str) -> dict[str, Any]:
     from . import __version__
 
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {"device": name, "threads": torch.get_num_threads(), "versions": {"angelslim-sparseattn": __version__, **versions()}}
+    triton = {"triton": metadata.version("triton")} if triton_runs()[0] else {}
+    return {"device": name, "threads": torch.get_num_threads(), "versions": {"angelslim-sparseattn": __version__, **versions(), **triton}}
 
 
 def bench(
@@ -151,9 +154,10 @@ def first_token(
                 with attach(model, config) as attached:
                     spread = timed(prefill, repeats, device)
                     stats = attached.stats()
+                kept = [s["density"] for s in stats if s["density"] is not None]
                 rows.append({
                     "length": length, "policy": candidate.label, "ms": spread.median, "p90_ms": spread.p90, "speedup": dense.median / spread.median,
-                    "sparse_layers": sum(bool(s["sparse"]) for s in stats), "layers": len(stats), "density": _density(stats),
+                    "sparse_layers": sum(bool(s["sparse"]) for s in stats), "layers": len(stats), "density": sum(kept) / len(kept) if kept else None,
                 })  # fmt: skip
                 progress(len(rows), len(sizes) * (1 + len(chosen)), f"{candidate.label}, {length} tokens")
     return rows

@@ -46,9 +46,7 @@ def candidates(text: str) -> list[Candidate]:
     Raises:
         UsageError: no such policy or option, a value that does not fit, or one twice.
     """
-    found = [_candidate(label) for label in re.split(r",(?=[a-z_]+(?:[:,]|$))", text.strip()) if label]
-    if not found:
-        raise UsageError(580, "--policies", "names no policy")
+    found = [_candidate(label) for label in re.split(r",(?=[a-z_]+(?:[:,]|$))", text.strip())]
     twice = [c.label for i, c in enumerate(found) if c in found[:i]]
     if twice:
         raise UsageError(581, "--policies", f"names {twice[0]} twice")
@@ -69,15 +67,18 @@ def _candidate(label: str) -> Candidate:
     return Candidate(label, name, options, make_policy(name, **options))
 
 
-def lengths(text: str) -> list[int]:
-    """Lengths of a list such as `8192,32768`.
+def numbers(text: str, where: str, least: int = 0) -> list[int]:
+    """Numbers of a list such as `8192,32768`; of nothing none.
 
     Raises:
         UsageError: something else.
     """
-    if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", text):
-        raise UsageError(584, "--lengths", f"{text!r:.100} is no list of lengths such as 8192,32768")
-    return [int(n) for n in text.split(",")]
+    if text and not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        raise UsageError(584, where, f"{text!r:.100} is no list of numbers such as 0,8")
+    found = [int(n) for n in text.split(",") if n]
+    if min(found, default=least) < least:
+        raise UsageError(586, where, f"{min(found)} is below {least}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Reader:
         host: with the plugins that its layouts and layers need.
 
     Raises:
-        UsageError: it has no attention that policies could run.
+        ModelError: the folder is invalid, unknown or damaged.
     """
 
     def __init__(self, model: str, text: str, device: str, host: PluginHost) -> None:
@@ -138,7 +139,7 @@ class Reader:
         """The text's first tokens [1, length]."""
         return self.windows(1, length)
 
-    def layers(self, given: str | None = None) -> list[int]:
+    def layers(self, given: str | None) -> list[int]:
         """Layers of a list such as `0,8`; of None four, evenly spaced, among those that have attention.
 
         Raises:
@@ -147,17 +148,28 @@ class Reader:
         every = self.attention_layers()
         if given is None:
             return [every[i * (len(every) - 1) // 3] for i in range(4)] if len(every) > 4 else every
-        wanted = given.split(",")
-        wrong = [n for n in wanted if not n.isdecimal() or int(n) not in every]
+        wrong = [n for n in numbers(given, "--layers") if n not in every]
         if wrong:
-            raise UsageError(590, "--layers", f"{wrong[0]!r:.100} is none of the layers with attention: {every[0]} to {every[-1]}")
-        return [int(n) for n in wanted]
+            raise UsageError(590, "--layers", f"{wrong[0]} is none of the layers with attention: {every[0]} to {every[-1]}")
+        return numbers(given, "--layers")
 
-    def attention_layers(self) -> list[int]:
-        """Numbers of the layers whose attention transformers' interface runs."""
-        found = sorted({int(m.layer_idx) for m in self.model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")})
+    def attention_layers(self, but: Sequence[int] = ()) -> list[int]:
+        """Numbers of the layers that become sparse if asked to, found by asking them.
+
+        Raises:
+            UsageError: there are none, or none but these.
+        """
+        import torch
+
+        from .config import SparseAttentionConfig
+        from .coupling import attach
+
+        asked = SparseAttentionConfig(policy="a_shape", block=16, min_len=0, dense_layers=(), executor="reference")
+        with attach(self.model, asked) as attached, torch.no_grad():
+            self.model(input_ids=torch.zeros(1, 32, dtype=torch.int64, device=self.model.device), use_cache=False)
+            found = [row["layer"] for row in attached.stats() if row["sparse"] and row["layer"] not in but]
         if not found:
-            raise UsageError(591, self.name, "has no layer whose attention transformers' interface runs")
+            raise UsageError(591, self.name, "has no layer whose attention could be sparse" + (f" but {', '.join(map(str, but))}" if but else ""))
         return found
 
 
@@ -165,9 +177,6 @@ def real(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> Iterator
     """What the attention of these layers reads while the dense model runs over ids [1, T].
 
     As many layers a forward pass as `_HELD` bytes hold, so that memory does not grow with the number of layers.
-
-    Raises:
-        UsageError: a layer has no such attention.
     """
     from .coupling import captured
 
@@ -176,8 +185,6 @@ def real(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> Iterator
         now, left = left[:count], left[count:]
         found = captured(model, ids, now)
         for layer in now:
-            if layer not in found:
-                raise UsageError(586, f"layer {layer}", "has no attention that transformers' interface runs")
             q, k, v, scale = found.pop(layer)
             count = max(1, _HELD // (q.nbytes + k.nbytes + v.nbytes))
             yield Attention(q, k, v, scale, layer)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from angelslim_core.cli.common import emit, host_of, json_option, plugins_option, progress, table
 from angelslim_core.errors import UsageError
 
+_TRIED = "a_shape:n_local=896,a_shape:n_local=1920,stem:rate=.05,stem:rate=.1,stem:rate=.2,stem:rate=.4,xattention:tau=.8,xattention:tau=.9,flashprefill"
 _POLICIES = "stem,stem:rate=.1,xattention,flashprefill,minference"
 
 
@@ -47,7 +48,7 @@ def bench_command(
     from .bench import RANDOM, bench, first_token, machine
 
     chosen, where = given.candidates(policies), pick_device(device)
-    sizes = given.lengths(lengths or ("8192,32768" if where == "cuda" else "1024,2048"))
+    sizes = given.numbers(lengths or ("8192,32768" if where == "cuda" else "1024,2048"), "--lengths", 1)
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
     named = [f"--{key.replace('_', '-')}" for key, value in shape.items() if value is not None]
     if model is None and (ttft or text or layers):
@@ -110,3 +111,66 @@ def _show(document: dict[str, Any], out: str | None) -> None:
         table(pages.first_token_cells(document["ttft"]), pages.FIRST_TOKEN)
     if out:
         click.echo(str(Path(out) / "bench.html"))
+
+
+@click.command("choose")
+@click.argument("model")
+@click.option("--text", required=True, metavar="FILE", help="Text such as the model will read.")
+@click.option("--out", required=True, metavar="F", help="File to write: .json is a SparseAttentionConfig, .yaml a recipe for `angelslim run`.")
+@click.option("--recall", default=0.95, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Share of dense attention's weight to keep.")
+@click.option("--length", default=8192, show_default=True, type=click.IntRange(min=2), help="Tokens the model reads at once.")
+@click.option("--windows", default=1, show_default=True, type=click.IntRange(min=1), help="Consecutive pieces of that length, at most.")
+@click.option("--policies", default=_TRIED, show_default=True, metavar="A,B", help="Policies to choose from, with options as in stem:rate=.1:lam=0.")
+@click.option("--by", default="head", show_default=True, type=click.Choice(["head", "layer"]), help="A policy for each head, or one for all heads of a layer.")
+@click.option("--dense-layers", default="0,1", show_default=True, metavar="A,B", help="Layers that stay dense, unmeasured; may be empty.")
+@click.option("--min-len", type=click.IntRange(min=0), help="Shorter sequences attend to everything; --length, and at most 8192, if not given.")
+@click.option("--block", default=128, show_default=True, type=click.IntRange(min=16), help="Tokens a block.")
+@click.option("--executor", default="auto", show_default=True, help="What attends to the blocks; auto: the fastest that takes the call.")
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@click.option("--report", "page", metavar="FILE", help="HTML file: recall over density of every policy.")
+@plugins_option
+@json_option
+def choose_command(
+    model: str, text: str, out: str, recall: float, length: int, windows: int, policies: str, by: Literal["head", "layer"], dense_layers: str,
+    min_len: int | None, block: int, executor: str, device: str, page: str | None, plugins: list[str], as_json: bool,
+) -> None:  # fmt: skip
+    """Choose the cheapest policy of each head whose recall on a text suffices.
+
+    Recall is measured on every layer's real queries, keys and values, and is exact. A head that no policy serves stays dense.
+    """
+    import yaml
+
+    from angelslim_core.device import pick_device
+    from angelslim_core.io.writer import write_json, write_text
+
+    from . import candidates as given
+    from .choose import choose, recipe_of
+    from .pages import CHOICES, choice_cells, choice_page
+
+    target = Path(out)
+    if target.suffix not in (".json", ".yaml", ".yml"):
+        raise UsageError(580, out, "is neither .json nor .yaml", "a configuration is JSON, a recipe YAML")
+    chosen = given.candidates(policies)
+    reader = given.Reader(model, text, pick_device(device), host_of(plugins))
+    dense = given.numbers(dense_layers, "--dense-layers")
+    ids = reader.windows(windows, length)
+    with progress("measuring") as report:
+        config, found = choose(
+            reader.model, ids, reader.attention_layers(dense), chosen, target=recall, dense_layers=dense, by=by, min_len=min(length, 8192) if min_len is None else min_len,
+            block=block, executor=executor, progress=report,
+        )  # fmt: skip
+    if target.suffix == ".json":
+        write_json(target, config.model_dump(mode="json"))
+    else:
+        write_text(target, yaml.safe_dump(recipe_of(config), sort_keys=False))
+    document: dict[str, Any] = {
+        "path": out, "config": config.model_dump(mode="json"), "model": reader.name, "target": recall, "by": by, "length": length, "tokens": ids.numel(), **found,
+    }  # fmt: skip
+    if page is not None:
+        choice_page(document, Path(page))
+    if as_json:
+        emit(document)
+        return
+    table(choice_cells(found["candidates"]), CHOICES)
+    click.echo(f"{found['dense_heads']} heads of measured layers stay dense; layers {', '.join(map(str, config.dense_layers)) or 'none'} are dense")
+    click.echo(f"density {found['density']:.3f}   recall {found['recall']:.4f}, {found['recall_worst']:.4f} in the worst head   {out}")

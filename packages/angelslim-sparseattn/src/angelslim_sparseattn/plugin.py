@@ -23,6 +23,7 @@ def angelslim_register_kernels() -> list[Kernel]:
 
 @hookimpl
 def angelslim_register_commands(cli: click.Group) -> None:
-    from .cli import bench_command
+    from .cli import bench_command, choose_command
 
     cli.add_command(bench_command)
+    cli.add_command(choose_command)

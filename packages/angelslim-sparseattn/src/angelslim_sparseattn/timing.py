@@ -72,7 +72,7 @@ def _sdpa(backend: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
 
 
 def _fa4(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
 
     out: Any = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale, causal=True)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # type: ignore[no-any-return]
