@@ -80,7 +80,6 @@ def tap(attention: nn.Module, function: Tap) -> None:
     Raises:
         ModelError: the module computes attention in a way of its own.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     config: Any = attention.config
@@ -88,19 +87,38 @@ def tap(attention: nn.Module, function: Tap) -> None:
     if not original.startswith(_PREFIX):
         if original not in ALL_ATTENTION_FUNCTIONS:
             raise ModelError(350, type(attention).__name__, f"computes attention in a way that cannot be observed ({original!r:.50})")
-        compute = ALL_ATTENTION_FUNCTIONS[original]
-
-        def attention_by_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-            def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
-                return compute(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
-
-            found = _TAPS.get(module)
-            return attend(query, key, value) if found is None else found(query, key, value, attend)
-
-        ALL_ATTENTION_FUNCTIONS.register(_PREFIX + original, attention_by_tap)
-        ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
-        config._attn_implementation = _PREFIX + original
+        config._attn_implementation = _by_taps(original)
     _TAPS[attention] = function
+
+
+def _by_taps(original: str) -> str:
+    """Name of the attention function that goes through taps to the one of that name."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    compute = ALL_ATTENTION_FUNCTIONS[original]
+
+    def attention_by_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
+            return compute(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+
+        found = _TAPS.get(module)
+        return attend(query, key, value) if found is None else found(query, key, value, attend)
+
+    ALL_ATTENTION_FUNCTIONS.register(_PREFIX + original, attention_by_tap)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return _PREFIX + original
+
+
+def attention_of(config: Any) -> str:
+    """Name of the function that computes attention for a transformers config, below taps."""
+    return str(config._attn_implementation).removeprefix(_PREFIX)
+
+
+def attention_by(config: Any, name: str) -> None:
+    """From now on the registered function `name` computes attention for a transformers config, below the taps there are."""
+    is_tapped = str(config._attn_implementation).startswith(_PREFIX)
+    config._attn_implementation = {"": _by_taps(name) if is_tapped else name}
 
 
 @contextmanager

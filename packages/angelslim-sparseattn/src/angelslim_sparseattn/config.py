@@ -1,0 +1,97 @@
+"""How a model's layers and heads attend, as plain data: what passes write into artifacts and `attach` reads."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from angelslim_core.errors import UsageError
+from angelslim_core.passes import PassConfig
+
+from .kernels.block_sparse import BLOCK_SPARSE
+from .policies import make_policy
+from .policies.base import Policy
+
+Index = Annotated[int, Field(ge=0)]
+
+
+class Override(PassConfig):
+    """Another policy for some layers, or for some heads of them."""
+
+    layers: tuple[Index, ...] = Field(min_length=1, description="numbers of layers")
+    heads: tuple[Index, ...] | None = Field(None, min_length=1, description="numbers of query heads; none: all")
+    policy: str = Field(description="name of a policy, or dense")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the policy")
+
+
+class SparseAttentionConfig(PassConfig):
+    """A policy for a model, and exceptions by layer and head.
+
+    An override of whole layers replaces the policy there; one of heads replaces that for these heads. Dense layers have no
+    overrides, and no layer, and no head of a layer, has two.
+
+    Raises:
+        ValueError: as a pydantic `ValidationError`: an unknown policy, option or executor, or overrides that contradict.
+    """
+
+    policy: str = Field("stem", description="name of a policy, or dense")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the policy")
+    block: int = Field(128, ge=16, multiple_of=16, description="queries and keys a block")
+    min_len: int = Field(8192, ge=0, description="sequences with fewer keys attend to everything")
+    dense_layers: tuple[Index, ...] = Field((0, 1), description="layers that attend to everything")
+    executor: str = Field("auto", description="what computes attention over kept blocks; auto: the fastest that takes the call")
+    overrides: tuple[Override, ...] = Field((), description="other policies by layer and head: layers, heads, policy, options")
+
+    @field_validator("executor")
+    @classmethod
+    def _known(cls, executor: str) -> str:
+        names = ("auto", "reference", *(i.name for i in BLOCK_SPARSE.implementations))
+        if executor not in names:
+            raise ValueError(f"no executor {executor!r:.50}; choose one of: {', '.join(names)}")
+        return executor
+
+    @model_validator(mode="after")
+    def _sound(self) -> SparseAttentionConfig:
+        self._made(self.policy, self.options)
+        taken: set[tuple[int, int | None]] = set()
+        for override in self.overrides:
+            self._made(override.policy, override.options)
+            for layer in override.layers:
+                if layer in self.dense_layers:
+                    raise ValueError(f"layer {layer} is among dense_layers and has an override")
+                for head in override.heads or (None,):
+                    if (layer, head) in taken:
+                        raise ValueError(f"two overrides of layer {layer}" + ("" if head is None else f", head {head}"))
+                    taken.add((layer, head))
+        for layer in sorted({layer for override in self.overrides for layer in override.layers}):
+            self.policy_of(layer)
+        return self
+
+    def _made(self, name: str, options: dict[str, Any]) -> Policy | None:
+        if name == "dense":
+            if options:
+                raise ValueError("dense has no options")
+            return None
+        if misplaced := {"min_len", "dense_layers"} & options.keys():
+            raise ValueError(f"{', '.join(sorted(misplaced))}: of the whole configuration, not of a policy")
+        try:
+            return make_policy(name, **options, min_len=self.min_len, dense_layers=())
+        except (UsageError, TypeError) as error:
+            raise ValueError(str(error)) from error
+
+    def policy_of(self, layer: int) -> Policy | None:
+        """What the layer's heads follow; None: it attends to everything."""
+        if layer in self.dense_layers:
+            return None
+        found = self._made(self.policy, self.options)
+        own = [o for o in self.overrides if layer in o.layers]
+        for override in own:
+            if override.heads is None:
+                found = self._made(override.policy, override.options)
+        parts = [(o.heads, self._made(o.policy, o.options)) for o in own if o.heads is not None]
+        if not parts:
+            return found
+        from .policies.hybrid import Hybrid
+
+        return Hybrid(rest=found, parts=tuple(parts), min_len=self.min_len, dense_layers=())
