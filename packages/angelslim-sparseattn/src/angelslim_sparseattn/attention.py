@@ -32,7 +32,7 @@ class Lengths(NamedTuple):
 
 def select(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, *, scale: float | None = None, block: int = 128,
-    q_len: Sequence[int] | None = None, kv_len: Sequence[int] | None = None, prompt_len: int | None = None,
+    q_len: Sequence[int] | None = None, kv_len: Sequence[int] | None = None, prompt_len: int | None = None, check: bool = True,
 ) -> BlockIndex:  # fmt: skip
     """The blocks that the policy keeps, however short the sequences are.
 
@@ -43,14 +43,17 @@ def select(
         block: queries and keys a block, a multiple of 16.
         q_len, kv_len: real queries and keys of sequences padded on the right; all are real if None.
         prompt_len: tokens of the whole prompt where these are a chunk of it; the keys' number if None.
+        check: look for NaN, infinity and an unsound index, which reads from the device.
 
     Raises:
         UsageError: shapes or dtypes that do not fit, more queries than keys, NaN or infinity in what is real.
     """
     lengths = _lengths(q, k, v, q_len, kv_len)
-    _check_finite(q, k, v, lengths)
+    if check:
+        _check_finite(q, k, v, lengths)
     scale = _scale(q, scale)
-    return _select(q, k, v, policy, lengths, scale, block, prompt_len, min_len=0).check()
+    index = _select(q, k, v, policy, lengths, scale, block, prompt_len, min_len=0)
+    return index.check() if check else index
 
 
 def sparse_attention(

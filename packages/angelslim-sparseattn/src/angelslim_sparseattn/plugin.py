@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from angelslim_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import click
+
     from angelslim_core.kernels import Kernel
 
 ANGELSLIM_HOOKS = 1
@@ -17,3 +19,11 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.block_sparse import BLOCK_SPARSE
 
     return [BLOCK_SPARSE]
+
+
+@hookimpl
+def angelslim_register_commands(cli: click.Group) -> None:
+    from .cli import bench_command, choose_command
+
+    cli.add_command(bench_command)
+    cli.add_command(choose_command)
