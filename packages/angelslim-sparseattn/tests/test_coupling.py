@@ -116,6 +116,24 @@ def test_generation_from_a_padded_batch_is_that_of_its_prompts(model):
             assert found[row, LENGTH:].equal(of.generate(own, max_new_tokens=6, do_sample=False)[0, own.shape[1] :])
 
 
+def test_the_kernel_takes_what_models_hand_it(model):
+    """Views of [B, L, H, D], values of another width, padding, a second turn."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for architecture in ("qwen3", "deepseek_v3"):
+        of, ids = copy.deepcopy(model(architecture)).to(device), tokens(2, 100).to(device)
+        mask = torch.ones_like(ids)
+        mask[1, :40] = 0
+        found = []
+        for executor in ("triton", "reference"):
+            with attach(of, small(executor=executor)) as attached:
+                cache = DynamicCache(config=of.config)
+                first = of(ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache).logits
+                found.append(torch.cat([first, of(ids[:, 70:], attention_mask=mask, past_key_values=cache).logits], 1))
+                assert attached.stats()[1]["sparse"] == 2
+        assert off(found[0][0], found[1][0]) < 1e-3 and off(found[0][1, 40:], found[1][1, 40:]) < 1e-3
+
+
 def test_sequences_below_min_len_attend_to_everything(model):
     of, ids = model(), tokens(2, LENGTH)
     mask = torch.ones_like(ids)
@@ -146,6 +164,25 @@ def test_prompts_in_parts(model, architecture, parts):
         if all(n % 16 == 0 for n in parts[:-1]):  # else other blocks, which keep other keys
             assert off(torch.cat(found[:-1], 1), whole[:, : -parts[-1]]) < 1e-5
             assert off(found[-1], whole[:, -parts[-1] :]) < 1e-5 or parts[-1] < 16
+
+
+def test_chunks_get_the_budgets_of_the_whole_prompt(model):
+    of, ids = model(), tokens(2, LENGTH)
+    config = small(options={"rate": 0.3, "n_init": 16, "n_local": 16, "lam": 0})  # the values' term would see fewer values
+    with attach(of, config) as attached:
+        whole = of(ids).logits
+        attached.prompt_len = LENGTH
+        cache = DynamicCache(config=of.config)
+        found = [of(part, past_key_values=cache).logits for part in ids.split((80, 70), 1)]
+        assert off(torch.cat(found, 1), whole) < 1e-5
+        attached.prompt_len = None
+        cache = DynamicCache(config=of.config)
+        assert off(of(ids[:, :80], past_key_values=cache).logits, whole[:, :80]) > 1e-3
+        attached.prompt_len = 80  # tokens beyond it are of a later turn
+        assert of(ids[:, 80:], past_key_values=cache).logits.isfinite().all()
+    with attach(of, small(**SINK)):
+        wanted = of.generate(ids, max_new_tokens=4, do_sample=False)
+        assert of.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=48).equal(wanted)
 
 
 def test_a_second_turn_after_a_padded_batch(model):

@@ -19,7 +19,7 @@ from .exporters import Exporter
 from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
 from .kv_cache import cache_outputs, settled_cache
-from .passes import Kind, LayerPass, ModelPass, Pass, SourcePass, TensorPass, WeightPass
+from .passes import Kind, LayerPass, ModelPass, Pass, RuntimePass, SourcePass, TensorPass, WeightPass
 from .schemes import CacheScheme, Scheme
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
         where = recipe.where(f"steps[{i}]")
         for needed in sorted(pass_.requires - set(ids[:i])):
             raise PlanError(4, where, f"{pass_.id} needs {needed} in an earlier step")
-        for clash in sorted(pass_.conflicts & set(ids)):
+        twice = set(ids[:i]) & {pass_.id} if isinstance(pass_, RuntimePass) else set()
+        for clash in sorted(pass_.conflicts & set(ids) | twice):
             raise PlanError(5, where, f"{pass_.id} and {clash} exclude each other")
         if isinstance(pass_, ModelPass) and any(isinstance(p, WeightPass) for p in passes[:i]):
             raise PlanError(6, where, f"{pass_.id} trains the whole model, so it must come before the steps that rewrite weights")
@@ -204,7 +205,7 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise PlanError(240, where, f"{pass_.id} trains the model as it is stored, so it must come before the steps that change how it is read")
         if isinstance(pass_, SourcePass) and any(isinstance(p, WeightPass) for p in passes[:i]):
             raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
-        if isinstance(pass_, SourcePass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
+        if not isinstance(pass_, WeightPass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
             raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
 
 

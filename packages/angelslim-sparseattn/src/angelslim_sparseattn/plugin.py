@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from angelslim_core.hookspecs import hookimpl
 
@@ -10,8 +10,16 @@ if TYPE_CHECKING:
     import click
 
     from angelslim_core.kernels import Kernel
+    from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_register_passes() -> list[type[Pass]]:
+    from .passes import PASSES
+
+    return [*PASSES]
 
 
 @hookimpl
@@ -24,6 +32,13 @@ def angelslim_register_kernels() -> list[Kernel]:
 @hookimpl
 def angelslim_register_commands(cli: click.Group) -> None:
     from .cli import bench_command, choose_command
+    from .cli_accuracy import accuracy_command
 
     cli.add_command(bench_command)
     cli.add_command(choose_command)
+    cli.add_command(accuracy_command)
+
+
+@hookimpl
+def angelslim_default_steps() -> list[dict[str, Any]]:
+    return [{"use": "sparseattn.stem"}]
