@@ -164,7 +164,7 @@ class Reader:
         from .config import SparseAttentionConfig
         from .coupling import attach
 
-        asked = SparseAttentionConfig(policy="a_shape", block=16, min_len=0, dense_layers=(), executor="reference")
+        asked = SparseAttentionConfig.model_validate({"policy": "a_shape", "block": 16, "min_len": 0, "dense_layers": (), "executor": "reference"})
         with attach(self.model, asked) as attached, torch.no_grad():
             self.model(input_ids=torch.zeros(1, 32, dtype=torch.int64, device=self.model.device), use_cache=False)
             found = [row["layer"] for row in attached.stats() if row["sparse"] and row["layer"] not in but]
