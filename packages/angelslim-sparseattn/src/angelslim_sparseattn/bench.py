@@ -56,7 +56,7 @@ def bench(
         found: dict[str, list[dict[str, Any]]] = {c.label: [] for c in chosen}
         for layer in inputs(length):
             _time_peers(peers, layer, repeats, device)
-            everything = Dense.of(layer.q, layer.k, layer.v, layer.scale, executor, block)
+            everything = Dense.of(layer.q, layer.k, layer.v, layer.scale, block)
             for candidate in chosen:
                 found[candidate.label].append(_measured(candidate, layer, everything, executor, device, repeats, block))
                 progress(done := done + 1, len(sizes) * layers * len(chosen), f"{candidate.label}, {length} tokens")
