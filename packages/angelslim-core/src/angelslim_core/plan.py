@@ -19,7 +19,7 @@ from .exporters import Exporter
 from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
 from .kv_cache import cache_outputs, settled_cache
-from .passes import Kind, LayerPass, ModelPass, Pass, SourcePass, TensorPass, WeightPass
+from .passes import Kind, LayerPass, ModelPass, Pass, RuntimePass, SourcePass, TensorPass, WeightPass
 from .schemes import CacheScheme, Scheme
 
 if TYPE_CHECKING:
@@ -204,8 +204,10 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise PlanError(240, where, f"{pass_.id} trains the model as it is stored, so it must come before the steps that change how it is read")
         if isinstance(pass_, SourcePass) and any(isinstance(p, WeightPass) for p in passes[:i]):
             raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
-        if isinstance(pass_, SourcePass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
+        if not isinstance(pass_, WeightPass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
             raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
+        if isinstance(pass_, RuntimePass) and pass_.id in ids[:i]:
+            raise PlanError(551, where, f"{pass_.id} stands in an earlier step already", "drop one of them")
 
 
 def _step(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> Step:

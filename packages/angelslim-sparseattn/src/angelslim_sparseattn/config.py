@@ -13,14 +13,16 @@ from .kernels.block_sparse import BLOCK_SPARSE
 from .policies import make_policy
 from .policies.base import Policy
 
-Index = Annotated[int, Field(ge=0)]
+# bounds keep what a hostile artifact makes us do small
+LayerNumber = Annotated[int, Field(ge=0, lt=1024)]
+HeadNumber = Annotated[int, Field(ge=0, lt=4096)]
 
 
 class Override(PassConfig):
     """Another policy for some layers, or for some heads of them."""
 
-    layers: tuple[Index, ...] = Field(min_length=1, description="numbers of layers")
-    heads: tuple[Index, ...] | None = Field(None, min_length=1, description="numbers of query heads; none: all")
+    layers: tuple[LayerNumber, ...] = Field(min_length=1, description="numbers of layers")
+    heads: tuple[HeadNumber, ...] | None = Field(None, min_length=1, description="numbers of query heads; none: all")
     policy: str = Field(description="name of a policy, or dense")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the policy")
 
@@ -37,11 +39,11 @@ class SparseAttentionConfig(PassConfig):
 
     policy: str = Field("stem", description="name of a policy, or dense")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the policy")
-    block: int = Field(128, ge=16, multiple_of=16, description="queries and keys a block")
+    block: int = Field(128, ge=16, le=1024, multiple_of=16, description="queries and keys a block")
     min_len: int = Field(8192, ge=0, description="sequences with fewer keys attend to everything")
-    dense_layers: tuple[Index, ...] = Field((0, 1), description="layers that attend to everything")
+    dense_layers: tuple[LayerNumber, ...] = Field((0, 1), description="layers that attend to everything")
     executor: str = Field("auto", description="what computes attention over kept blocks; auto: the fastest that takes the call")
-    overrides: tuple[Override, ...] = Field((), description="other policies by layer and head: layers, heads, policy, options")
+    overrides: tuple[Override, ...] = Field((), max_length=4096, description="other policies by layer and head")
 
     @field_validator("executor")
     @classmethod
@@ -79,6 +81,17 @@ class SparseAttentionConfig(PassConfig):
             return make_policy(name, **options, min_len=self.min_len, dense_layers=())
         except (UsageError, TypeError) as error:
             raise ValueError(str(error)) from error
+
+    def check(self, layers: int, heads: int) -> None:
+        """Whether a model of that size has what overrides name.
+
+        Raises:
+            UsageError: it has not.
+        """
+        for override in self.overrides:
+            for what, numbers, most in (("layer", override.layers, layers), ("head", override.heads or (), heads)):
+                if max(numbers, default=0) >= most:
+                    raise UsageError(552, "overrides", f"{what} {max(numbers)} of a model with {most}")
 
     def policy_of(self, layer: int) -> Policy | None:
         """What the layer's heads follow; None: it attends to everything."""

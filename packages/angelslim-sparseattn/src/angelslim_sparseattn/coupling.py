@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ _NAME = "sparseattn_"
 _NUMBERS = count(1)
 # what only a model's own eager attention computes
 _EAGER = ("s_aux", "sinks", "softcap")
+_ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
 
 
 class _Layer:
@@ -44,10 +46,16 @@ class _Layer:
 
 
 class Attached:
-    """A model that attends as its configuration says, until `detach` or the end of a `with` block."""
+    """A model that attends as its configuration says, until `detach` or the end of a `with` block.
+
+    Attributes:
+        prompt_len: tokens of the whole prompt, for policies whose budgets follow from it; set it, and back to None, around
+            a prefill in chunks without padding, else each chunk counts as the prompt's end.
+    """
 
     def __init__(self, config: SparseAttentionConfig, num_layers: int) -> None:
         self.config = config
+        self.prompt_len: int | None = None
         self._policies = [config.policy_of(layer) for layer in range(num_layers)]
         self._layers: dict[int, _Layer] = {}
         self._bound: list[tuple[Any, str]] = []
@@ -162,8 +170,9 @@ class Attached:
 
     def _sparse(self, call: Call, found: Packing | None, lengths: Lengths, policy: Policy) -> Tensor:
         q, k, v = call.packed(found)
+        prompt = None if found is not None or self.prompt_len is None else max(self.prompt_len, *lengths.kv)
         with call.on_device():
-            index = _select(q, k, v, policy, lengths, call.scale, self.config.block, None, policy.min_len)
+            index = _select(q, k, v, policy, lengths, call.scale, self.config.block, prompt, policy.min_len)
             out = sparse_attention(q, k, v, index, self.config.executor, scale=call.scale)
         layer = self._of(call.module)
         layer.sparse += 1
@@ -193,13 +202,16 @@ def attach(model: PreTrainedModel, config: SparseAttentionConfig) -> Attached:
     text = model.config.get_text_config()
     if attention_of(text).startswith(_NAME):
         raise UsageError(554, type(model).__name__, "follows a sparse attention policy already", "detach that first")
-    for override in config.overrides:
-        for what, numbers, most in (("layer", override.layers, text.num_hidden_layers), ("head", override.heads or (), text.num_attention_heads)):
-            if max(numbers, default=0) >= most:
-                raise UsageError(552, "overrides", f"{what} {max(numbers)} of a model with {most}")
+    config.check(text.num_hidden_layers, text.num_attention_heads)
     attached = Attached(config, text.num_hidden_layers)
     attached._bound = _bind(model, lambda before: (attached.attend, attached.mask))
+    _ATTACHED[model] = attached
     return attached
+
+
+def attachment(model: nn.Module) -> Attached | None:
+    """What `attach`, or loading an artifact with a policy, attached to a model last."""
+    return _ATTACHED.get(model)
 
 
 def _bind(model: PreTrainedModel, functions: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]) -> list[tuple[Any, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from angelslim_core.hookspecs import hookimpl
 
@@ -10,8 +10,16 @@ if TYPE_CHECKING:
     import click
 
     from angelslim_core.kernels import Kernel
+    from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_register_passes() -> list[type[Pass]]:
+    from .passes import PASSES
+
+    return [*PASSES]
 
 
 @hookimpl
@@ -27,3 +35,8 @@ def angelslim_register_commands(cli: click.Group) -> None:
 
     cli.add_command(bench_command)
     cli.add_command(choose_command)
+
+
+@hookimpl
+def angelslim_default_steps() -> list[dict[str, Any]]:
+    return [{"use": "sparseattn.stem"}]
