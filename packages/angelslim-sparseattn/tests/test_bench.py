@@ -1,13 +1,13 @@
 """`angelslim sparseattn bench` and `choose` on a tiny model."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
 
+from angelslim_core import compress, load
 from angelslim_core.cli.main import cli
 from angelslim_core.errors import UsageError
 from angelslim_core.recipe import load_recipe
@@ -15,6 +15,7 @@ from angelslim_core.testing.models import tiny_checkpoint
 from angelslim_sparseattn.candidates import candidates
 from angelslim_sparseattn.choose import Measured, cheapest, configuration, summary
 from angelslim_sparseattn.config import SparseAttentionConfig
+from angelslim_sparseattn.coupling import attach, attachment
 
 SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtype", "fp32", "--device", "cpu"]
 WINDOWS = "a_shape:n_init=16:n_local=16,a_shape:n_init=16:n_local=48"
@@ -141,9 +142,6 @@ def test_the_cheapest_that_suffices():
 
 
 def test_choose_writes_what_it_measured(model, text, tmp_path):
-    from angelslim_core.loading import load_model
-    from angelslim_sparseattn.coupling import attach
-
     options = ["--text", text, "--length", "128", "--windows", "2", "--block", "16", "--dense-layers", "0", "--device", "cpu"]
     first = document(
         "choose", model, *options, "--policies", WINDOWS, "--recall", "0.4", "--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "p.html")
@@ -156,7 +154,7 @@ def test_choose_writes_what_it_measured(model, text, tmp_path):
     assert (tmp_path / "p.html").read_text().count("<svg") == 2
     config = SparseAttentionConfig.model_validate(json.loads((tmp_path / "p.json").read_text()))
     assert config.model_dump(mode="json") == first["config"] and config.min_len == 128
-    loaded = load_model(Path(model), "cpu").model
+    loaded, _ = load(model, device="cpu")
     with attach(loaded, config) as attached, torch.no_grad():
         loaded(torch.arange(3, 131)[None])
         densities = [s["density"] for s in attached.stats() if s["density"] is not None]
@@ -165,6 +163,12 @@ def test_choose_writes_what_it_measured(model, text, tmp_path):
     again = run("choose", model, *options, "--policies", WINDOWS, "--recall", "0.4", "--by", "layer", "--out", str(tmp_path / "p.yaml"))
     assert again.exit_code == 0 and "worst head" in again.stdout
     recipe = load_recipe(tmp_path / "p.yaml")
+    compress(model, out=tmp_path / "out", recipe=tmp_path / "p.yaml")
+    artifact, _ = load(tmp_path / "out", device="cpu")
+    found = attachment(artifact)
+    assert found is not None and found.config.min_len == 128 and found.config.block == 16
+    third = document("choose", str(tmp_path / "out"), *options, "--policies", WINDOWS, "--recall", "0.4", "--out", str(tmp_path / "q.json"))
+    assert third["candidates"] == first["candidates"]  # measured on the dense model
     assert recipe.steps[0].use == "sparseattn.a_shape" and yaml.safe_load((tmp_path / "p.yaml").read_text())["steps"][0]["with"]["min_len"] == 128
 
 

@@ -106,7 +106,7 @@ def drawn(length: int, heads: int, kv_heads: int, head_dim: int, dtype: str, dev
 
 
 class Reader:
-    """A loaded model, dense, and a text that it reads.
+    """A loaded model, dense even where its folder has a policy, and a text that it reads.
 
     Args:
         model: folder, or a hub id when online.
@@ -121,8 +121,12 @@ class Reader:
         from angelslim_core.io.hub import resolve
         from angelslim_core.loading import load_model
 
+        from .coupling import attachment
+
         folder = resolve(model)
         loaded = load_model(folder, device, host=host)
+        if (attached := attachment(loaded.model)) is not None:  # an artifact with a policy
+            attached.detach()
         self.model, self.name, self._folder, self._text, self._tokenizer = loaded.model, folder.name, folder, text, loaded.tokenizer
 
     def windows(self, count: int, length: int) -> Tensor:
