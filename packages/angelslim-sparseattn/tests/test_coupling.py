@@ -116,6 +116,24 @@ def test_generation_from_a_padded_batch_is_that_of_its_prompts(model):
             assert found[row, LENGTH:].equal(of.generate(own, max_new_tokens=6, do_sample=False)[0, own.shape[1] :])
 
 
+def test_the_kernel_takes_what_models_hand_it(model):
+    """Views of [B, L, H, D], values of another width, padding, a second turn."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for architecture in ("qwen3", "deepseek_v3"):
+        of, ids = copy.deepcopy(model(architecture)).to(device), tokens(2, 100).to(device)
+        mask = torch.ones_like(ids)
+        mask[1, :40] = 0
+        found = []
+        for executor in ("triton", "reference"):
+            with attach(of, small(executor=executor)) as attached:
+                cache = DynamicCache(config=of.config)
+                first = of(ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache).logits
+                found.append(torch.cat([first, of(ids[:, 70:], attention_mask=mask, past_key_values=cache).logits], 1))
+                assert attached.stats()[1]["sparse"] == 2
+        assert off(found[0][0], found[1][0]) < 1e-3 and off(found[0][1, 40:], found[1][1, 40:]) < 1e-3
+
+
 def test_sequences_below_min_len_attend_to_everything(model):
     of, ids = model(), tokens(2, LENGTH)
     mask = torch.ones_like(ids)

@@ -1,7 +1,9 @@
 """Artifacts with a sparse policy: made, loaded, evaluated, and refused where they are hostile."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +138,13 @@ def test_plugins_alone_and_shipped_recipes_give_an_artifact(tiny, tmp_path):
         assert (config.policy, config.min_len, config.dense_layers) == ("xattention" if out == "d" else "stem", 8192, (0, 1))
 
 
+def test_the_example_of_the_readme_runs(capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    said = capsys.readouterr().out
+    assert said.count("'sparse': 1") == 3 and "{'dense layer': 1}" in said
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "says"),
     [
@@ -152,7 +161,7 @@ def test_options_that_do_not_fit(tiny, tmp_path, wrong, error, says):
 
 
 def test_steps_that_do_not_fit(tiny, tmp_path):
-    for steps, says in (([STEP, STEP], "already"), ([{"use": "sparseattn.cosa"}, STEP], "exclude"), ([{**STEP, "targets": ["attention"]}], "as a whole")):
+    for steps, says in (([STEP, STEP], "exclude"), ([{"use": "sparseattn.cosa"}, STEP], "exclude"), ([{**STEP, "targets": ["attention"]}], "as a whole")):
         with pytest.raises(PlanError, match=says):
             compress(tiny("qwen3"), out=tmp_path / "o", recipe={"steps": steps})
 

@@ -196,7 +196,8 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
         where = recipe.where(f"steps[{i}]")
         for needed in sorted(pass_.requires - set(ids[:i])):
             raise PlanError(4, where, f"{pass_.id} needs {needed} in an earlier step")
-        for clash in sorted(pass_.conflicts & set(ids)):
+        twice = set(ids[:i]) & {pass_.id} if isinstance(pass_, RuntimePass) else set()
+        for clash in sorted(pass_.conflicts & set(ids) | twice):
             raise PlanError(5, where, f"{pass_.id} and {clash} exclude each other")
         if isinstance(pass_, ModelPass) and any(isinstance(p, WeightPass) for p in passes[:i]):
             raise PlanError(6, where, f"{pass_.id} trains the whole model, so it must come before the steps that rewrite weights")
@@ -206,8 +207,6 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
             raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
         if not isinstance(pass_, WeightPass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
             raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
-        if isinstance(pass_, RuntimePass) and pass_.id in ids[:i]:
-            raise PlanError(551, where, f"{pass_.id} stands in an earlier step already", "drop one of them")
 
 
 def _step(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> Step:

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import select, sparse_attention
     from .block_index import BlockIndex
+    from .config import SparseAttentionConfig
+    from .coupling import attach, attachment, captured
     from .policies import make_policy
 
 __version__ = "0.1.0"
 
-_HOME_OF = {"select": "attention", "sparse_attention": "attention", "BlockIndex": "block_index", "make_policy": "policies"}
-__all__ = ["BlockIndex", "__version__", "make_policy", "select", "sparse_attention"]
+_HOME_OF = {
+    "select": "attention", "sparse_attention": "attention", "BlockIndex": "block_index", "make_policy": "policies", "SparseAttentionConfig": "config",
+    "attach": "coupling", "attachment": "coupling", "captured": "coupling",
+}  # fmt: skip
+__all__ = ["BlockIndex", "SparseAttentionConfig", "__version__", "attach", "attachment", "captured", "make_policy", "select", "sparse_attention"]
 
 
 def __getattr__(name: str) -> Any:

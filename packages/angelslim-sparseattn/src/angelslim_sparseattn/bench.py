@@ -10,6 +10,7 @@ import torch
 
 from angelslim_core.context import Progress, silent
 from angelslim_core.kernels import triton_runs
+from angelslim_core.products import products
 
 from .attention import select, sparse_attention
 from .candidates import Attention, Candidate
@@ -140,7 +141,7 @@ def first_token(
     from .coupling import attach
 
     rows: list[dict[str, Any]] = []
-    with torch.no_grad(), fastest_sdpa(device):
+    with torch.no_grad(), fastest_sdpa(device), products(device):
         for length in sizes:
             prompt = ids(length).to(device)
 

@@ -182,12 +182,15 @@ def real(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> Iterator
 
     As many layers a forward pass as `_HELD` bytes hold, so that memory does not grow with the number of layers.
     """
+    from angelslim_core.products import products
+
     from .coupling import captured
 
     left, count = list(layers), 1
     while left:
         now, left = left[:count], left[count:]
-        found = captured(model, ids, now)
+        with products(model.device.type):
+            found = captured(model, ids, now)
         for layer in now:
             q, k, v, scale = found.pop(layer)
             count = max(1, _HELD // (q.nbytes + k.nbytes + v.nbytes))
