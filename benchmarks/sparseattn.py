@@ -122,7 +122,8 @@ def block_mask(cells: Tensor) -> BlockMask:
 
 def flex(backend: str) -> Callable[..., Tensor]:
     options = {"kernel_options": {"BACKEND": "FLASH"}} if backend == "FLASH" else {}
-    compiled = torch.compile(flex_attention, dynamic=False)
+    torch._dynamo.config.recompile_limit = 64
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)  # uncompiled it ignores the lists
     return lambda q, k, v, mask: compiled(q, k, v, block_mask=mask, enable_gqa=True, **options)
 
 
@@ -184,7 +185,7 @@ def rate_for(length: int, wanted: float) -> float:
         rate = (low + high) / 2
         found = float(densities(select(q, q, q, make_policy("stem", rate=rate, alpha=0.7), check=False))[0])
         low, high = (rate, high) if found < wanted else (low, rate)
-    return low
+    return low or high  # what is kept anyway may be more already
 
 
 def policies(length: int) -> dict[str, Policy]:

@@ -145,7 +145,7 @@ def outlier_plot(inputs: Mapping[str, Mapping[str, Any]]) -> str:
         for number, (name, layers) in enumerate(table.items()):
             index = sorted(i for i in layers if layers[i]["channels"])
             axes.plot(index, [layers[i]["channels"][0][-1] for i in index], marker=".", linewidth=1, label=name, color=colour(number))
-        plain_log(axes)
+        _plain_log(axes)
         _layers_below(axes)
         axes.set_ylabel("largest / median channel")
         figure.legend(loc="outside right center")
@@ -186,7 +186,7 @@ def lists_plot(lists: Mapping[str, Sequence[float]]) -> str:
         for number, (name, values) in enumerate(lists.items()):
             axes.plot(range(len(values)), values, marker=".", linewidth=1, label=name, color=colour(number))
         if all(v > 0 for values in lists.values() for v in values):
-            plain_log(axes)
+            _plain_log(axes)
         _layers_below(axes, "decoder layers that the pass treats")
         figure.legend(loc="outside right center")
 
@@ -251,7 +251,7 @@ def _panels(names: Sequence[str], panel: Callable[[Any, str], None], label: str,
         for axes in grid[:, 0]:
             axes.set_ylabel(label)
         if logarithmic:
-            plain_log(grid[0, 0])  # shared by all
+            _plain_log(grid[0, 0])  # shared by all
         named: dict[str, Any] = {}
         for axes in grid.flat[: len(names)]:
             for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -314,16 +314,15 @@ def _layers_below(axes: Any, label: str = "decoder layer") -> None:
     axes.set_xlabel(label)
 
 
-def plain_log(axes: Any, axis: str = "y") -> None:
+def _plain_log(axes: Any) -> None:
     """A logarithmic axis with ticks as plain text: mathematical notation is off, names may hold anything."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.set(**{f"{axis}scale": "log"})
-    low, high = getattr(axes, f"get_{axis}lim")()
-    scale = getattr(axes, f"{axis}axis")
-    scale.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-    scale.set_minor_locator(NullLocator())
-    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def colour(number: int) -> str:

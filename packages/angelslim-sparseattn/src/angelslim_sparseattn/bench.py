@@ -10,6 +10,7 @@ import torch
 
 from angelslim_core.context import Progress, silent
 from angelslim_core.kernels import triton_runs
+from angelslim_core.products import products
 
 from .attention import select, sparse_attention
 from .candidates import Attention, Candidate
@@ -56,7 +57,7 @@ def bench(
         found: dict[str, list[dict[str, Any]]] = {c.label: [] for c in chosen}
         for layer in inputs(length):
             _time_peers(peers, layer, repeats, device)
-            everything = Dense.of(layer.q, layer.k, layer.v, layer.scale, executor, block)
+            everything = Dense.of(layer.q, layer.k, layer.v, layer.scale, block)
             for candidate in chosen:
                 found[candidate.label].append(_measured(candidate, layer, everything, executor, device, repeats, block))
                 progress(done := done + 1, len(sizes) * layers * len(chosen), f"{candidate.label}, {length} tokens")
@@ -140,7 +141,7 @@ def first_token(
     from .coupling import attach
 
     rows: list[dict[str, Any]] = []
-    with torch.no_grad(), fastest_sdpa(device):
+    with torch.no_grad(), fastest_sdpa(device), products(device):
         for length in sizes:
             prompt = ids(length).to(device)
 

@@ -106,7 +106,7 @@ def drawn(length: int, heads: int, kv_heads: int, head_dim: int, dtype: str, dev
 
 
 class Reader:
-    """A loaded model, dense, and a text that it reads.
+    """A loaded model, dense even where its folder has a policy, and a text that it reads.
 
     Args:
         model: folder, or a hub id when online.
@@ -121,8 +121,12 @@ class Reader:
         from angelslim_core.io.hub import resolve
         from angelslim_core.loading import load_model
 
+        from .coupling import attachment
+
         folder = resolve(model)
         loaded = load_model(folder, device, host=host)
+        if (attached := attachment(loaded.model)) is not None:  # an artifact with a policy
+            attached.detach()
         self.model, self.name, self._folder, self._text, self._tokenizer = loaded.model, folder.name, folder, text, loaded.tokenizer
 
     def windows(self, count: int, length: int) -> Tensor:
@@ -164,7 +168,7 @@ class Reader:
         from .config import SparseAttentionConfig
         from .coupling import attach
 
-        asked = SparseAttentionConfig(policy="a_shape", block=16, min_len=0, dense_layers=(), executor="reference")
+        asked = SparseAttentionConfig.model_validate({"policy": "a_shape", "block": 16, "min_len": 0, "dense_layers": (), "executor": "reference"})
         with attach(self.model, asked) as attached, torch.no_grad():
             self.model(input_ids=torch.zeros(1, 32, dtype=torch.int64, device=self.model.device), use_cache=False)
             found = [row["layer"] for row in attached.stats() if row["sparse"] and row["layer"] not in but]
@@ -178,12 +182,15 @@ def real(model: PreTrainedModel, ids: Tensor, layers: Sequence[int]) -> Iterator
 
     As many layers a forward pass as `_HELD` bytes hold, so that memory does not grow with the number of layers.
     """
+    from angelslim_core.products import products
+
     from .coupling import captured
 
     left, count = list(layers), 1
     while left:
         now, left = left[:count], left[count:]
-        found = captured(model, ids, now)
+        with products(model.device.type):
+            found = captured(model, ids, now)
         for layer in now:
             q, k, v, scale = found.pop(layer)
             count = max(1, _HELD // (q.nbytes + k.nbytes + v.nbytes))

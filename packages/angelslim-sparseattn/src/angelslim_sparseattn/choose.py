@@ -80,7 +80,7 @@ def measure(
         for ids in windows:
             for layer in real(model, ids[None], layers):
                 q, k, v, scale = layer.q, layer.k, layer.v, layer.scale
-                dense = Dense.of(q, k, v, scale, executor, block)
+                dense = Dense.of(q, k, v, scale, block)
                 found = []
                 for candidate in chosen:
                     index = select(q, k, v, candidate.policy, scale=scale, block=block)

@@ -10,7 +10,7 @@ import click
 from angelslim_core.cli.common import emit, host_of, json_option, plugins_option, progress, table
 from angelslim_core.errors import UsageError
 
-_TRIED = "a_shape:n_local=896,a_shape:n_local=1920,stem:rate=.05,stem:rate=.1,stem:rate=.2,stem:rate=.4,xattention:tau=.8,xattention:tau=.9,flashprefill"
+_TRIED = "a_shape:n_local=896,a_shape:n_local=1920,stem:rate=.05,stem:rate=.1,stem:rate=.2,stem:rate=.4,xattention:tau=.8,xattention:tau=.9,xattention:tau=.95,xattention:tau=.98,flashprefill"
 _POLICIES = "stem,stem:rate=.1,xattention,flashprefill,minference"
 
 

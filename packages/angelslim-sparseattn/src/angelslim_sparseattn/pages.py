@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from angelslim_core.plots import colour, plain_log, svg
+from angelslim_core.plots import colour, svg
 from angelslim_core.report import Section, write_page
 
 _ATTENTION = ("policy", "tokens", "density", "recall", "p5", "error", "select ms", "kernel ms", "total ms", "p90", "executor")
@@ -107,7 +107,10 @@ def _speed_plot(rows: Sequence[Mapping[str, Any]], dense: str) -> str:
             points = [(r["length"], r["speedup"][dense]) for r in rows if r["policy"] == label]
             axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=label, color=colour(number))
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        plain_log(axes, "x")
+        lengths = sorted({r["length"] for r in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.minorticks_off()
         axes.set_xlabel("tokens")
         axes.set_ylabel(f"times {dense}")
         figure.legend(loc="outside right center")

@@ -54,9 +54,9 @@ class Dense:
     lse: Tensor
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, scale: float, executor: str = "auto", block: int = 128) -> Dense:
-        """By an executor of block indices."""
-        return cls(*sparse_attention(q, k, v, everything(q, k, block), executor, True, scale=scale, check=False))
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, scale: float, block: int = 128) -> Dense:
+        """By the executor of block indices that takes the call, whichever computes what it is compared with."""
+        return cls(*sparse_attention(q, k, v, everything(q, k, block), "auto", True, scale=scale, check=False))
 
     def recall(self, lse: Tensor) -> Tensor:
         """Kept share [Hq, L] of each row's weight, given the LSE over what is kept."""
