@@ -91,7 +91,7 @@ def _show(document: dict[str, Any]) -> None:
     ]  # fmt: skip
     table(cells, ("policy", "task", "tokens", "samples", "accuracy %", "+-", "density"))
     if document["language"]:
-        cells = [
+        read = [
             (
                 row["method"],
                 f"{row['perplexity']:.3f}",
@@ -99,7 +99,7 @@ def _show(document: dict[str, Any]) -> None:
             )
             for row in document["language"]
         ]
-        table(cells, ("policy", "perplexity", "KL to dense", "same first choice %", "density"))
+        table(read, ("policy", "perplexity", "KL to dense", "same first choice %", "density"))
 
 
 def _density(row: dict[str, Any]) -> str:
