@@ -81,10 +81,15 @@ def text_windows(tokenizer: PreTrainedTokenizerBase | None, folder: str | Path, 
     """
     if tokenizer is None:
         raise UsageError(30, str(folder), "has no tokenizer, so no text can be evaluated")
-    return cut_windows(tokenizer, _read_text(Path(text)), windows, length, str(text))
+    return cut_windows(tokenizer, read_text(Path(text)), windows, length, str(text))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UsageError: there is none, or it is no text.
+    """
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise UsageError(402, str(path), "is no text file")
     try:

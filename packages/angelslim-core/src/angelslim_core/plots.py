@@ -52,10 +52,10 @@ def error_plot(linears: Iterable[Mapping[str, Any]]) -> str:
         axes = figure.subplots()
         for number, (role, layers) in enumerate(table.items()):
             index = sorted(layers)
-            colour = _colour(number)
-            axes.plot(index, [sum(layers[i]) / len(layers[i]) for i in index], marker=".", linewidth=1, label=role, color=colour)
+            tint = colour(number)
+            axes.plot(index, [sum(layers[i]) / len(layers[i]) for i in index], marker=".", linewidth=1, label=role, color=tint)
             if any(len(layers[i]) > 1 for i in index):
-                axes.fill_between(index, [min(layers[i]) for i in index], [max(layers[i]) for i in index], color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(index, [min(layers[i]) for i in index], [max(layers[i]) for i in index], color=tint, alpha=0.15, linewidth=0)
         _layers_below(axes)
         low, high = axes.get_ylim()
         if high - low < 2:  # less is noise
@@ -63,7 +63,7 @@ def error_plot(linears: Iterable[Mapping[str, Any]]) -> str:
         axes.set_ylabel("weight SQNR, dB")
         figure.legend(loc="outside right center")
 
-    return _svg(draw, 3) if table else ""
+    return svg(draw, 3) if table else ""
 
 
 def bits_plot(linears: Iterable[Mapping[str, Any]]) -> str:
@@ -80,7 +80,7 @@ def bits_plot(linears: Iterable[Mapping[str, Any]]) -> str:
         _layers_below(axes)
         figure.colorbar(image, ax=axes, label="bits a weight", ticks=range(0, 17, 4), pad=0.01)
 
-    return _svg(draw, 0.9 + 0.24 * len(table)) if table else ""
+    return svg(draw, 0.9 + 0.24 * len(table)) if table else ""
 
 
 def scale_plot(linears: Sequence[Mapping[str, Any]]) -> str:
@@ -144,13 +144,13 @@ def outlier_plot(inputs: Mapping[str, Mapping[str, Any]]) -> str:
         axes = figure.subplots()
         for number, (name, layers) in enumerate(table.items()):
             index = sorted(i for i in layers if layers[i]["channels"])
-            axes.plot(index, [layers[i]["channels"][0][-1] for i in index], marker=".", linewidth=1, label=name, color=_colour(number))
+            axes.plot(index, [layers[i]["channels"][0][-1] for i in index], marker=".", linewidth=1, label=name, color=colour(number))
         _plain_log(axes)
         _layers_below(axes)
         axes.set_ylabel("largest / median channel")
         figure.legend(loc="outside right center")
 
-    return _svg(draw, 2.8) if table else ""
+    return svg(draw, 2.8) if table else ""
 
 
 def expert_plot(experts: Mapping[str, Sequence[int]]) -> str:
@@ -175,7 +175,7 @@ def expert_plot(experts: Mapping[str, Sequence[int]]) -> str:
         bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
         bar.ax.minorticks_off()
 
-    return _svg(draw, min(7.0, 1.6 + 0.12 * len(rows))) if rows else ""
+    return svg(draw, min(7.0, 1.6 + 0.12 * len(rows))) if rows else ""
 
 
 def lists_plot(lists: Mapping[str, Sequence[float]]) -> str:
@@ -184,13 +184,13 @@ def lists_plot(lists: Mapping[str, Sequence[float]]) -> str:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for number, (name, values) in enumerate(lists.items()):
-            axes.plot(range(len(values)), values, marker=".", linewidth=1, label=name, color=_colour(number))
+            axes.plot(range(len(values)), values, marker=".", linewidth=1, label=name, color=colour(number))
         if all(v > 0 for values in lists.values() for v in values):
             _plain_log(axes)
         _layers_below(axes, "decoder layers that the pass treats")
         figure.legend(loc="outside right center")
 
-    return _svg(draw, 2.4)
+    return svg(draw, 2.4)
 
 
 def curve_plot(curve: Mapping[str, Any]) -> str:
@@ -207,7 +207,7 @@ def curve_plot(curve: Mapping[str, Any]) -> str:
         axes.set_xlabel(curve["x"])
         axes.set_ylabel(curve["y"])
 
-    return _svg(draw, 3.2)
+    return svg(draw, 3.2)
 
 
 def size_plot(names: Sequence[str], megabytes: Sequence[float]) -> str:
@@ -221,7 +221,7 @@ def size_plot(names: Sequence[str], megabytes: Sequence[float]) -> str:
         axes.grid(False)
         axes.set_xlabel("weights, MB")
 
-    return _svg(draw, 0.6 + 0.3 * len(names))
+    return svg(draw, 0.6 + 0.3 * len(names))
 
 
 def _by_input(inputs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -259,7 +259,7 @@ def _panels(names: Sequence[str], panel: Callable[[Any, str], None], label: str,
         figure.legend(named.values(), named.keys(), loc="outside upper right", ncols=len(named))
 
     rows = -(-len(names) // 4)
-    return _svg(draw, 0.9 + 1.5 * rows)
+    return svg(draw, 0.9 + 1.5 * rows)
 
 
 def _span(histograms: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
@@ -325,7 +325,8 @@ def _plain_log(axes: Any) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _colour(number: int) -> str:
+def colour(number: int) -> str:
+    """Colour of a line, by its number."""
     return f"C{number % 10}"
 
 
@@ -338,8 +339,8 @@ def _median(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def _svg(draw: Callable[[Any], None], height: float) -> str:
-    """SVG of what `draw(figure)` draws, without the header and metadata that do not belong inside a page."""
+def svg(draw: Callable[[Any], None], height: float) -> str:
+    """SVG of what `draw(figure)` draws, `height` inches high, without the header and metadata that do not belong inside a page."""
     import matplotlib
 
     matplotlib.use("Agg")

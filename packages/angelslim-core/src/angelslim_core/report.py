@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .errors import ModelError, PluginError
 from .io.writer import write_text
 from .records import RECORDS, read_records
 
-_PAGE = """<!doctype html>
+_HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{{ title }}</title>
@@ -23,7 +24,10 @@ th { font-weight: 600 } .number { text-align: right; font-variant-numeric: tabul
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } svg { display: block; max-width: 100%; height: auto } .no { color: #a00 }
 </style></head><body>
 <h1>{{ title }}</h1>
-{% if summary %}<p>{{ note }}</p>
+"""
+_PAGE = (
+    _HEAD
+    + """{% if summary %}<p>{{ note }}</p>
 <table><tr>{% for head in summary[0] %}<th>{{ head }}</th>{% endfor %}</tr>
 {% for row in summary %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
 {{ sizes }}
@@ -55,6 +59,18 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } svg { display: blo
 {% endfor %}
 </body></html>
 """
+)
+_SECTIONS = (
+    _HEAD
+    + """<p>{{ note }}</p>
+{% for s in sections %}<h3>{{ s.title }}</h3><p class="about">{{ s.about }}</p>{{ s.svg }}
+{% if s.rows %}<table><tr>{% for head in s.header %}<th{{ ' class="number"' | safe if not loop.first }}>{{ head }}</th>{% endfor %}</tr>
+{% for row in s.rows %}<tr>{% for cell in row %}<td{{ ' class="number"' | safe if not loop.first }}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endif %}
+{% endfor %}
+</body></html>
+"""
+)
 # rows of the tables of worst linears and of outlier channels; an outlier channel is this many times the median one
 _ROWS = 12
 _OUTLIER = 10
@@ -75,7 +91,7 @@ def write_report(folders: Sequence[Path], target: Path, title: str = "AngelSlim 
     import jinja2
     from markupsafe import Markup
 
-    _need_matplotlib()
+    need_matplotlib()
     from .plots import size_plot
 
     artifacts = []
@@ -98,6 +114,37 @@ def write_report(folders: Sequence[Path], target: Path, title: str = "AngelSlim 
         where = ", ".join(map(str, folders))
         raise ModelError(406, where, f"has records under {RECORDS}/ of which no page can be made") from error
     write_text(target, page)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Args:
+        about: a sentence or two.
+        svg: as `plots.svg` draws it.
+        rows: cells of a table under `header`, all but the first of which are numbers.
+    """
+
+    title: str
+    about: str = ""
+    svg: str = ""
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+
+def write_page(target: Path, title: str, note: str, sections: Sequence[Section]) -> None:
+    """Write a page of plots and tables, as self-contained as a report.
+
+    Raises:
+        PluginError: matplotlib is not installed, so that there are no plots.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    need_matplotlib()
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_SECTIONS)
+    write_text(target, template.render(title=title, note=note, sections=[replace(s, svg=Markup(s.svg)) for s in sections]))
 
 
 def _artifact(folder: Path, records: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +248,12 @@ def _worst(linears: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib() -> None:
+    """Plots can be drawn.
+
+    Raises:
+        PluginError: matplotlib is not installed.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:

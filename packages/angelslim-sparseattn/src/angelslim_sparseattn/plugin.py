@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from angelslim_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    import click
+
     from angelslim_core.kernels import Kernel
     from angelslim_core.passes import Pass
 
@@ -27,6 +29,16 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.select_rows import COMPACT, SELECT_ROWS
 
     return [BLOCK_SPARSE, ANTIDIAGONAL_MEAN, VALUE_BIAS, ANTIDIAGONAL_MASS, MEAN_KEY_MASS, SELECT_ROWS, COMPACT]
+
+
+@hookimpl
+def angelslim_register_commands(cli: click.Group) -> None:
+    from .cli import bench_command, choose_command
+    from .cli_accuracy import accuracy_command
+
+    cli.add_command(bench_command)
+    cli.add_command(choose_command)
+    cli.add_command(accuracy_command)
 
 
 @hookimpl
