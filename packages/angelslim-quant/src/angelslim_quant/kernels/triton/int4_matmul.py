@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import early
-
 if TYPE_CHECKING:
     from ..int4_matmul import Packed4
 
@@ -138,10 +136,8 @@ def _inputs(x_at, chunk, chunks, real, here, EVEN: tl.constexpr):
 def _kernel(
     x, words, scale, zero, x_scale, bias, out, rows, outputs, chunks, groups, mask,
     ZERO: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
-    WARPS: tl.constexpr, EARLY: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     BW: tl.constexpr = 32 * WARPS
     tile, n0 = tl.program_id(0), tl.program_id(1) * 8
     i = tl.arange(0, BW)
@@ -267,12 +263,13 @@ def _eight(a, b, BW: tl.constexpr):
 
 
 def matmul(
-    x_NI: Tensor, weight: "Packed4", bias: Tensor | None, x_scale: Tensor | None, dtype: torch.dtype, warps: int | None = None, ptx: bool = True
+    x_NI: Tensor, weight: "Packed4", bias: Tensor | None, x_scale: Tensor | None, dtype: torch.dtype, warps: int | None = None, ptx: bool = True,
+    registers: int | None = None,
 ) -> Tensor:
     """As the reference.
 
     Args:
-        warps: instead of what its shape gets, for tuning.
+        warps, registers: instead of what its shape gets, for tuning.
         ptx: False: the same sums without tensor cores, which Triton's interpreter runs as well.
     """
     words, scale, zero = weight
@@ -287,7 +284,7 @@ def matmul(
         x.view(torch.int32), words, scale, scale if zero is None else zero, scale if x_scale is None else x_scale,
         scale if bias is None else bias, y, rows, outputs, chunks, groups, 0x000F000F,
         ZERO=zero is not None, SCALED=x_scale is not None, BIAS=bias is not None, EVEN=chunks % warps == 0, GROUP=weight.group_size,
-        HALF="bf16" if dtype == torch.bfloat16 else "fp16", PTX=ptx, WARPS=warps, num_warps=warps, **early(x.device),
+        HALF="bf16" if dtype == torch.bfloat16 else "fp16", PTX=ptx, WARPS=warps, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return y
 

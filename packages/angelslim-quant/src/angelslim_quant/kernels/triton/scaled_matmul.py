@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import early
-
 
 class Tile(NamedTuple):
     """What a program multiplies at a time, and how.
@@ -38,10 +36,8 @@ BLOCK_TILES = ((16, ALL, Tile(16, 64, 128, 4, 4)), (64, ALL, Tile(64, 64, 128, 4
 def _kernel(
     x, x_scale, w, w_scale, bias, out, rows, outputs, inputs, xs_row, xs_group, ws_row, ws_group,
     INTEGER: tl.constexpr, BLOCKS: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, STRIP: tl.constexpr,
-    WEIGHT_FIRST: tl.constexpr, EARLY: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     # programs that run together share rows and outputs in L2
     wide, high = tl.cdiv(outputs, BO), tl.cdiv(rows, BN)
     strip = tl.program_id(0) // (STRIP * wide)
@@ -92,6 +88,6 @@ def scaled_matmul(x_NI: Tensor, x_scale: Tensor, w_OI: Tensor, w_scale: Tensor, 
         x_NI, x_scale, w_OI, w_scale, y if bias is None else bias, y, rows, outputs, inputs,
         x_row, x_scale.stride(-1) if blocks else 0, w_row, w_scale.stride(-1) if blocks else 0,
         INTEGER=integer, BLOCKS=blocks, BIAS=bias is not None, BN=tile.rows, BO=tile.outputs, BI=tile.inputs, STRIP=8, WEIGHT_FIRST=tile.weight_first,
-        num_warps=tile.warps, num_stages=tile.stages, **early(x_NI.device),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
