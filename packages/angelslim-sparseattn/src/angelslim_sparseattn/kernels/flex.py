@@ -6,6 +6,7 @@ Source: torch.nn.attention.flex_attention; its FLASH backend is the CuTe kernel 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
@@ -33,7 +34,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float, bac
         out, aux = _compiled(backend)(
             q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options={"BACKEND": backend}
         )
-    return out, aux.lse
+    return out, aux.lse if backend == "TRITON" else aux.lse * _unit(q.device)
+
+
+@cache
+def _unit(device: torch.device) -> float:
+    """What the FLASH backend's LSE is to be multiplied by: torch 2.11 takes a natural logarithm for one of base 2, and converts it."""
+    x = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device)
+    whole = BlockIndex.from_bool(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), (128,), (128,))
+    with torch.cuda.device_of(x):
+        aux = _compiled("FLASH")(x, x, x, block_mask=block_mask(whole, 1), scale=1.0, return_aux=AuxRequest(lse=True), kernel_options={"BACKEND": "FLASH"})[1]
+    found = float(aux.lse[0, 0, -1]) / math.log(128)  # of 128 equal scores
+    return 1.0 if abs(found - 1) < 1e-3 else 1 / found
 
 
 def block_mask(index: BlockIndex, heads: int) -> BlockMask:

@@ -1,6 +1,7 @@
 """Block-sparse attention: a program for each block of queries of each head, online softmax in base 2."""
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Config(NamedTuple):
         registers: the most a thread may have, so that two programs fit on a multiprocessor; None: as many as it takes.
         tma: whether keys and values come by the tensor memory accelerator, where it is there and their layout allows it.
         together: KV heads whose programs run side by side; 0: all. One after the other, a head's keys stay in the L2 cache.
+        widest: heads that it is for.
         hopper: whether it is the kernel of `hopper`; warps, registers and tma are not its.
         by_turns: of `hopper` only.
     """
@@ -34,6 +36,7 @@ class Config(NamedTuple):
     registers: int | None = None
     tma: bool = True
     together: int = 1
+    widest: int = 256
     hopper: bool = False
     by_turns: bool = False
 
@@ -45,7 +48,7 @@ CONFIGS = {
     "64": Config(64, stages=3),
     "64-pointers": Config(64, stages=3, tma=False),
     "64-4-stages": Config(64, stages=4),
-    "64-twice": Config(64, stages=2, registers=128),
+    "64-twice": Config(64, stages=2, registers=128, widest=128),
     "64-narrow": Config(64, warps=4, stages=2),
     "64-narrow-3-stages": Config(64, warps=4, stages=3),
     "64-narrow-all": Config(64, warps=4, stages=2, together=0),
@@ -55,7 +58,7 @@ CONFIGS = {
     "hopper-all": Config(hopper=True, together=0),
 }
 # names of CONFIGS, fastest first; the last takes every call
-FASTEST = ("128",)
+FASTEST = ("hopper-turns", "64-twice", "128")
 
 
 @triton.jit
@@ -216,7 +219,8 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Config:
 
             if not hopper.takes(q, k, v, index):
                 continue
-        return config
+        if max(q.shape[-1], v.shape[-1]) <= config.widest:
+            return config
     raise AssertionError("the last of FASTEST takes every call")
 
 
@@ -229,10 +233,15 @@ def _sent(values: list[float] | tuple[int, ...], device: torch.device) -> Tensor
 
 def _tile(q: Tensor, index: BlockIndex, width: int, wide_d: int, config: Config) -> int:
     """Keys at a time: the queries and all stages of keys and values lie in shared memory."""
-    memory = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"] if q.is_cuda else HOPPER_SHARED_BYTES
+    memory = _shared_bytes(q.device.index) if q.is_cuda else HOPPER_SHARED_BYTES
     keys = (memory - 4096 - index.block_m * wide_d * q.element_size()) // (config.stages * width * q.element_size())
     wanted = 32 if q.is_cuda and q.dtype == torch.float32 else config.tile  # fp32 has no tensor cores: a wide tile is more than the registers hold
     return min(index.block_n, wanted, max(16, triton.next_power_of_2(keys + 1) // 2))
+
+
+@cache  # asking takes a millisecond
+def _shared_bytes(device: int) -> int:
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 
 def _has_tma(q: Tensor) -> bool:
