@@ -187,9 +187,9 @@ def tune_int4(search: Callable[..., None]) -> None:
         for rows in (1, 4, 8, 16, 32, 40, 48, 56, 64):
             x = torch.randn(rows, shape[1], device="cuda").bfloat16()
             search(
-                f"int4 {shape} rows {rows}, warps",
-                triton4.WARPS,
-                lambda n: in_graph([lambda w=w: triton4.matmul(x, w, None, None, half, n) for w in weights], 3),
+                f"int4 {shape} rows {rows}, warps and registers",
+                [(n, r) for n in triton4.WARPS for r in (48, 64, 96, 128) if n * r <= 2048],
+                lambda tile: in_graph([lambda w=w: triton4.matmul(x, w, None, None, half, tile[0], registers=tile[1]) for w in weights], 3),
             )
             if rows >= 16:
                 wide = [lambda w=w: functional.linear(x, triton4.widen(w, half)) for w in weights]

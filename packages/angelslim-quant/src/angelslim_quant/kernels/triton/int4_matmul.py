@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # warps of a program, which share out the inputs, and what decides: with fewer, long rows take too many steps one after another;
 # with more, less fits beside them, as many outputs or rows want (H200, benchmarks/packed_gpu.py --parts tune)
 WARPS = (4, 8, 16)
+# registers of a thread: left to itself, ptxas takes 40, and reads weights when they are needed instead of two steps ahead
+REGISTERS = {4: 128, 8: 64, 16: 128}
 LONG, MANY, FEW_ROWS = 8192, 16384, 8
 
 
@@ -263,7 +265,13 @@ def _eight(a, b, BW: tl.constexpr):
 
 
 def matmul(
-    x_NI: Tensor, weight: "Packed4", bias: Tensor | None, x_scale: Tensor | None, dtype: torch.dtype, warps: int | None = None, ptx: bool = True,
+    x_NI: Tensor,
+    weight: "Packed4",
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    dtype: torch.dtype,
+    warps: int | None = None,
+    ptx: bool = True,
     registers: int | None = None,
 ) -> Tensor:
     """As the reference.
@@ -284,7 +292,7 @@ def matmul(
         x.view(torch.int32), words, scale, scale if zero is None else zero, scale if x_scale is None else x_scale,
         scale if bias is None else bias, y, rows, outputs, chunks, groups, 0x000F000F,
         ZERO=zero is not None, SCALED=x_scale is not None, BIAS=bias is not None, EVEN=chunks % warps == 0, GROUP=weight.group_size,
-        HALF="bf16" if dtype == torch.bfloat16 else "fp16", PTX=ptx, WARPS=warps, num_warps=warps, maxnreg=registers,
+        HALF="bf16" if dtype == torch.bfloat16 else "fp16", PTX=ptx, WARPS=warps, num_warps=warps, maxnreg=registers or REGISTERS.get(warps),
     )  # fmt: skip
     return y
 
