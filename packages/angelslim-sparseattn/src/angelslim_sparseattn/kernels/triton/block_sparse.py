@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -215,7 +216,9 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Config:
     """The first of FASTEST that takes the call."""
     for config in (CONFIGS[name] for name in FASTEST):
         if config.hopper:
-            from . import hopper  # needs a newer Triton than the rest
+            if not _has_gluon():
+                continue
+            from . import hopper
 
             if not hopper.takes(q, k, v, index):
                 continue
@@ -237,6 +240,11 @@ def _tile(q: Tensor, index: BlockIndex, width: int, wide_d: int, config: Config)
     keys = (memory - 4096 - index.block_m * wide_d * q.element_size()) // (config.stages * width * q.element_size())
     wanted = 32 if q.is_cuda and q.dtype == torch.float32 else config.tile  # fp32 has no tensor cores: a wide tile is more than the registers hold
     return min(index.block_n, wanted, max(16, triton.next_power_of_2(keys + 1) // 2))
+
+
+@cache
+def _has_gluon() -> bool:
+    return find_spec("triton.experimental") is not None and find_spec("triton.experimental.gluon") is not None
 
 
 @cache  # asking takes a millisecond
