@@ -14,7 +14,7 @@ from angelslim_core.recipe import load_recipe
 from angelslim_core.testing.models import tiny_checkpoint
 from angelslim_sparseattn.candidates import candidates
 from angelslim_sparseattn.choose import Measured, cheapest, configuration, summary
-from angelslim_sparseattn.config import SparseAttentionConfig
+from angelslim_sparseattn.config import SparseAttentionConfig, shape_of
 from angelslim_sparseattn.coupling import attach, attachment
 
 SHAPE = ["--heads", "4", "--kv-heads", "2", "--head-dim", "16", "--dtype", "fp32", "--device", "cpu"]
@@ -155,6 +155,7 @@ def test_choose_writes_what_it_measured(model, text, tmp_path):
     config = SparseAttentionConfig.model_validate(json.loads((tmp_path / "p.json").read_text()))
     assert config.model_dump(mode="json") == first["config"] and config.min_len == 128
     loaded, _ = load(model, device="cpu")
+    assert config.chosen_for == shape_of(loaded.config.to_dict())
     with attach(loaded, config) as attached, torch.no_grad():
         loaded(torch.arange(3, 131)[None])
         densities = [s["density"] for s in attached.stats() if s["density"] is not None]

@@ -16,7 +16,7 @@ from angelslim_core.kv_cache import tapped
 from angelslim_core.loading import load_model
 from angelslim_core.testing.models import NESTED, TINY
 from angelslim_sparseattn import make_policy, select
-from angelslim_sparseattn.config import SparseAttentionConfig
+from angelslim_sparseattn.config import SparseAttentionConfig, shape_of
 from angelslim_sparseattn.coupling import attach, captured
 
 # sliding window, MLA, MoE, multimodal RoPE and linear attention among them
@@ -76,6 +76,15 @@ def test_models_run_unpatched(model, architecture):
         assert any(0.2 < row["density"] < 0.7 for row in attached.stats() if row["sparse"])
         assert of.generate(ids, max_new_tokens=4, do_sample=False).shape == written.shape
     assert of(ids).logits.equal(dense)
+
+
+def test_what_was_chosen_for_another_model_is_refused(model):
+    own = shape_of(model("qwen3").config.to_dict())
+    assert {"num_hidden_layers", "num_attention_heads", "rope_theta"} <= own.keys()
+    attach(model("qwen3"), small(chosen_for=own)).detach()
+    for name in own:
+        with pytest.raises(UsageError, match=f"chosen_for: {name} is"):
+            attach(model("qwen3"), small(chosen_for={**own, name: own[name] * 2}))
 
 
 def test_the_package_names_no_model():

@@ -75,7 +75,7 @@ def test_every_policy_runs_from_an_artifact(pass_, tiny, tmp_path):
     record = json.loads((tmp_path / "o/angelslim/runtime.json").read_text())["policies"][0]["policy"]
     assert SparseAttentionConfig.model_validate(record) == pass_.Config(**SMALL).attention(pass_.name)
     options = record["options"].keys()
-    assert options == pass_.Config.model_fields.keys() - {"min_len", "dense_layers", "block", "executor", "overrides"}
+    assert options == pass_.Config.model_fields.keys() - {"min_len", "dense_layers", "block", "executor", "overrides", "chosen_for"}
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -20,7 +20,7 @@ from angelslim_core.errors import UsageError
 
 from .attention import select, sparse_attention
 from .candidates import Candidate, real
-from .config import SparseAttentionConfig
+from .config import SparseAttentionConfig, shape_of
 from .recall import Dense, densities
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ def choose(
         if {"min_len", "dense_layers"} & candidate.options.keys():
             raise UsageError(594, candidate.label, "min_len and dense_layers are of the whole configuration", "use --min-len and --dense-layers")
     found = measure(model, windows, layers, chosen, executor=executor, block=block, progress=progress)
-    choice = cheapest(found, target, by)
-    config = configuration(choice, found, chosen, dense_layers, min_len=min_len, block=block, executor=executor)
+    choice, text = cheapest(found, target, by), model.config.get_text_config().to_dict()
+    config = configuration(choice, found, chosen, dense_layers, min_len=min_len, block=block, executor=executor, chosen_for=shape_of(text))
     return config, summary(choice, found, chosen)
 
 
@@ -114,7 +114,7 @@ def configuration(choice: Tensor, found: Measured, chosen: Sequence[Candidate], 
     Args:
         choice: of `cheapest`.
         dense_layers: layers that were not measured and attend to everything.
-        rest: `block`, `min_len`, `executor`.
+        rest: `block`, `min_len`, `executor`, `chosen_for`.
 
     Raises:
         UsageError: nothing is sparse.

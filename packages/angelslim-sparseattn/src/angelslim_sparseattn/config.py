@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -16,6 +17,7 @@ from .policies.base import Policy
 # bounds keep what a hostile artifact makes us do small
 LayerNumber = Annotated[int, Field(ge=0, lt=1024)]
 HeadNumber = Annotated[int, Field(ge=0, lt=4096)]
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 class Override(PassConfig):
@@ -25,6 +27,14 @@ class Override(PassConfig):
     heads: tuple[HeadNumber, ...] | None = Field(None, min_length=1, description="numbers of query heads; none: all")
     policy: str = Field(description="name of a policy, or dense")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the policy")
+
+
+def shape_of(text: Mapping[str, Any]) -> dict[str, int | float]:
+    """What tells a text config's model from others whose heads may look elsewhere."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    theta = text.get("rope_theta", rope.get("rope_theta"))
+    found = {name: text[name] for name in SHAPE if isinstance(text.get(name), int)}
+    return found if theta is None else {**found, "rope_theta": float(theta)}
 
 
 class SparseAttentionConfig(PassConfig):
@@ -44,6 +54,7 @@ class SparseAttentionConfig(PassConfig):
     dense_layers: tuple[LayerNumber, ...] = Field((0, 1), description="layers that attend to everything")
     executor: str = Field("auto", description="what computes attention over kept blocks; auto: the fastest that takes the call")
     overrides: tuple[Override, ...] = Field((), max_length=4096, description="other policies by layer and head")
+    chosen_for: dict[str, int | float] | None = Field(None, description="shape of the model whose heads were measured; another is refused")
 
     @field_validator("executor")
     @classmethod
@@ -82,16 +93,24 @@ class SparseAttentionConfig(PassConfig):
         except (UsageError, TypeError) as error:
             raise ValueError(str(error)) from error
 
-    def check(self, layers: int, heads: int) -> None:
-        """Whether a model of that size has what overrides name.
+    def check(self, text: Mapping[str, Any]) -> None:
+        """Whether a model has what overrides name, and is the one that they were chosen for.
+
+        Args:
+            text: its text config.
 
         Raises:
-            UsageError: it has not.
+            UsageError: it has not, or is not.
         """
+        layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
         for override in self.overrides:
             for what, numbers, most in (("layer", override.layers, layers), ("head", override.heads or (), heads)):
                 if max(numbers, default=0) >= most:
                     raise UsageError(552, "overrides", f"{what} {max(numbers)} of a model with {most}")
+        own = shape_of(text)
+        for name, wanted in (self.chosen_for or {}).items():
+            if name in own and own[name] != wanted:
+                raise UsageError(555, "chosen_for", f"{name} is {wanted:g}, the model's is {own[name]:g}", "choose anew for this model")
 
     def policy_of(self, layer: int) -> Policy | None:
         """What the layer's heads follow; None: it attends to everything."""

@@ -197,12 +197,13 @@ def attach(model: PreTrainedModel, config: SparseAttentionConfig) -> Attached:
 
     Raises:
         ModelError: the model does not take its attention from transformers' interface.
-        UsageError: the model is attached already, or an override names a layer or a head that it does not have.
+        UsageError: the model is attached already, an override names a layer or a head that it does not have, or the configuration was chosen
+            for another model.
     """
     text = model.config.get_text_config()
     if attention_of(text).startswith(_NAME):
         raise UsageError(554, type(model).__name__, "follows a sparse attention policy already", "detach that first")
-    config.check(text.num_hidden_layers, text.num_attention_heads)
+    config.check(text.to_dict())
     attached = Attached(config, text.num_hidden_layers)
     attached._bound = _bind(model, lambda before: (attached.attend, attached.mask))
     _ATTACHED[model] = attached

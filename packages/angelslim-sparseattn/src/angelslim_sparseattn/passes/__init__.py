@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from angelslim_core.context import Context
 
 # of the whole configuration; the rest of a pass's options are its policy's
-_SHARED = frozenset({"min_len", "dense_layers", "block", "executor", "overrides"})
+_SHARED = frozenset({"min_len", "dense_layers", "block", "executor", "overrides", "chosen_for"})
 
 
 class Coupled(PassConfig):
@@ -32,6 +32,7 @@ class Coupled(PassConfig):
     overrides: tuple[Override, ...] = Field(
         (), max_length=4096, description="other policies by layer and head: each layers, heads (none: all), policy, options"
     )
+    chosen_for: dict[str, int | float] | None = Field(None, description="shape of the model whose heads were measured; another is refused")
 
     def attention(self, policy: str) -> SparseAttentionConfig:
         """What `attach` takes."""
@@ -48,7 +49,7 @@ class SparsePrefill(RuntimePass):
         found: SparseAttentionConfig = self.config.attention(self.name)
         text = context.source.config.get("text_config") or context.source.config
         try:
-            found.check(int(text["num_hidden_layers"]), int(text["num_attention_heads"]))
+            found.check(text)
         except UsageError as error:
             raise PlanError(550, f"{self.id}: {error.where}", error.what) from error
         return found.model_dump(mode="json")
