@@ -93,13 +93,14 @@ def test_gated_rows_are_those_of_the_modules(grid, rows, width, activation):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("grid", [TOKEN_INT8, TOKEN_FP8, GROUP_FP8, TENSOR_FP8, None], ids=lambda g: f"{g.type} {g.strategy}" if g else "none")
-@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 200), (2, 2100)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 48), (3, 200), (2, 2100), (1, 8192)])  # the last is more groups than a tile of codes holds
 def test_normed_rows_are_the_norm_and_its_codes(grid, rows, width, norm):
     pytest.importorskip("triton")
     from angelslim_quant.kernels.triton.quantize_rows import normed_rows
 
     x, weight = torch.randn(rows, width).to(HALF), torch.randn(width).to(HALF)
     x[-1] *= 1e-3  # eps counts
+    x[:, width // 2 :] *= 8
     x[0] *= rows == 1  # a row of zeros
     scale = torch.tensor([0.01]) if grid and grid.strategy == "tensor" else None
     module = LlamaRMSNorm(width, 1e-5) if norm == "weight" else Gemma3RMSNorm(width, 1e-5)

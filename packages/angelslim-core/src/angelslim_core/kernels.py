@@ -84,5 +84,5 @@ class Kernel:
 
     def describe(self) -> dict[str, Any]:
         """The entry of `angelslim kernels list`."""
-        rows = [{"name": i.name, "ok": i.available()[0], "why": i.available()[1]} for i in self.implementations]
+        rows = [{"name": i.name, "ok": i.available()[0], "why": i.available()[1] or ("only by name" if i.by_name else "")} for i in self.implementations]
         return {"op": self.op, "implementations": [*rows, {"name": "reference", "ok": True, "why": ""}]}

@@ -48,6 +48,8 @@ def join_norm(norm: nn.Module, readers: Sequence[nn.Module], dtype: torch.dtype)
     packed = [m for m in readers if isinstance(m, PackedLinear)]
     if not packed or len(packed) < len(readers) or len({(type(m), m.prepares, m.dtype, m.shared) for m in packed}) > 1 or "forward" in vars(norm):
         return
+    if packed[0].prepares is None and type(packed[0]).prepare_normed is PackedLinear.prepare_normed:  # what it prepares is kept for nobody
+        return
     found = norm_of(norm, packed[0].in_features, dtype, next(packed[0].buffers()).device)
     if found is not None:
         norm.forward = Normed(norm, packed, *found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +20,14 @@ from .guards import check_disk, check_gates, check_ram, memory_errors, verify_wr
 from .io.hub import resolve
 from .io.read_ahead import ReadAhead
 from .io.writer import disk_errors
-from .parallel import Group, joined
+from .parallel import Group, is_first, joined
 from .passes import LayerPass, ModelPass, Pass, RuntimePass, SourcePass, WeightPass
 from .plan import Plan, Step, make_plan
 from .plugins import PluginHost, required_plugins
 from .recipe import Recipe, bind_options, load_recipe, steps_from_use
 from .source import Source, describe_source, open_source
 from .stream import write_shards
-from .workdir import Workdir
+from .workdir import Workdir, is_unfinished
 
 if TYPE_CHECKING:
     from .calibration.data import Samples
@@ -103,7 +102,7 @@ def compress(
         AngelslimError: with a stable code; nothing is left at `out`.
     """
     start = time.perf_counter()
-    with ReadAhead(free_ram_bytes() // 4) as ahead:
+    with ReadAhead(free_ram_bytes() // 4 if is_first() and not (out and is_unfinished(Path(out))) else 0) as ahead:
         prepared = prepare(
             model, use, out, recipe=recipe, plugins=plugins, overrides=overrides, seed=seed, device=device, host=host, found=ahead.start
         )  # fmt: skip
@@ -137,16 +136,17 @@ def prepare(
     seed: int | None = None,
     device: str | None = None,
     host: PluginHost | None = None,
-    found: Callable[[Path], None] = lambda _: None,
+    found: Callable[[str | Path | None], None] = lambda _: None,
 ) -> Prepared:
     """Load plugins, bind options, read headers and plan; reads no weight. Arguments as for `compress`.
 
     Args:
-        found: called with the model's folder, of which nothing is checked yet, before torch is loaded.
+        found: called, before torch is loaded, with the model's folder or hub id as soon as it is known, unchecked, or None.
     """
     host = host or PluginHost()
     if recipe is not None and use:
         raise UsageError(2, "--use", "a recipe and --use exclude each other", "add the step to the recipe")
+    found(model)
     if recipe is not None:
         bound = load_recipe(recipe, overrides=overrides)
     elif use:
@@ -157,8 +157,7 @@ def prepare(
     else:
         raise UsageError(3, "run", "nothing to do", "give a recipe, --use PASS_ID, or --plugins for their default presets")
     path = model if model is not None else bound.model.path
-    if path is not None and os.path.isdir(path):
-        found(Path(path))
+    found(path)
     host.load(required_plugins([s.use for s in bound.steps], plugins or ()))
     passes = []
     for index, step in enumerate(bound.steps):
@@ -166,7 +165,6 @@ def prepare(
         passes.append(pass_class.bind(bind_options(index, bound, pass_class)))
     if path is None:
         raise UsageError(4, "--model", "no model is given", "name one by --model, or model.path in the recipe")
-    target = out if out is not None else bound.export.to
     if seed is not None:
         bound = bound.model_copy(update={"runtime": bound.runtime.model_copy(update={"seed": seed})})
     # the recipe in the records names the model that was used
@@ -179,7 +177,8 @@ def prepare(
         raise UsageError(5, bound.where(f"steps[{index}]"), f"{passes[index].id} needs calibration data", "--set calibration.data=FILE, or =self")
     plan = make_plan(bound, passes, source, description, host.registry.exporters, chosen)
     host.hook.angelslim_modify_plan(plan=plan)
-    return Prepared(bound, host, passes, source, plan.description, plan, Path(target) if target is not None else None, chosen)
+    target = out if out is not None else bound.export.to
+    return Prepared(bound, host, passes, source, plan.description, plan, None if target is None else Path(target), chosen)
 
 
 def _rewritten(source: Source, passes: Sequence[Pass], host: PluginHost, device: str, seed: int) -> tuple[Source, Description]:

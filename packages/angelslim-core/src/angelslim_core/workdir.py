@@ -39,7 +39,7 @@ class Workdir:
         real, home = self.out.resolve(), source.resolve()
         if real == home or home.is_relative_to(real) or real.is_relative_to(home):
             raise OutputError(1, str(out), "lies in the model folder or holds it", "choose another --out")
-        self.path = self.out.parent / f".{self.out.name}.angelslim"
+        self.path = _path(self.out)
         self._backup = self.out.parent / f".{self.out.name}.angelslim.old"
         if self._backup.exists():  # a crash within --replace
             if self.out.exists():
@@ -190,6 +190,15 @@ def read_journals(folder: Path) -> list[dict[str, Any]]:
 
 def _journal(folder: Path, rank: int) -> Path:
     return folder / (f"journal-{rank}.jsonl" if rank else "journal.jsonl")
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether a run that was to make this folder was stopped or killed."""
+    return _path(out.absolute()).exists()
+
+
+def _path(out: Path) -> Path:
+    return out.parent / f".{out.name}.angelslim"
 
 
 def sha256(path: Path) -> str:

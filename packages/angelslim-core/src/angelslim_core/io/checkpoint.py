@@ -107,7 +107,7 @@ class Checkpoint:
             raise ModelError(7, str(folder), "is no folder", "give a model folder, or a hub id when online")
         if not (folder / "config.json").is_file():
             raise ModelError(8, str(folder), "has no config.json")
-        config = read_json(_inside(folder, folder / "config.json"))
+        config = read_json(inside(folder, folder / "config.json"))
         if not isinstance(config.get("text_config") or {}, dict):
             raise ModelError(30, "config.json", "text_config is no object")
         tensors: dict[str, TensorInfo] = {}
@@ -123,7 +123,7 @@ class Checkpoint:
         everything = sorted(p for p in folder.iterdir() if p.is_file())
         companions = tuple(p for p in everything if any(fnmatch.fnmatch(p.name, c) for c in COMPANIONS) and not _is_code(p) and not _is_pickle(p))
         for companion in companions:
-            _inside(folder, companion)
+            inside(folder, companion)
         ignored = [f"{p.name} beside the weights is ignored and not copied" for p in everything if _is_code(p) or _is_pickle(p)]
         return cls(folder, config, tensors, companions, ignored)
 
@@ -246,7 +246,7 @@ def _weight_files(folder: Path) -> dict[str, set[str] | None]:
     """Weight file -> names the index puts there (None without an index)."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(_inside(folder, index), MAX_HEADER).get("weight_map")
+        weight_map = read_json(inside(folder, index), MAX_HEADER).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise ModelError(17, index.name, "has no weight_map from names to files")
         files: dict[str, set[str] | None] = {}
@@ -270,10 +270,10 @@ def _confined(folder: Path, file: str) -> Path:
     path = folder / file
     if not os.path.isfile(path):  # false for a name too long for the system, too
         raise ModelError(41, file[:200], "is named by the index but missing", "fetch the model again")
-    return _inside(folder, path)
+    return inside(folder, path)
 
 
-def _inside(folder: Path, path: Path) -> Path:
+def inside(folder: Path, path: Path) -> Path:
     """The path of a file, which must not be a link out of the folder (or its hub cache's blobs)."""
     real, home = path.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home

@@ -1,7 +1,8 @@
 """The first part of a checkpoint goes into the system's file cache while the program starts.
 
 Loading torch and waking a GPU take seconds in which the disk would rest. What is read here is read from memory when its
-turn comes; nothing is read twice, as long as the system keeps it.
+turn comes; nothing comes twice from the disk, as long as the system keeps it. Only Linux sends files to nowhere; elsewhere
+nothing is read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from threading import Event
 from types import TracebackType
 
 from ..errors import AngelslimError
-from .checkpoint import READERS, Checkpoint
+from .checkpoint import READERS, inside
 
 # bytes read ahead at most; a start takes seconds, and a disk reads some GB in them
 MOST = 8 << 30
@@ -32,18 +33,19 @@ class ReadAhead:
 
     def __init__(self, most: int) -> None:
         self._most = min(most, MOST)
+        self._started = False
         self._stop = Event()
-        self._pool = ThreadPoolExecutor(READERS)
+        self._pool = ThreadPoolExecutor(READERS, "read-ahead")
 
-    def start(self, folder: Path) -> None:
-        """Begin with the weight files of a model folder, in order; one that is not valid is left to whoever opens it next."""
-        try:
-            checkpoint = Checkpoint.open(folder)
-        except AngelslimError:
+    def start(self, folder: str | Path | None) -> None:
+        """Begin, once, with the weight files of a model folder, by name; what is wrong with them is left to whoever opens them next."""
+        if folder is None or self._started:
             return
+        self._started = True
         blocks: SimpleQueue[tuple[Path, int, int]] = SimpleQueue()
-        for block in _blocks(checkpoint, self._most):
-            blocks.put(block)
+        with contextlib.suppress(AngelslimError, OSError):
+            for block in _blocks(Path(folder), self._most):
+                blocks.put(block)
         for _ in range(READERS):
             self._pool.submit(self._read, blocks)
 
@@ -62,10 +64,10 @@ class ReadAhead:
         self._pool.shutdown()
 
 
-def _blocks(checkpoint: Checkpoint, most: int) -> Iterator[tuple[Path, int, int]]:
+def _blocks(folder: Path, most: int) -> Iterator[tuple[Path, int, int]]:
     """(file, offset, bytes) of the first `most` bytes of the weight files."""
-    for file in dict.fromkeys(info.file for info in checkpoint.tensors.values()):
-        size = file.stat().st_size
+    for file in sorted(folder.glob("*.safetensors")):
+        size = inside(folder, file).stat().st_size
         for offset in range(0, size, BLOCK):
             count = min(BLOCK, size - offset, most)
             if count <= 0:
