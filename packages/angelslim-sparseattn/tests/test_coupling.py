@@ -1,7 +1,9 @@
 """Models attend through `attach`, whatever their architecture, padding, cache or turn."""
 
 import copy
+import gc
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,55 @@ def test_padding_is_as_if_it_were_not_there(model, architecture, side):
             assert attached.stats()[-1 if 1 not in config.dense_layers else 0]["sparse"] or architecture == "gemma3_text"
             for row, own in enumerate(ids):
                 assert off(found[row, spots[row]], of(own).logits[0]) < 1e-5
+
+
+def test_padding_under_inference_mode(model):
+    of, ids = model(), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    with attach(of, small()):
+        wanted = of(ids, attention_mask=mask).logits
+        with torch.inference_mode():
+            assert off(of(ids, attention_mask=mask).logits, wanted) < 1e-6
+
+
+def test_one_mask_for_two_numbers_of_queries(model):
+    of, ids = model(), tokens(2, LENGTH)
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[1, :40] = False
+    with attach(of, small(**SINK)):
+        cache = DynamicCache(config=of.config)
+        wanted = of(ids, attention_mask=mask, past_key_values=cache).logits[:, -64:]
+        cache.crop(-64)
+        assert off(of(ids[:, -64:], attention_mask=mask, past_key_values=cache).logits, wanted) < 1
+
+
+def test_a_chunk_of_padding_alone(model):
+    of, ids = model(), tokens(2, LENGTH)
+    with attach(of, small(min_len=0)) as attached:
+        assert of(ids, attention_mask=torch.zeros_like(ids)).logits.isfinite().all()
+        assert attached.stats()[0]["dense"] == {"short": 1}
+
+
+def test_autocast_attends_as_dense_attention_would(model):
+    of, ids = model(), tokens(1, LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = of(ids).logits
+        with attach(of, small(options={"rate": 1.0})) as attached:
+            assert off(of(ids).logits.float(), dense.float()) < 0.05
+            assert attached.stats()[0]["sparse"]
+
+
+def test_nothing_stays_after_detaching(model):
+    of, ids = model(), tokens(2, LENGTH)
+    with attach(of, small()) as attached:
+        of(ids)
+    gone = weakref.ref(attached)
+    found = captured(of, ids, [0])
+    keys = weakref.ref(found[0].k)
+    del attached, found
+    gc.collect()
+    assert gone() is None and keys() is None
 
 
 def test_generation_from_a_padded_batch_is_that_of_its_prompts(model):

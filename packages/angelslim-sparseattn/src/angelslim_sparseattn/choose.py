@@ -54,7 +54,7 @@ def choose(
     Args:
         windows: ids [W, T] of the text to measure on.
         layers: those to choose for.
-        target: recall, mean over rows and windows, that every head reaches.
+        target: recall, mean over rows and windows, that every head reaches, or by layer the mean over heads.
         dense_layers: layers that attend to everything, beside those for which there is nothing.
 
     Raises:

@@ -44,6 +44,7 @@ def accuracy_command(
 
     from . import candidates as given
     from .config import SparseAttentionConfig
+    from .coupling import attachment
     from .harness import Method, accuracy, language
     from .tasks import make_task
     from .tasks.base import Filler
@@ -58,6 +59,8 @@ def accuracy_command(
     methods = [Method(c.label, SparseAttentionConfig(policy=c.name, options=dict(c.options), **common)) for c in given.candidates(policies)]
     filler = Filler(None if text is None else read_text(Path(text)))
     loaded = load_model(resolve(model), pick_device(device), host=host_of(plugins))
+    if (attached := attachment(loaded.model)) is not None:  # an artifact with a policy
+        attached.detach()
     if loaded.tokenizer is None:
         raise UsageError(600, model, "has no tokenizer, so no prompt can be made")
     ids = None if text is None else text_windows(loaded.tokenizer, model, text, windows, max(sizes))

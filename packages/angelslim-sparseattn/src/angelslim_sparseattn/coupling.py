@@ -45,6 +45,14 @@ class _Layer:
         self.kept: Tensor | float = 0.0  # on the device, so that counting waits for nothing
 
 
+class _Binding(NamedTuple):
+    """A config, the name that computed attention before, and the one that does now."""
+
+    config: Any
+    before: str
+    name: str
+
+
 class Attached:
     """A model that attends as its configuration says, until `detach` or the end of a `with` block.
 
@@ -58,8 +66,8 @@ class Attached:
         self.prompt_len: int | None = None
         self._policies = [config.policy_of(layer) for layer in range(num_layers)]
         self._layers: dict[int, _Layer] = {}
-        self._bound: list[tuple[Any, str]] = []
-        self._packed: tuple[Tensor, int, Packing | None] | None = None
+        self._bound: list[_Binding] = []
+        self._packed: tuple[Tensor, Packing | None] | None = None
 
     def __enter__(self) -> Attached:
         return self
@@ -69,9 +77,10 @@ class Attached:
 
     def detach(self) -> None:
         """The model attends as before."""
-        for config, name in self._bound:
-            attention_by(config, name)
+        _unbind(self._bound)
         self._bound = []
+        for model in [m for m, attached in _ATTACHED.items() if attached is self]:
+            del _ATTACHED[model]
 
     def stats(self) -> list[dict[str, Any]]:
         """Of each layer that ran: `layer`, `calls`, `sparse`, `dense` {reason: calls}, `density`, the mean over sparse calls or None."""
@@ -107,7 +116,7 @@ class Attached:
             kwargs["allow_is_causal_skip"] = False  # where no mask comes it is causal attention of the last queries
             return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **kwargs)  # type: ignore[no-any-return]
         if attention_mask is not None and not bool(attention_mask.all()):
-            return attention_mask.bool()
+            return attention_mask.to(torch.bool, copy=True)  # another forward pass may bring the same one, of other queries
         return None if real == kv_length else torch.ones(batch_size, real, dtype=torch.bool, device=kwargs.get("device", "cpu"))
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any) -> tuple[Tensor, None]:
@@ -129,7 +138,7 @@ class Attached:
         else:
             found = self._packing(call)
             lengths = Lengths((query.shape[2],) * len(query), (call.k.shape[2],) * len(query)) if found is None else found.lengths
-            if not reason and max(lengths.kv, default=0) < self.config.min_len:
+            if not reason and (not lengths.kv or max(lengths.kv) < self.config.min_len):  # none: a chunk of padding
                 reason = "short"
             if policy is not None and not reason:
                 return self._sparse(call, found, lengths, policy), None
@@ -163,13 +172,12 @@ class Attached:
         """Of the call's mask; computed by the first layer of a forward pass."""
         if call.mask is None:
             return None
-        key = (call.mask, call.mask._version)
-        if self._packed is None or self._packed[0] is not key[0] or self._packed[1] != key[1]:
-            self._packed = (*key, packing(call.mask, call.q.shape[2]))
-        return self._packed[2]
+        if self._packed is None or self._packed[0] is not call.mask:
+            self._packed = call.mask, packing(call.mask, call.q.shape[2])
+        return self._packed[1]
 
     def _sparse(self, call: Call, found: Packing | None, lengths: Lengths, policy: Policy) -> Tensor:
-        q, k, v = call.packed(found)
+        q, k, v = (_autocast(x) for x in call.packed(found))
         prompt = None if found is not None or self.prompt_len is None else max(self.prompt_len, *lengths.kv)
         with call.on_device():
             index = _select(q, k, v, policy, lengths, call.scale, self.config.block, prompt, policy.min_len)
@@ -179,6 +187,12 @@ class Attached:
         layer.kept = layer.kept + index.row_ptr[-1] + (0 if index.tokens is None else index.tokens.ptr[-1] / index.block_n)
         layer.causal += index.shape[1] * sum(_causal_blocks(*pair, self.config.block) for pair in zip(*lengths, strict=True))
         return call.unpacked(out, found)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As SDPA would take it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 
 
 def _number(module: nn.Module) -> int:
@@ -211,18 +225,15 @@ def attach(model: PreTrainedModel, config: SparseAttentionConfig) -> Attached:
 
 
 def attachment(model: nn.Module) -> Attached | None:
-    """What `attach`, or loading an artifact with a policy, attached to a model last."""
+    """What `attach`, or loading an artifact with a policy, attached to a model, until it is detached."""
     return _ATTACHED.get(model)
 
 
-def _bind(model: PreTrainedModel, functions: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]) -> list[tuple[Any, str]]:
+def _bind(model: PreTrainedModel, functions: Callable[[str], tuple[Callable[..., Any], Callable[..., Any]]]) -> list[_Binding]:
     """Let causal attention of the model go through other functions.
 
     Args:
         functions: from the name that computed attention so far to the functions of attention and of masks.
-
-    Returns:
-        the configs concerned, each with that name.
     """
     from transformers import PreTrainedModel
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -243,8 +254,23 @@ def _bind(model: PreTrainedModel, functions: Callable[[str], tuple[Callable[...,
         ALL_ATTENTION_FUNCTIONS.register(name, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
         attention_by(config, name)
-        bound.append((config, before))
+        bound.append(_Binding(config, before, name))
     return bound
+
+
+def _unbind(bound: Sequence[_Binding]) -> None:
+    """As before; transformers keeps names, but not what they stood for."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for config, before, name in bound:
+        attention_by(config, before)
+        ALL_ATTENTION_FUNCTIONS.register(name, _gone)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, _gone)
+
+
+def _gone(*_: Any, **__: Any) -> Any:
+    raise UsageError(556, "attention", "was detached, but a config that was copied before still names it", "copy the model after detaching")
 
 
 class Captured(NamedTuple):
@@ -288,5 +314,4 @@ def _bound(model: PreTrainedModel, functions: Callable[[str], tuple[Callable[...
     try:
         yield
     finally:
-        for config, name in bound:
-            attention_by(config, name)
+        _unbind(bound)

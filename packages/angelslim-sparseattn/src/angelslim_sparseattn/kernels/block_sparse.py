@@ -143,7 +143,7 @@ def _sdpa_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float)
     return index.skip_below() is None, "nothing is skipped while it runs"
 
 
-# "auto" takes the first that fits: fastest first
+# "auto" takes the first that fits; making FlexAttention's lists was not timed, so that it comes after
 BLOCK_SPARSE = Kernel(
     "sparseattn.block_sparse",
     reference,
