@@ -5,6 +5,7 @@ import click.testing
 import pytest
 import torch
 
+from angelslim_core import compress
 from angelslim_core.errors import UsageError
 from angelslim_core.loading import load_model
 from angelslim_core.testing.models import tiny_checkpoint
@@ -83,6 +84,12 @@ def test_the_command(folder, tmp_path):
     assert document == json.loads((tmp_path / "out/accuracy.json").read_text())
     assert [r["method"] for r in document["rows"]] == ["dense", "stem:rate=.1:n_init=16:n_local=16"] == [r["method"] for r in document["language"]]
     assert document["rows"][1]["density"] < 0.5 and document["language"][1]["kl"] > 0
+    steps = [{"use": "sparseattn.a_shape", "with": {"n_init": 16, "n_local": 16, "block": 16, "min_len": 0}}]
+    compress(folder, out=tmp_path / "sparse", recipe={"version": 1, "steps": steps})  # whose own policy is not what dense means
+    arguments[0] = str(tmp_path / "sparse")
+    run = click.testing.CliRunner().invoke(accuracy_command, [*arguments, "--json"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout)["language"] == document["language"]
     shown = click.testing.CliRunner().invoke(accuracy_command, [*arguments[:-4], "--able", "1", "--device", "cpu"])
     assert "no policy was tried there" in shown.output and "KL to dense" in shown.output
 
