@@ -266,6 +266,11 @@ def test_what_lies_behind_a_sequence_is_not_read(triton_kernel, tma):
     q[1, :, 77:], k[1, :, 141:], v[1, :, 141:] = torch.nan, torch.nan, torch.nan
     found = block_sparse(q, k, v, index, 0.2, config)[0]
     assert found.equal(wanted) and found.isfinite().all() and not found[1, :, 77:].any()
+    q, k, v = qkv(160, dim=32)
+    index = BlockIndex.from_bool(cells[:1, :, :, :3], (150,), (150,), 64, 64).intersect_causal()
+    wanted = block_sparse(q, k, v, index, 0.2, config)[0]
+    q[:, :, 150:], k[:, :, 150:], v[:, :, 150:] = torch.nan, torch.nan, torch.nan
+    assert block_sparse(q, k, v, index, 0.2, config)[0].equal(wanted) and wanted.isfinite().all()
 
 
 def test_flex_attention_sees_the_index():

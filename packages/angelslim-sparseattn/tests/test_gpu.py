@@ -169,8 +169,9 @@ def test_recall_follows_from_lse(kernel):
     assert (recall - (weights.softmax(-1) * kept(index, 1500, 1500, 8)).sum(-1)).abs().max() < 1e-3 and recall.max() <= 1.001
 
 
-def test_ragged_batches_are_their_sequences_and_padding_is_not_read(kernel):
-    q_len, kv_len = (700, 333, 1), (900, 333, 129)
+@pytest.mark.parametrize("lengths", [((700, 333, 1), (900, 333, 129)), ((650,) * 3, (850,) * 3)], ids=["ragged", "same"])
+def test_batches_are_their_sequences_and_padding_is_not_read(kernel, lengths):
+    q_len, kv_len = lengths
     q, k, v = qkv(700, 900, batch=3)
     for b, (n, m) in enumerate(zip(q_len, kv_len)):
         q[b, :, n:], k[b, :, m:], v[b, :, m:] = torch.nan, torch.nan, torch.nan
