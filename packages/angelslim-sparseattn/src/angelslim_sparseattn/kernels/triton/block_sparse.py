@@ -146,18 +146,32 @@ def _kernel(
         listed = col + start
         if OWN_FIRST:
             listed += own
-        for at in range(count * PARTS):
-            n0 = tl.load(listed + at // PARTS).to(tl.int32) * BN + at % PARTS * TN
-            kx = _rows(k, b, kv, n0, n0 + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
-            s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
-            if SKIP:
-                gain = tl.max(s, 1) * scale_log2 - m
-                if tl.max(tl.where(real, gain, float("-inf")), 0) >= limit:
+        if SKIP and PARTS > 1:  # all of a block decides whether it is skipped: its tiles are looked at to decide, and again to fold
+            for at in range(count):
+                n0 = tl.load(listed + at).to(tl.int32) * BN
+                highest = tl.full([BM], float("-inf"), tl.float32)
+                for part in range(PARTS):
+                    kx = _rows(k, b, kv, n0 + part * TN, n0 + part * TN + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
+                    highest = tl.maximum(highest, tl.max(tl.dot(qx, tl.trans(kx), input_precision=PRECISION), 1))
+                if tl.max(tl.where(real, highest * scale_log2 - m, float("-inf")), 0) >= limit:
+                    for part in range(PARTS):
+                        kx = _rows(k, b, kv, n0 + part * TN, n0 + part * TN + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
+                        s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
+                        vx = _rows(v, b, kv, n0 + part * TN, n0 + part * TN + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
+                        m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
+        else:
+            for at in range(count * PARTS):
+                n0 = tl.load(listed + at // PARTS).to(tl.int32) * BN + at % PARTS * TN
+                kx = _rows(k, b, kv, n0, n0 + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
+                s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
+                if SKIP:
+                    gain = tl.max(s, 1) * scale_log2 - m
+                    if tl.max(tl.where(real, gain, float("-inf")), 0) >= limit:
+                        vx = _rows(v, b, kv, n0, n0 + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
+                        m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
+                else:
                     vx = _rows(v, b, kv, n0, n0 + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
                     m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
-            else:
-                vx = _rows(v, b, kv, n0, n0 + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
-                m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
 
         if TOKENS:
             start, stop = tl.load(token_ptr + row), tl.load(token_ptr + row + 1)
@@ -222,6 +236,8 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Config:
 
             if not hopper.takes(q, k, v, index):
                 continue
+        if config.tile < index.block_n and index.skip_below() is not None:  # the keys of each kept block would be read twice
+            continue
         if max(q.shape[-1], v.shape[-1]) <= config.widest:
             return config
     raise AssertionError("the last of FASTEST takes every call")
