@@ -255,6 +255,19 @@ def test_every_way_to_run_the_kernel_is_the_reference(triton_kernel, dtype):
             assert error(out, wanted) < (1e-6 if dtype == torch.float32 else 8e-3) and torch.allclose(lse.double(), wanted_lse, atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [16, 32, 64])
+def test_whole_blocks_are_skipped_whatever_the_tile(triton_kernel, tile):
+    q, _, v = qkv(300, heads=2, kv_heads=2, dim=32)
+    loud = torch.rand(20, generator=torch.Generator().manual_seed(1)) < 0.15  # few of a block's keys, so that its tiles differ
+    k, q = q * torch.where(loud, 2.5, 0.5).repeat_interleave(16)[:300, None].to(DEVICE), q * 6
+    index = replace(random_index(300, 300, heads=2, block=64, share=1), delta=(1.0,)).check()
+    scale = 32**-0.5
+    wanted, wanted_lse = kernel.reference(q, k, v, index, scale)
+    assert not wanted_lse.equal(kernel.reference(q, k, v, replace(index, delta=None), scale)[1])
+    out, lse = triton_kernel.block_sparse(q, k, v, index, scale, triton_kernel.Config(tile))
+    assert error(out, wanted.double()) < 1e-6 and torch.allclose(lse, wanted_lse, atol=1e-5)
+
+
 @pytest.mark.parametrize("tma", [True, False])
 def test_what_lies_behind_a_sequence_is_not_read(triton_kernel, tma):
     block_sparse, config = triton_kernel.block_sparse, triton_kernel.Config(32, tma=tma)
@@ -266,6 +279,11 @@ def test_what_lies_behind_a_sequence_is_not_read(triton_kernel, tma):
     q[1, :, 77:], k[1, :, 141:], v[1, :, 141:] = torch.nan, torch.nan, torch.nan
     found = block_sparse(q, k, v, index, 0.2, config)[0]
     assert found.equal(wanted) and found.isfinite().all() and not found[1, :, 77:].any()
+    q, k, v = qkv(160, dim=32)
+    index = BlockIndex.from_bool(cells[:1, :, :, :3], (150,), (150,), 64, 64).intersect_causal()
+    wanted = block_sparse(q, k, v, index, 0.2, config)[0]
+    q[:, :, 150:], k[:, :, 150:], v[:, :, 150:] = torch.nan, torch.nan, torch.nan
+    assert block_sparse(q, k, v, index, 0.2, config)[0].equal(wanted) and wanted.isfinite().all()
 
 
 def test_flex_attention_sees_the_index():

@@ -18,6 +18,7 @@ from angelslim_core.kv_cache import tapped
 from angelslim_core.loading import load_model
 from angelslim_core.testing.models import NESTED, TINY
 from angelslim_sparseattn import make_policy, select
+from angelslim_sparseattn import config as config_module
 from angelslim_sparseattn.config import SparseAttentionConfig, shape_of
 from angelslim_sparseattn.coupling import attach, captured
 
@@ -431,12 +432,34 @@ def test_a_layer_of_its_own(model):
         ({"overrides": [{"layers": [0], **STEM}, {"layers": [1, 0], **STEM}]}, "two overrides of layer 0"),
         ({"overrides": [{"layers": [0], "heads": [1, 1], **STEM}]}, "two overrides of layer 0, head 1"),
         ({"overrides": [{"layers": [0], **STEM}], "dense_layers": [0]}, "among dense_layers"),
-        ({"overrides": [{"layers": [0], "heads": [1], "policy": "cosa"}]}, "delta"),
+        ({"overrides": [{"layers": [0], "heads": [1], "policy": "cosa"}]}, "delta"), ({"options": {"lam": float("inf")}}, "finite"),
+        ({"policy": "cosa", "options": {"delta": float("nan")}}, "finite"), ({"options": {"stride": 3}}, "stem.stride: 3 does not divide the block of 16"),
+        ({"chosen_for": {"rope_theta": float("inf")}}, "chosen_for"),
     ],
 )  # fmt: skip
 def test_configurations_that_make_no_sense(wrong, says):
     with pytest.raises(ValidationError, match=says):
         small(**wrong)
+
+
+def test_deltas_that_skip_nothing_agree():
+    heads = [{"layers": [0], "heads": [h], "policy": "cosa", "options": {"delta": d}} for h, d in enumerate((-1, -2, -0.5, 0))]
+    assert len(small(overrides=heads).policy_of(0).parts) == 4
+    with pytest.raises(ValidationError, match="delta"):
+        small(overrides=[*heads, {"layers": [0], "heads": [4], "policy": "cosa"}])
+
+
+@pytest.mark.parametrize("layers", [2, 1024])
+def test_many_overrides_are_made_once_each(layers, monkeypatch):
+    made = []
+    monkeypatch.setattr(config_module, "make_policy", lambda *args, **options: made.append(args) or make_policy(*args, **options))
+    overrides = [{"layers": list(range(layers)), "heads": [head], **STEM} for head in range(4096)]
+    if layers == 1024:
+        with pytest.raises(ValidationError, match="more than 32768"):
+            small(overrides=overrides)
+    else:
+        small(overrides=overrides)
+    assert len(made) == (4097 if layers == 2 else 0)
 
 
 def test_heads_that_are_not_there():

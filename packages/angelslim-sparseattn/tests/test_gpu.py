@@ -160,6 +160,20 @@ def test_order_skipping_and_bounds(kernel):
     assert far.skip_below() is not None and error(sparse_attention(q, k, v, far, "triton"), out.double()) < 8e-3
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_whole_blocks_are_skipped_whatever_the_tile(kernel, dim):
+    q, _, v = qkv(1000, 1000, 8, 8, dim=dim)
+    loud = torch.rand(32, generator=torch.Generator().manual_seed(1)) < 0.15  # few of a block's keys, so that its tiles differ
+    k, q = q * torch.where(loud, 4.0, 0.5).repeat_interleave(32)[:1000, None].to(q), q * 4
+    index = replace(index_of(1000, 1000, 8), delta=(1.0,))
+    wanted, wanted_lse = BLOCK_SPARSE.reference(q.float(), k.float(), v.float(), index, dim**-0.5)
+    unskipped = BLOCK_SPARSE.reference(q.float(), k.float(), v.float(), replace(index, delta=None), dim**-0.5)[1]
+    assert not wanted_lse.equal(unskipped)
+    for config in (None, kernel.CONFIGS["64-twice"], kernel.CONFIGS["32-narrow"]):
+        out, lse = kernel.block_sparse(q, k, v, index, dim**-0.5, config)
+        assert error(out, wanted.double()) < 8e-3 and (lse - wanted_lse).abs().max() < 2e-3
+
+
 def test_recall_follows_from_lse(kernel):
     q, k, v = qkv(1500, 1500)
     index = index_of(1500, 1500, 8, 0.3)
@@ -169,8 +183,9 @@ def test_recall_follows_from_lse(kernel):
     assert (recall - (weights.softmax(-1) * kept(index, 1500, 1500, 8)).sum(-1)).abs().max() < 1e-3 and recall.max() <= 1.001
 
 
-def test_ragged_batches_are_their_sequences_and_padding_is_not_read(kernel):
-    q_len, kv_len = (700, 333, 1), (900, 333, 129)
+@pytest.mark.parametrize("lengths", [((700, 333, 1), (900, 333, 129)), ((650,) * 3, (850,) * 3)], ids=["ragged", "same"])
+def test_batches_are_their_sequences_and_padding_is_not_read(kernel, lengths):
+    q_len, kv_len = lengths
     q, k, v = qkv(700, 900, batch=3)
     for b, (n, m) in enumerate(zip(q_len, kv_len)):
         q[b, :, n:], k[b, :, m:], v[b, :, m:] = torch.nan, torch.nan, torch.nan

@@ -167,26 +167,48 @@ def test_steps_that_do_not_fit(tiny, tmp_path):
 
 
 GOOD = {"policy": "stem", "options": STEM, **SMALL}
+M = 2**31 - 1  # the most tokens that an option may name
+EXTREMES = [
+    ("a_shape", {"n_init": M, "n_local": M}), ("tri_shape", {"n_init": 0, "n_local": 0, "n_last": M}), ("dilated", {"n_local": 0, "stride": 2**27}),
+    ("minference", {"vertical": M, "slash": M}), ("flexprefill", {"tau": 1, "gamma": 1, "min_budget": 16}), ("flexprefill", {"min_budget": M}),
+    ("flashprefill", {"alpha": -1, "n_init": M, "n_local": M, "n_last": M}), ("flashprefill", {"alpha": 1e-320, "n_init": M, "n_local": M, "n_last": 0}),
+    ("xattention", {"tau": 1e-320, "stride": 16}), ("vecattention", {"theta": 5e-324}), ("cosa", {"p": 1, "delta": M}), ("cosa", {"p": 0, "delta": -M}),
+    ("stem", {"rate": 1, "bias": 2**27, "n_init": M, "n_local": M}), ("stem", {"rate": 1e-320, "lam": 1000, "cap": 2**27, "n_init": 0, "n_local": 0}),
+    ("stem", {"schedule": "paper", "alpha": 1e-320, "rate": 1, "bias": 2**27}),
+]  # fmt: skip
+BEYOND = [
+    *(("a_shape", {name: n}) for name in ("n_init", "n_local") for n in (2**31, 2**70)), ("tri_shape", {"n_last": 2**63}), ("dilated", {"stride": 2**63}),
+    ("minference", {"vertical": 2**63}), ("minference", {"slash": 2**63}), ("flexprefill", {"min_budget": 2**70}), ("flexprefill", {"tau": 2}),
+    ("flashprefill", {"alpha": -1e300}), ("flashprefill", {"n_last": 2**70}), ("cosa", {"delta": 1e300}),
+    ("cosa", {"stride": 7}), ("xattention", {"stride": 32}), ("stem", {"stride": 5}), ("stem", {"lam": 1e300}),
+    ("stem", {"rate": 0.1, "bias": M}), ("stem", {"cap": 2**63}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "policy",
     [
-        {}, {"policy": "cosa"}, {"policy": 5}, {**GOOD, "options": []}, {**GOOD, "options": {"rate": "x" * 9999}}, {**GOOD, "more": 1}, {**GOOD, "block": 1e9},
+        {"policy": "cosa"}, {"policy": 5}, {**GOOD, "options": []}, {**GOOD, "options": {"rate": "x" * 9999}}, {**GOOD, "more": 1}, {**GOOD, "block": 1e9},
         {**GOOD, "block": 2**60}, {**GOOD, "executor": "os.system"}, {**GOOD, "min_len": -1}, {**GOOD, "dense_layers": 3}, {**GOOD, "dense_layers": [2**70]},
         {**GOOD, "overrides": [{"layers": [9], "policy": "dense"}]}, {**GOOD, "overrides": [{"layers": [0], "heads": [99], "policy": "dense"}]},
         {**GOOD, "overrides": [{"layers": [0], "policy": "dense"}] * 5000}, {**GOOD, "overrides": [{"layers": [0], "policy": "__init__"}]}, {**GOOD, "policy": "base"},
-        {**GOOD, "options": {"alpha": None, "self": 1}}, {**GOOD, "options": {"name": "cosa"}},
+        {**GOOD, "options": {"alpha": None, "self": 1}}, {**GOOD, "options": {"name": "cosa"}}, {**GOOD, "min_len": 2**31}, {**GOOD, "dense_layers": [0] * 1025},
+        {**GOOD, "chosen_for": {"hidden_size": 10**400}},
+        *({**GOOD, "overrides": [{"layers": [0], "policy": name, "options": options}]} for name, options in BEYOND),
     ],
     ids=lambda policy: json.dumps(policy)[:60],
 )  # fmt: skip
 def test_hostile_policies_are_an_error_of_one_line(hostile, policy):
-    if policy == {}:  # everything has a default
-        load(hostile(policy), device="cpu")
-        return
     with pytest.raises(ModelError) as caught:
         load(hostile(policy), device="cpu")
     assert caught.value.where.startswith("runtime.json: sparseattn.stem") and "\n" not in str(caught.value) and len(str(caught.value)) < 1300
+
+
+@pytest.mark.parametrize("policy", [{}, *({**GOOD, "overrides": [{"layers": [0], "policy": name, "options": options}]} for name, options in EXTREMES)], ids=str)
+def test_hostile_policies_that_load_attend(hostile, policy):
+    model, _ = load(hostile(policy), device="cpu")
+    with torch.no_grad():
+        assert model(tokens(1, LENGTH)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(("policy", "pass_id"), [({**GOOD, "block": 17}, "sparseattn.stem"), (GOOD, "sparseattn.base"), ("text", "sparseattn.stem")])

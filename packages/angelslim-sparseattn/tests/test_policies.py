@@ -1,12 +1,16 @@
 """What each policy selects: budgets counted by hand, scores against double sums, planted needles, nesting and causality."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from angelslim_core.errors import AngelslimError
 from angelslim_sparseattn import make_policy, select, sparse_attention
 from angelslim_sparseattn.estimators import antidiagonal_mass, antidiagonal_mean, diagonal_sums, value_bias
-from angelslim_sparseattn.policies import CLASSES
+from angelslim_sparseattn.policies import CLASSES, vecattention
 from angelslim_sparseattn.policies.stem import Stem
 from angelslim_sparseattn.prefill import Prefill
 
@@ -321,6 +325,30 @@ def test_everything_is_kept_where_a_threshold_says_so():
     for name, options in [("xattention", {"tau": 1}), ("flashprefill", {"alpha": 0}), ("vecattention", {"theta": 0}), ("cosa", {"p": 1})]:
         assert select(q, k, v, make_policy(name, **options), block=16).density() == 1
     assert select(q, k, v, make_policy("flexprefill", min_budget=470), block=16).density() == 1
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes that tensors made meanwhile take up at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.bytes = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.made = [x for x in self.made if x() is not None] + [weakref.ref(x) for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        alive = {x().untyped_storage().data_ptr(): x().untyped_storage().nbytes() for x in self.made}
+        self.bytes = max(self.bytes, sum(alive.values()))
+        return out
+
+
+def test_vecattention_takes_little_memory(monkeypatch):
+    """A head of 128K tokens, 128 wide, in a sixteenth of the tokens and of the width: a 256th of the memory, a quarter of which lists may take."""
+    monkeypatch.setattr(vecattention, "MEMORY", vecattention.MEMORY // 256)
+    q, k, v = qkv(8192, heads=1, kv_heads=1, dim=8)
+    with Peak() as peak:
+        make_policy("vecattention").keep(prefill(q, k, v, block=128))
+    assert peak.bytes < 0.75 * 2**30 / 256
 
 
 def test_options_are_checked():

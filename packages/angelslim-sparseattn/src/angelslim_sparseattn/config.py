@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -12,19 +13,26 @@ from angelslim_core.passes import PassConfig
 
 from .kernels.block_sparse import BLOCK_SPARSE
 from .policies import make_policy
-from .policies.base import Policy
+from .policies.base import MOST_TOKENS, Policy
+from .policies.strided import Strided
 
 # bounds keep what a hostile artifact makes us do small
 LayerNumber = Annotated[int, Field(ge=0, lt=1024)]
 HeadNumber = Annotated[int, Field(ge=0, lt=4096)]
+MOST_LAYERS = 1024
+# layers, or heads of layers, that overrides name
+MOST_OVERRIDDEN = 2**15
+Measure = Annotated[int | float, Field(ge=0, le=2**53, allow_inf_nan=False)]
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+# heads, None: all, and what they follow
+_Part = tuple[tuple[int, ...] | None, Policy | None]
 
 
 class Override(PassConfig):
     """Another policy for some layers, or for some heads of them."""
 
-    layers: tuple[LayerNumber, ...] = Field(min_length=1, description="numbers of layers")
-    heads: tuple[HeadNumber, ...] | None = Field(None, min_length=1, description="numbers of query heads; none: all")
+    layers: tuple[LayerNumber, ...] = Field(min_length=1, max_length=MOST_LAYERS, description="numbers of layers")
+    heads: tuple[HeadNumber, ...] | None = Field(None, min_length=1, max_length=4096, description="numbers of query heads; none: all")
     policy: str = Field(description="name of a policy, or dense")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the policy")
 
@@ -50,11 +58,11 @@ class SparseAttentionConfig(PassConfig):
     policy: str = Field("stem", description="name of a policy, or dense")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the policy")
     block: int = Field(128, ge=16, le=1024, multiple_of=16, description="queries and keys a block")
-    min_len: int = Field(8192, ge=0, description="sequences with fewer keys attend to everything")
-    dense_layers: tuple[LayerNumber, ...] = Field((0, 1), description="layers that attend to everything")
+    min_len: int = Field(8192, ge=0, le=MOST_TOKENS, description="sequences with fewer keys attend to everything")
+    dense_layers: tuple[LayerNumber, ...] = Field((0, 1), max_length=MOST_LAYERS, description="layers that attend to everything")
     executor: str = Field("auto", description="what computes attention over kept blocks; auto: the fastest that takes the call")
     overrides: tuple[Override, ...] = Field((), max_length=4096, description="other policies by layer and head")
-    chosen_for: dict[str, int | float] | None = Field(None, description="shape of the model whose heads were measured; another is refused")
+    chosen_for: dict[str, Measure] | None = Field(None, max_length=64, description="shape of the model whose heads were measured; another is refused")
 
     @field_validator("executor")
     @classmethod
@@ -66,19 +74,23 @@ class SparseAttentionConfig(PassConfig):
 
     @model_validator(mode="after")
     def _sound(self) -> SparseAttentionConfig:
-        self._made(self.policy, self.options)
+        if sum(len(override.layers) * len(override.heads or (None,)) for override in self.overrides) > MOST_OVERRIDDEN:
+            raise ValueError(f"overrides name heads, or whole layers, more than {MOST_OVERRIDDEN} times")
+        rest, dense = self._made(self.policy, self.options), frozenset(self.dense_layers)
         taken: set[tuple[int, int | None]] = set()
+        of_layer: defaultdict[int, list[_Part]] = defaultdict(list)
         for override in self.overrides:
-            self._made(override.policy, override.options)
+            policy = self._made(override.policy, override.options)
             for layer in override.layers:
-                if layer in self.dense_layers:
+                if layer in dense:
                     raise ValueError(f"layer {layer} is among dense_layers and has an override")
                 for head in override.heads or (None,):
                     if (layer, head) in taken:
                         raise ValueError(f"two overrides of layer {layer}" + ("" if head is None else f", head {head}"))
                     taken.add((layer, head))
-        for layer in sorted({layer for override in self.overrides for layer in override.layers}):
-            self.policy_of(layer)
+                of_layer[layer].append((override.heads, policy))
+        for layer in sorted(of_layer):
+            self._joined(rest, of_layer[layer])
         return self
 
     def _made(self, name: str, options: dict[str, Any]) -> Policy | None:
@@ -89,9 +101,12 @@ class SparseAttentionConfig(PassConfig):
         if misplaced := {"min_len", "dense_layers"} & options.keys():
             raise ValueError(f"{', '.join(sorted(misplaced))}: of the whole configuration, not of a policy")
         try:
-            return make_policy(name, **options, min_len=self.min_len, dense_layers=())
+            policy = make_policy(name, **options, min_len=self.min_len, dense_layers=())
         except (UsageError, TypeError) as error:
             raise ValueError(str(error)) from error
+        if isinstance(policy, Strided) and self.block % policy.stride:
+            raise ValueError(f"{name}.stride: {policy.stride} does not divide the block of {self.block}")
+        return policy
 
     def check(self, text: Mapping[str, Any]) -> None:
         """Whether a model has what overrides name, and is the one that they were chosen for.
@@ -116,14 +131,17 @@ class SparseAttentionConfig(PassConfig):
         """What the layer's heads follow; None: it attends to everything."""
         if layer in self.dense_layers:
             return None
-        found = self._made(self.policy, self.options)
-        own = [o for o in self.overrides if layer in o.layers]
-        for override in own:
-            if override.heads is None:
-                found = self._made(override.policy, override.options)
-        parts = [(o.heads, self._made(o.policy, o.options)) for o in own if o.heads is not None]
+        own = [(o.heads, self._made(o.policy, o.options)) for o in self.overrides if layer in o.layers]
+        return self._joined(self._made(self.policy, self.options), own)
+
+    def _joined(self, rest: Policy | None, own: Sequence[_Part]) -> Policy | None:
+        """A layer's policy: `rest`, its overrides in its place."""
+        for heads, policy in own:
+            if heads is None:
+                rest = policy
+        parts = tuple((heads, policy) for heads, policy in own if heads is not None)
         if not parts:
-            return found
+            return rest
         from .policies.hybrid import Hybrid
 
-        return Hybrid(rest=found, parts=tuple(parts), min_len=self.min_len, dense_layers=())
+        return Hybrid(rest=rest, parts=parts, min_len=self.min_len, dense_layers=())

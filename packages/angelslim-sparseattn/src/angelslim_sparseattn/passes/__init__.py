@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from angelslim_core.errors import ModelError, PlanError, UsageError
 from angelslim_core.passes import PassConfig, RuntimePass
 
-from ..config import Override, SparseAttentionConfig
+from ..config import Measure, Override, SparseAttentionConfig
 from ..policies import CLASSES
 from ..policies.base import Policy
 
@@ -32,7 +32,7 @@ class Coupled(PassConfig):
     overrides: tuple[Override, ...] = Field(
         (), max_length=4096, description="other policies by layer and head: each layers, heads (none: all), policy, options"
     )
-    chosen_for: dict[str, int | float] | None = Field(None, description="shape of the model whose heads were measured; another is refused")
+    chosen_for: dict[str, Measure] | None = Field(None, max_length=64, description="shape of the model whose heads were measured; another is refused")
 
     def attention(self, policy: str) -> SparseAttentionConfig:
         """What `attach` takes."""

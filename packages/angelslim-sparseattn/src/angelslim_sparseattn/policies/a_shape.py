@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..patterns import sink, window
 from ..prefill import Kept, Prefill
-from .base import Policy
+from .base import MOST_TOKENS, Policy
 
 
 class AShape(Policy):
@@ -19,8 +19,8 @@ class AShape(Policy):
 
     looks_ahead: ClassVar[bool] = False
 
-    n_init: int = Field(128, ge=0, description="first tokens")
-    n_local: int = Field(3968, ge=0, description="tokens before a query")
+    n_init: int = Field(128, ge=0, le=MOST_TOKENS, description="first tokens")
+    n_local: int = Field(3968, ge=0, le=MOST_TOKENS, description="tokens before a query")
 
     def keep(self, s: Prefill) -> Kept:
         return Kept(sink(s, self.n_init) | window(s, self.n_local))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from angelslim_core.passes import PassConfig
 
 from ..prefill import Kept, Prefill
+
+# sequences are shorter, so that positions fit 32 bits; blocks have at least 16 tokens
+MOST_TOKENS = 2**31 - 1
+MOST_BLOCKS = 2**27
 
 
 class Policy(PassConfig, ABC):
@@ -19,9 +23,11 @@ class Policy(PassConfig, ABC):
         looks_ahead: whether tokens of later blocks can change what earlier query blocks keep.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     looks_ahead: ClassVar[bool]
 
-    min_len: int = Field(8192, ge=0, description="sequences with fewer keys attend to everything")
+    min_len: int = Field(8192, ge=0, le=MOST_TOKENS, description="sequences with fewer keys attend to everything")
     dense_layers: tuple[int, ...] = Field((0, 1), description="layers that attend to everything")
 
     @property

@@ -12,18 +12,17 @@ from pydantic import Field
 from ..estimators import antidiagonal_mass
 from ..kernels.select_rows import SELECT_ROWS, Rule
 from ..prefill import Kept, Prefill
-from .base import Policy
-from .strided import Stride
+from .base import MOST_TOKENS
+from .strided import Strided
 
 
-class CoSA(Policy):
+class CoSA(Strided):
     """Own blocks, block 0, owners of row maxima by mass, the rest by mass, while the mass before is below a share p."""
 
     looks_ahead: ClassVar[bool] = False
 
     p: float = Field(0.95, ge=0, le=1, description="share of the estimated mass to keep")
-    delta: float = Field(1000, description="blocks below ln(delta / N) of the running maximum are skipped; negative: none")
-    stride: Stride = 8
+    delta: float = Field(1000, ge=-MOST_TOKENS, le=MOST_TOKENS, description="blocks below ln(delta / N) of the running maximum are skipped; negative: none")
 
     @property
     def ordered(self) -> bool:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ..patterns import every, sink, window
 from ..prefill import Kept, Prefill
-from .base import Policy
+from .base import MOST_BLOCKS, MOST_TOKENS, Policy
 
 
 class Dilated(Policy):
@@ -16,9 +16,9 @@ class Dilated(Policy):
 
     looks_ahead: ClassVar[bool] = False
 
-    n_init: int = Field(1024, ge=0, description="first tokens")
-    n_local: int = Field(2048, ge=0, description="tokens before a query that are all kept")
-    stride: int = Field(2, ge=1, description="blocks: one of so many is kept before the window")
+    n_init: int = Field(1024, ge=0, le=MOST_TOKENS, description="first tokens")
+    n_local: int = Field(2048, ge=0, le=MOST_TOKENS, description="tokens before a query that are all kept")
+    stride: int = Field(2, ge=1, le=MOST_BLOCKS, description="blocks: one of so many is kept before the window")
 
     def keep(self, s: Prefill) -> Kept:
         return Kept(sink(s, self.n_init) | window(s, self.n_local) | every(s, self.stride))

@@ -10,7 +10,7 @@ from ..estimators import mean_key_mass
 from ..kernels.select_rows import SELECT_ROWS, Rule
 from ..patterns import causal
 from ..prefill import Kept, Prefill
-from .base import Policy
+from .base import MOST_TOKENS, Policy
 
 
 class FlashPrefill(Policy):
@@ -18,10 +18,10 @@ class FlashPrefill(Policy):
 
     looks_ahead: ClassVar[bool] = False  # but for the last rows
 
-    alpha: float = Field(0.2, le=1, description="share of the highest mass; 0 and below: everything is kept")
-    n_init: int = Field(256, ge=0, description="first tokens")
-    n_local: int = Field(512, ge=0, description="tokens up to a query's block")
-    n_last: int = Field(256, ge=0, description="last queries that attend to everything")
+    alpha: float = Field(0.2, ge=-1, le=1, description="share of the highest mass; 0 and below: everything is kept")
+    n_init: int = Field(256, ge=0, le=MOST_TOKENS, description="first tokens")
+    n_local: int = Field(512, ge=0, le=MOST_TOKENS, description="tokens up to a query's block")
+    n_last: int = Field(256, ge=0, le=MOST_TOKENS, description="last queries that attend to everything")
 
     def keep(self, s: Prefill) -> Kept:
         if self.alpha <= 0:

@@ -15,7 +15,7 @@ from ..estimators import block_sums, diagonal_sums, last_attention, means, poole
 from ..patterns import causal, own, sink
 from ..prefill import Kept, Prefill
 from ..selectors import count_to_mass
-from .base import Policy
+from .base import MOST_TOKENS, Policy
 
 
 class FlexPrefill(Policy):
@@ -24,8 +24,8 @@ class FlexPrefill(Policy):
     looks_ahead: ClassVar[bool] = True
 
     gamma: float = Field(0.9, ge=0, le=1, description="share of attention to keep")
-    tau: float = Field(0.1, ge=0, description="heads whose forecast diverges less are query-aware")
-    min_budget: int = Field(1024, ge=1, description="tokens that columns, and diagonals, amount to at least")
+    tau: float = Field(0.1, ge=0, le=1, description="heads whose forecast diverges less are query-aware")
+    min_budget: int = Field(1024, ge=1, le=MOST_TOKENS, description="tokens that columns, and diagonals, amount to at least")
     exact_slash: bool = Field(False, description="keep both block diagonals that a token diagonal crosses")
 
     def scratch_bytes(self, s: Prefill) -> int:

@@ -29,7 +29,7 @@ class Hybrid(Policy):
 
     @model_validator(mode="after")
     def _one_delta(self) -> Hybrid:
-        if len({getattr(p, "delta", -1.0) for p in (self.rest, *(p for _, p in self.parts))}) > 1:
+        if len({max(getattr(p, "delta", 0.0), 0.0) for p in (self.rest, *(p for _, p in self.parts))}) > 1:
             raise ValueError("delta skips blocks for all heads of a layer: set it to the same, or below 0, in every policy of the layer")
         return self
 

@@ -15,7 +15,7 @@ from ..estimators import diagonal_sums, last_attention
 from ..kernels.select_rows import COMPACT
 from ..patterns import causal, own
 from ..prefill import Kept, Prefill
-from .base import Policy
+from .base import MOST_TOKENS, Policy
 
 QUERIES = 64
 FIRST_COLUMNS = 30
@@ -27,8 +27,8 @@ class MInference(Policy):
 
     looks_ahead: ClassVar[bool] = True
 
-    vertical: int = Field(1000, ge=0, description="columns a head, no fewer than 30")
-    slash: int = Field(6096, ge=0, description="diagonals a head, no fewer than 50")
+    vertical: int = Field(1000, ge=0, le=MOST_TOKENS, description="columns a head, no fewer than 30")
+    slash: int = Field(6096, ge=0, le=MOST_TOKENS, description="diagonals a head, no fewer than 50")
 
     def scratch_bytes(self, s: Prefill) -> int:
         return 12 * QUERIES * s.kv_len + 40 * s.rows * s.columns

@@ -16,14 +16,14 @@ from ..block_index import own_blocks
 from ..estimators import antidiagonal_mean, value_bias
 from ..kernels.select_rows import SELECT_ROWS, Rule
 from ..prefill import Kept, Prefill, Span
-from .base import Policy
-from .strided import Stride
+from .base import MOST_BLOCKS, MOST_TOKENS
+from .strided import Stride, Strided
 
 # blocks that the paper's schedule keeps at least, first and near ones counted
 PAPER_FLOOR = 54
 
 
-class Stem(Policy):
+class Stem(Strided):
     """First and near blocks, and beside them the top K of each row.
 
     With `rate` K is ceil(rate * P) + bias, P the prompt's blocks; without it K falls by the schedule's own numbers, which keep
@@ -33,15 +33,15 @@ class Stem(Policy):
     looks_ahead: ClassVar[bool] = True  # the values' mean, and K, which follows from the prompt's length
 
     rate: float | None = Field(None, gt=0, le=1, description="selected blocks a row as a share of the prompt's; none: the schedule's")
-    bias: int = Field(0, ge=0, description="selected blocks a row beside `rate`")
+    bias: int = Field(0, ge=0, le=MOST_BLOCKS, description="selected blocks a row beside `rate`")
     alpha: float | None = Field(None, gt=0, le=1, description="K of the last row over K at the start; none: 0.7, and 1 with `rate`")
     schedule: Literal["code", "paper"] = Field("code", description="where K begins to fall: at row K, as the authors' code, or at row 0")
-    cap: int | None = Field(None, ge=1, description="most selected blocks a row")
-    lam: float = Field(0.2, ge=0, description="weight of the values' term")
+    cap: int | None = Field(None, ge=1, le=MOST_BLOCKS, description="most selected blocks a row")
+    lam: float = Field(0.2, ge=0, le=1000, description="weight of the values' term")
     value_term: Literal["znorm", "log"] = Field("znorm", description="the values' term: z-scores of log norms, or log norms")
     stride: Stride = 16
-    n_init: int = Field(512, ge=0, description="first tokens, beside the selected blocks")
-    n_local: int = Field(512, ge=0, description="tokens up to a query's block, beside the selected blocks")
+    n_init: int = Field(512, ge=0, le=MOST_TOKENS, description="first tokens, beside the selected blocks")
+    n_local: int = Field(512, ge=0, le=MOST_TOKENS, description="tokens up to a query's block, beside the selected blocks")
 
     @model_validator(mode="after")
     def _bias_needs_rate(self) -> Stem:

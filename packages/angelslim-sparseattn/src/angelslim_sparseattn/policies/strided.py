@@ -1,4 +1,4 @@
-"""The option that antidiagonal policies share."""
+"""What antidiagonal policies share."""
 
 from __future__ import annotations
 
@@ -6,4 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-Stride = Annotated[int, Field(ge=1, description="tokens an antidiagonal spans; divides the block")]
+from .base import MOST_TOKENS, Policy
+
+Stride = Annotated[int, Field(ge=1, le=MOST_TOKENS, description="tokens an antidiagonal spans; divides the block")]
+
+
+class Strided(Policy):
+    """Policies that pool by strides of a block."""
+
+    stride: Stride = 8

@@ -19,8 +19,8 @@ from .base import Policy
 # the running maximum begins anew every GROUP keys and goes STEP keys at a time
 GROUP = 256
 STEP = 16
-# bytes of scores of keys that are looked at at a time
-MEMORY = 2**30
+# bytes that keys looked at at a time take up
+MEMORY = 2**28
 
 
 class VecAttention(Policy):

@@ -12,17 +12,15 @@ from pydantic import Field
 from ..estimators import antidiagonal_mass
 from ..kernels.select_rows import SELECT_ROWS, Rule
 from ..prefill import Kept, Prefill
-from .base import Policy
-from .strided import Stride
+from .strided import Strided
 
 
-class XAttention(Policy):
+class XAttention(Strided):
     """Block 0, own blocks, and the heaviest while the mass before is below a share tau."""
 
     looks_ahead: ClassVar[bool] = False
 
     tau: float = Field(0.9, ge=0, le=1, description="share of the estimated attention to keep")
-    stride: Stride = 8
 
     def keep(self, s: Prefill) -> Kept:
         rule = Rule("top_p", share=self.tau, n_init=1)

@@ -88,7 +88,7 @@ def _kernel(
     q, k, v, out, lse, row_ptr, col, token_ptr, token, q_lens, kv_lens, limits, scale_log2, heads, queries, rows, width, v_width,
     qs_b, qs_h, qs_t, ks_b, ks_h, ks_t, vs_b, vs_h, vs_t,
     GROUP: tl.constexpr, TOGETHER: tl.constexpr, LISTS_SHARE: tl.constexpr, OWN_FIRST: tl.constexpr,
-    SAME: tl.constexpr, SKIP: tl.constexpr, TOKENS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SAME: tl.constexpr, CLEAN: tl.constexpr, SKIP: tl.constexpr, TOKENS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, TN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, FULL_D: tl.constexpr, FULL_V: tl.constexpr,
 ):  # fmt: skip
     PARTS: tl.constexpr = BN // TN
@@ -136,7 +136,7 @@ def _kernel(
             s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
             s = tl.where((n[None, :] <= (off + x)[:, None]) & (n[None, :] < kv_len), s, float("-inf"))
             vx = _rows(v, b, kv, tile * TN, n, vs_t, e, lives & has_e, TMA, False, TN, BV)
-            if TMA and not SAME:  # what lies behind a shorter sequence may be NaN
+            if CLEAN:  # what lies behind a shorter sequence may be NaN
                 vx = tl.where(lives, vx, 0.0)
             m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
 
@@ -146,18 +146,32 @@ def _kernel(
         listed = col + start
         if OWN_FIRST:
             listed += own
-        for at in range(count * PARTS):
-            n0 = tl.load(listed + at // PARTS).to(tl.int32) * BN + at % PARTS * TN
-            kx = _rows(k, b, kv, n0, n0 + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
-            s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
-            if SKIP:
-                gain = tl.max(s, 1) * scale_log2 - m
-                if tl.max(tl.where(real, gain, float("-inf")), 0) >= limit:
+        if SKIP and PARTS > 1:  # all of a block decides whether it is skipped: its tiles are looked at to decide, and again to fold
+            for at in range(count):
+                n0 = tl.load(listed + at).to(tl.int32) * BN
+                highest = tl.full([BM], float("-inf"), tl.float32)
+                for part in range(PARTS):
+                    kx = _rows(k, b, kv, n0 + part * TN, n0 + part * TN + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
+                    highest = tl.maximum(highest, tl.max(tl.dot(qx, tl.trans(kx), input_precision=PRECISION), 1))
+                if tl.max(tl.where(real, highest * scale_log2 - m, float("-inf")), 0) >= limit:
+                    for part in range(PARTS):
+                        kx = _rows(k, b, kv, n0 + part * TN, n0 + part * TN + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
+                        s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
+                        vx = _rows(v, b, kv, n0 + part * TN, n0 + part * TN + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
+                        m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
+        else:
+            for at in range(count * PARTS):
+                n0 = tl.load(listed + at // PARTS).to(tl.int32) * BN + at % PARTS * TN
+                kx = _rows(k, b, kv, n0, n0 + t, ks_t, d, has_d, TMA, FULL_D, TN, BD)
+                s = tl.dot(qx, tl.trans(kx), input_precision=PRECISION)
+                if SKIP:
+                    gain = tl.max(s, 1) * scale_log2 - m
+                    if tl.max(tl.where(real, gain, float("-inf")), 0) >= limit:
+                        vx = _rows(v, b, kv, n0, n0 + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
+                        m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
+                else:
                     vx = _rows(v, b, kv, n0, n0 + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
                     m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
-            else:
-                vx = _rows(v, b, kv, n0, n0 + t, vs_t, e, has_e, TMA, FULL_V, TN, BV)
-                m, total, acc = _fold(s, vx, m, total, acc, scale_log2, PRECISION)
 
         if TOKENS:
             start, stop = tl.load(token_ptr + row), tl.load(token_ptr + row + 1)
@@ -204,7 +218,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: floa
             out, lse, index.row_ptr, index.col, *tokens, *sizes, scale / LOG2, heads, queries, rows, width, v_width,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             GROUP=heads // kv_heads, TOGETHER=together, LISTS_SHARE=heads // index.shape[1], OWN_FIRST=index.order == "priority",
-            SAME=same, SKIP=skip is not None, TOKENS=index.tokens is not None, TMA=tma,
+            SAME=same, CLEAN=tma and min(index.kv_len) < k.shape[2], SKIP=skip is not None, TOKENS=index.tokens is not None, TMA=tma,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             BM=index.block_m, BN=index.block_n, TN=tile, BD=wide_d, BV=wide_v, FULL_D=wide_d == width, FULL_V=wide_v == v_width,
             num_warps=config.warps if index.block_m == 128 else 4, num_stages=config.stages, maxnreg=config.registers,
@@ -222,6 +236,8 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Config:
 
             if not hopper.takes(q, k, v, index):
                 continue
+        if config.tile < index.block_n and index.skip_below() is not None:  # the keys of each kept block would be read twice
+            continue
         if max(q.shape[-1], v.shape[-1]) <= config.widest:
             return config
     raise AssertionError("the last of FASTEST takes every call")
