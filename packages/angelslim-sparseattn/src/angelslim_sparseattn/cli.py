@@ -25,7 +25,12 @@ _POLICIES = "stem,stem:rate=.1,xattention,flashprefill,minference"
 @click.option("--head-dim", type=click.IntRange(min=1), help="Width of a head of random input; 128 if not given.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of random input; bf16 if not given.")
 @click.option("--block", default=128, show_default=True, type=click.IntRange(min=16), help="Tokens a block.")
-@click.option("--executor", default="auto", show_default=True, help="What attends to the blocks; auto: the fastest that takes the call.")
+@click.option(
+    "--executor",
+    default="auto",
+    show_default=True,
+    help="What attends to the blocks; auto: the first of triton, flex, flash that takes the call, on a CPU the reference.",
+)
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Calls timed; 30 on a GPU, 3 on a CPU and with --ttft if not given.")
 @click.option("--ttft", is_flag=True, help="Time to the first token of the whole model instead of attention alone.")
@@ -125,7 +130,12 @@ def _show(document: dict[str, Any], out: str | None) -> None:
 @click.option("--dense-layers", default="0,1", show_default=True, metavar="A,B", help="Layers that stay dense, unmeasured; may be empty.")
 @click.option("--min-len", type=click.IntRange(min=0), help="Shorter sequences attend to everything; --length, and at most 8192, if not given.")
 @click.option("--block", default=128, show_default=True, type=click.IntRange(min=16), help="Tokens a block.")
-@click.option("--executor", default="auto", show_default=True, help="What attends to the blocks; auto: the fastest that takes the call.")
+@click.option(
+    "--executor",
+    default="auto",
+    show_default=True,
+    help="What attends to the blocks; auto: the first of triton, flex, flash that takes the call, on a CPU the reference.",
+)
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 @click.option("--report", "page", metavar="FILE", help="HTML file: recall over density of every policy.")
 @plugins_option

@@ -60,7 +60,9 @@ class SparseAttentionConfig(PassConfig):
     block: int = Field(128, ge=16, le=1024, multiple_of=16, description="queries and keys a block")
     min_len: int = Field(8192, ge=0, le=MOST_TOKENS, description="sequences with fewer keys attend to everything")
     dense_layers: tuple[LayerNumber, ...] = Field((0, 1), max_length=MOST_LAYERS, description="layers that attend to everything")
-    executor: str = Field("auto", description="what computes attention over kept blocks; auto: the fastest that takes the call")
+    executor: str = Field(
+        "auto", description="what computes attention over kept blocks; auto: the first of triton, flex, flash that takes the call, on a CPU the reference"
+    )
     overrides: tuple[Override, ...] = Field((), max_length=4096, description="other policies by layer and head")
     chosen_for: dict[str, Measure] | None = Field(None, max_length=64, description="shape of the model whose heads were measured; another is refused")
 

@@ -28,7 +28,9 @@ class Coupled(PassConfig):
     """Options that a pass has beside those of its policy."""
 
     block: int = Field(128, ge=16, le=1024, multiple_of=16, description="queries and keys a block")
-    executor: str = Field("auto", description="what computes attention over kept blocks; auto: the fastest that takes the call")
+    executor: str = Field(
+        "auto", description="what computes attention over kept blocks; auto: the first of triton, flex, flash that takes the call, on a CPU the reference"
+    )
     overrides: tuple[Override, ...] = Field(
         (), max_length=4096, description="other policies by layer and head: each layers, heads (none: all), policy, options"
     )
