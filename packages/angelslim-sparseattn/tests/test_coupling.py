@@ -15,8 +15,8 @@ from angelslim_core.errors import AngelslimError, ModelError, UsageError
 from angelslim_core.kv_cache import tapped
 from angelslim_core.loading import load_model
 from angelslim_core.testing.models import NESTED, TINY
-from angelslim_sparseattn import make_policy, select
 from angelslim_sparseattn import config as config_module
+from angelslim_sparseattn import make_policy, select
 from angelslim_sparseattn.config import SparseAttentionConfig, shape_of
 from angelslim_sparseattn.coupling import attach, captured
 
