@@ -65,6 +65,7 @@ def test_leaves_what_is_wrong_to_the_pipeline(tmp_path, read):
     inner.mkdir()
     (tmp_path / "secret").write_bytes(b"x" * 100)
     (inner / "b.safetensors").symlink_to(tmp_path / "secret")  # out of the folder
+    (inner / "a.safetensors").symlink_to("a.safetensors")
     (inner / "c.safetensors").mkdir()
     for folder in (inner, tmp_path / "none", tmp_path / "a/hub-id"):
         with ReadAhead(1 << 30) as ahead:

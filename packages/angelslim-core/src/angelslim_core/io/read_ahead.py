@@ -67,6 +67,8 @@ class ReadAhead:
 def _blocks(folder: Path, most: int) -> Iterator[tuple[Path, int, int]]:
     """(file, offset, bytes) of the first `most` bytes of the weight files."""
     for file in sorted(folder.glob("*.safetensors")):
+        if not os.path.isfile(file):  # a pipe, or a link to itself
+            continue
         size = inside(folder, file).stat().st_size
         for offset in range(0, size, BLOCK):
             count = min(BLOCK, size - offset, most)
