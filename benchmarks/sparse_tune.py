@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from angelslim_sparseattn import BlockIndex
 from angelslim_sparseattn.kernels.block_sparse import BLOCK_SPARSE
 from angelslim_sparseattn.kernels.triton.block_sparse import CONFIGS, block_sparse
+from angelslim_sparseattn.timing import timed
 
 HEADS, KV_HEADS, WIDTH, BLOCK = 32, 8, 128, 128
 PEERS = ("flex", "flash")
@@ -83,28 +83,13 @@ def check(name: str) -> dict[str, Any]:
     return worst
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median time on the GPU."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def timed(names: list[str], lengths: list[int], densities: list[float], done: Callable[[dict[str, Any]], None]) -> None:
+def times(names: list[str], lengths: list[int], densities: list[float], done: Callable[[dict[str, Any]], None]) -> None:
     """Hands over one row for dense attention at each length and one for each name, length and density."""
     for length in lengths:
         q, k, v = qkv(length, length)
         flops = 2 * HEADS * length**2 * WIDTH
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            dense = milliseconds(lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+            dense = timed(lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 10, "cuda").median
         done({"name": "dense cuDNN", "length": length, "ms": dense, "tflops": flops / dense / 1e9})
         for share in densities:
             index = random_index(length, length, HEADS, share)
@@ -112,7 +97,7 @@ def timed(names: list[str], lengths: list[int], densities: list[float], done: Ca
             for name in names:
                 row = {"name": name, "length": length, "share": share, "density": density}
                 try:
-                    ms = milliseconds(partial(attention(name), q, k, v, index, WIDTH**-0.5))
+                    ms = timed(partial(attention(name), q, k, v, index, WIDTH**-0.5), 10, "cuda").median
                 except Exception as error:  # the next one may run; what happened is in the record
                     done({**row, "failed": f"{type(error).__name__}: {error}"[:300]})
                 else:
@@ -151,7 +136,7 @@ def main() -> None:
             show({"name": name, **check(name)})
         return
     if args.time:
-        timed(names, [int(n) for n in args.lengths.split(",")], [float(d) for d in args.densities.split(",")], show)
+        times(names, [int(n) for n in args.lengths.split(",")], [float(d) for d in args.densities.split(",")], show)
         return
     start = time.perf_counter()
     with ThreadPoolExecutor(16) as pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,17 @@ _TRIED = "a_shape:n_local=896,a_shape:n_local=1920,stem:rate=.05,stem:rate=.1,st
 _POLICIES = "stem,stem:rate=.1,xattention,flashprefill,minference"
 
 
+def _where_and_how(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of both commands."""
+    block = click.option("--block", default=128, show_default=True, type=click.IntRange(min=16), help="Tokens a block.")
+    executor = click.option(
+        "--executor", default="auto", show_default=True,
+        help="What attends to the blocks; auto: the first of triton, flex, flash that takes the call, on a CPU the reference.",
+    )  # fmt: skip
+    device = click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+    return block(executor(device(command)))
+
+
 @click.command("bench")
 @click.option("--model", metavar="M", help="Model folder, or a hub id when online: its queries, keys and values over --text instead of random ones.")
 @click.option("--text", metavar="FILE", help="Text that the model reads.")
@@ -24,14 +36,7 @@ _POLICIES = "stem,stem:rate=.1,xattention,flashprefill,minference"
 @click.option("--kv-heads", type=click.IntRange(min=1), help="KV heads of random input; 8 if not given.")
 @click.option("--head-dim", type=click.IntRange(min=1), help="Width of a head of random input; 128 if not given.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="Of random input; bf16 if not given.")
-@click.option("--block", default=128, show_default=True, type=click.IntRange(min=16), help="Tokens a block.")
-@click.option(
-    "--executor",
-    default="auto",
-    show_default=True,
-    help="What attends to the blocks; auto: the first of triton, flex, flash that takes the call, on a CPU the reference.",
-)
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@_where_and_how
 @click.option("--repeats", type=click.IntRange(min=1), help="Calls timed; 30 on a GPU, 3 on a CPU and with --ttft if not given.")
 @click.option("--ttft", is_flag=True, help="Time to the first token of the whole model instead of attention alone.")
 @click.option("--out", metavar="DIR", help="Folder for bench.json and bench.html.")
@@ -129,14 +134,7 @@ def _show(document: dict[str, Any], out: str | None) -> None:
 @click.option("--by", default="head", show_default=True, type=click.Choice(["head", "layer"]), help="A policy for each head, or one for all heads of a layer.")
 @click.option("--dense-layers", default="0,1", show_default=True, metavar="A,B", help="Layers that stay dense, unmeasured; may be empty.")
 @click.option("--min-len", type=click.IntRange(min=0), help="Shorter sequences attend to everything; --length, and at most 8192, if not given.")
-@click.option("--block", default=128, show_default=True, type=click.IntRange(min=16), help="Tokens a block.")
-@click.option(
-    "--executor",
-    default="auto",
-    show_default=True,
-    help="What attends to the blocks; auto: the first of triton, flex, flash that takes the call, on a CPU the reference.",
-)
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@_where_and_how
 @click.option("--report", "page", metavar="FILE", help="HTML file: recall over density of every policy.")
 @plugins_option
 @json_option

@@ -71,7 +71,7 @@ class Prefill:
     @property
     def off(self) -> int:
         """Position of the first query."""
-        return self.kv_len - self.q_len
+        return self.span.off
 
     @property
     def groups(self) -> int:
@@ -81,12 +81,12 @@ class Prefill:
     @property
     def rows(self) -> int:
         """Query blocks."""
-        return -(-self.q_len // self.block)
+        return self.span.rows
 
     @property
     def columns(self) -> int:
         """Key blocks."""
-        return -(-self.kv_len // self.block)
+        return self.span.columns
 
     def parts(self, heads: int) -> Iterator[Prefill]:
         """The sequence by no more than so many query heads at a time, in their order."""
