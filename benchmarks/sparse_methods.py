@@ -14,6 +14,10 @@ from angelslim_sparseattn.config import SparseAttentionConfig
 Inputs = Sequence[tuple[Tensor, Tensor, Tensor, float]]
 
 
+# Stem by the attention that antidiagonals stand for, as xattention and cosa here
+MASS: dict[str, Any] = {"score": "mass", "stride": 8}
+
+
 @dataclass(frozen=True)
 class Knob:
     """A policy whose density one number sets.
@@ -49,6 +53,8 @@ def knobs(length: int, block: int) -> dict[str, Knob]:
         "cosa": Knob("cosa", lambda t: {"p": t}, {"delta": -1.0, "stride": 8}),
         "stem": stem(length),
         "uniform top-k": stem(length, alpha=1.0, lam=0.0),
+        "stem mass": stem(length, **MASS),
+        "uniform mass": stem(length, alpha=1.0, lam=0.0, **MASS),
     }
 
 

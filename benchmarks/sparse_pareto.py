@@ -9,7 +9,7 @@ Three parts, on consecutive windows of the text:
 - kl: the whole model with each policy at one density in all layers but the first two: KL(dense, policy) in nats a token.
   Options step through densities, so the two settings next to the density are run, and ln KL is interpolated to it. "noise"
   is the model with every block kept: what the executor's rounding alone costs.
-- sweep: the same for Stem's options one at a time, and for all pairs of alpha and lam.
+- sweep: the same for Stem's options one at a time, and for all pairs of alpha and lam, by each of its scores.
 
 A method that fails is recorded with its error, and the rest goes on.
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from measure import table, write
-from sparse_methods import Inputs, Knob, at_density, between, configured, knobs, stem
+from sparse_methods import MASS, Inputs, Knob, at_density, between, configured, knobs, stem
 
 from angelslim_core.evaluation import text_windows
 from angelslim_core.loading import load_model
@@ -151,7 +151,12 @@ class Reading:
 
 def swept(length: int) -> dict[str, Knob]:
     """Stem's settings that the sweep compares."""
-    found = {f"alpha {alpha:g} lam {lam:g}": stem(length, alpha=alpha, lam=lam) for alpha in ALPHAS for lam in LAMS}
+    found = {
+        f"{of}alpha {alpha:g} lam {lam:g}": stem(length, alpha=alpha, lam=lam, **score)
+        for of, score in (("", {}), ("mass, ", MASS))
+        for alpha in ALPHAS
+        for lam in LAMS
+    }
     for name, values in ONE_BY_ONE.items():
         for value in values:
             of = round(value * length) if isinstance(value, float) else value
@@ -162,17 +167,17 @@ def swept(length: int) -> dict[str, Knob]:
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the figures must show."""
     kl = {row["method"]: row["kl"] for row in rows if "kl" in row}
-    if not {"stem", "uniform top-k"} <= kl.keys():
-        return {}
-    others = {name: value for name, value in kl.items() if name not in ("stem", "noise", "decay alone", "metric alone")}
-    best = min(others, key=others.__getitem__)
-    return {
-        "stem_over_uniform": kl["stem"] / kl["uniform top-k"],
-        "decay_over_uniform": kl["decay alone"] / kl["uniform top-k"] if "decay alone" in kl else None,
-        "metric_over_uniform": kl["metric alone"] / kl["uniform top-k"] if "metric alone" in kl else None,
-        "best_other": best,
-        "stem_over_best_other": kl["stem"] / others[best],
-    }
+    found: dict[str, Any] = {}
+    for of, uniform in (("", "uniform top-k"), (" mass", "uniform mass")):
+        parts = {name: f"{name}{of}" for name in ("stem", "decay alone", "metric alone")}
+        found |= {f"{mine} over {uniform}": kl[mine] / kl[uniform] for mine in parts.values() if {mine, uniform} <= kl.keys()}
+    others = {name: value for name, value in kl.items() if name != "noise" and not name.startswith(("stem", "uniform", "decay", "metric"))}
+    if others:
+        best = min(others, key=others.__getitem__)
+        found |= {f"{mine} over {best}": kl[mine] / others[best] for mine in ("stem", "stem mass") if mine in kl}
+    if {"stem mass", "uniform top-k"} <= kl.keys():
+        found["stem mass over uniform top-k"] = kl["stem mass"] / kl["uniform top-k"]
+    return found
 
 
 def plot(rows: list[Mapping[str, Any]], target: Path, title: str) -> None:
@@ -248,7 +253,11 @@ def main() -> None:
         first = [tuple(found) for found in captured(model, ids[:1], spread).values()]
         reading = Reading(model, ids, first, given.block, given.density)  # type: ignore[arg-type]
         if "kl" in given.parts:
-            alone = {"decay alone": stem(given.length, lam=0.0), "metric alone": stem(given.length, alpha=1.0)}
+            alone = {
+                f"{part} alone{of}": stem(given.length, **fixed, **score)
+                for of, score in (("", {}), (" mass", MASS))
+                for part, fixed in (("decay", {"lam": 0.0}), ("metric", {"alpha": 1.0}))
+            }
             rows = [tried("noise", reading.noise)]
             rows += [tried(name, lambda knob=knob: reading.at(knob)) for name, knob in {**chosen, **alone}.items()]  # type: ignore[misc]
             document |= {"kl": rows, "verdict": verdict(rows)}

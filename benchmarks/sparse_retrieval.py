@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from measure import table, write
-from sparse_methods import Inputs, Knob, at_density, configured, stem
+from sparse_methods import MASS, Inputs, Knob, at_density, configured, knobs, stem
 from torch.nn import functional
 
 from angelslim_core.evaluation import read_text
@@ -194,13 +194,16 @@ def _stages() -> list[tuple[float, int]]:
 
 
 def methods(length: int, given: argparse.Namespace) -> dict[str, Knob]:
-    """Uniform top-k, Stem, and each of Stem's two parts alone."""
+    """Uniform top-k, Stem, and each of Stem's two parts alone, by the mean of antidiagonals; the first two by their mass, too, and XAttention."""
     kept = {"n_init": round(given.sink * length), "n_local": round(given.local * length)}
     return {
         UNIFORM: stem(length, **kept, alpha=1.0, lam=0.0),
         "stem": stem(length, **kept, alpha=given.alpha, lam=given.lam),
         "decay alone": stem(length, **kept, alpha=given.alpha, lam=0.0),
         "metric alone": stem(length, **kept, alpha=1.0, lam=given.lam),
+        "uniform mass": stem(length, **kept, **MASS, alpha=1.0, lam=0.0),
+        "stem mass": stem(length, **kept, **MASS, alpha=given.alpha, lam=given.lam),
+        "xattention": knobs(length, given.block)["xattention"],
     }
 
 
@@ -238,7 +241,7 @@ def verdict(dense: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> lis
             of = {row["method"]: row for row in rows if row["target"] == target and row.get("layout") == layout}
             lost = {name: 100 * (dense[layout]["accuracy"] - row["accuracy"]) for name, row in of.items()}
             if {"stem", UNIFORM} <= lost.keys():
-                holds = lost["stem"] <= 0.5 and lost[UNIFORM] >= 2
+                holds = {name: lost[name] <= 0.5 and lost[UNIFORM] >= 2 for name in ("stem", "stem mass") if name in lost}
                 found.append({"layout": layout, "target": target, "points_lost": lost, "holds": holds, "densities": {n: r["density"] for n, r in of.items()}})
     return found
 
@@ -260,7 +263,7 @@ def main() -> None:
     parser.add_argument("--stop-at", type=float, default=0.995, help="dense accuracy at which training ends")
     parser.add_argument("--spread", type=int, default=16, help="prompts with questions all over")
     parser.add_argument("--end", type=int, default=200, help="prompts with one question at their end")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.2, 0.15, 0.1])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.4, 0.25, 0.15])
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--sink", type=float, default=1 / 64, help="share of the length that every row keeps at its start")
     parser.add_argument("--local", type=float, default=1 / 32, help="share of the length that every row keeps before it")
@@ -314,7 +317,9 @@ def main() -> None:
         if "error" not in r
     ]  # fmt: skip
     table(cells, ["layout", "target", "method", "accuracy %", "points lost", "density"])
-    print(f"{document['seconds']} s; holds at: {[(v['layout'], v['target']) for v in document['verdict'] if v['holds']]}")
+    print(
+        f"{document['seconds']} s; holds at: {[(v['layout'], v['target'], name) for v in document['verdict'] for name, holds in v['holds'].items() if holds]}"
+    )
 
 
 if __name__ == "__main__":

@@ -249,15 +249,36 @@ def test_a_far_block_that_queries_ask_for_is_found(name):
     assert (sparse_attention(q, k, v, without, return_lse=True)[1] - full).exp()[:, :, -1].max() < 0.1
 
 
+@pytest.mark.parametrize("score", ["mean", "mass"])
 @pytest.mark.parametrize("term", ["znorm", "log"])
-def test_among_equal_scores_stem_takes_the_block_of_large_values(term):
+def test_among_equal_scores_stem_takes_the_block_of_large_values(term, score):
     q, k, v = qkv(480)
     k[:] = k[:, :, :1]
     v[:, :, 10 * 16 : 11 * 16] *= 10
-    options = {"n_init": 16, "n_local": 16, "value_term": term, "rate": 1 / 30}
+    options = {"n_init": 16, "n_local": 16, "value_term": term, "rate": 1 / 30, "score": score, "stride": 8}
     for lam, chosen in ((0.2, 10), (0.0, 1)):
         cells = select(q, k, v, make_policy("stem", lam=lam, **options), block=16).to_bool()[0]
         assert cells[:, -1].nonzero()[:, 1].tolist() == [0, chosen, 29] * 4
+
+
+def test_stem_finds_one_key_among_others_by_mass():
+    q, k, v = qkv(480)
+    k *= 0.1
+    q[..., 0] += 4
+    k[:, :, 165, 0] = 40
+    k[:, :, 166:176, 0] = -5  # so that the block's mean is low
+    options = {"n_init": 16, "n_local": 16, "rate": 1 / 30, "stride": 4, "lam": 0.0}
+    mean, mass = (select(q, k, v, make_policy("stem", score=score, **options), block=16).to_bool()[0, :, -1, 10] for score in ("mean", "mass"))
+    assert mass.all() and not mean.any()
+
+
+def test_stem_by_mass_takes_the_heaviest():
+    q, k, v = qkv(450)
+    s = prefill(q, k, v)
+    score = antidiagonal_mass(s, 4).log() + 0.5 * value_bias(s, 4, "znorm").repeat_interleave(2, 0)[:, None]
+    cells = select(q, k, v, make_policy("stem", score="mass", stride=4, lam=0.5, rate=0.1, n_init=0, n_local=1), block=16).to_bool()[0]
+    for i in range(4, 29):
+        assert cells[:, i, :i].equal(torch.zeros(4, i, dtype=torch.bool).scatter(1, score[:, i, :i].topk(min(3, i)).indices, True))
 
 
 # Stem's budgets

@@ -1,6 +1,6 @@
 """Stem: top blocks by antidiagonal scores and the size of values, fewer for later rows.
 
-Source: arXiv:2603.06274.
+Source: arXiv:2603.06274; `score="mass"` is XAttention's estimate (arXiv:2503.16428) in the place of the paper's.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from .. import budgets
 from ..block_index import own_blocks
-from ..estimators import antidiagonal_mean, value_bias
+from ..estimators import antidiagonal_mass, antidiagonal_mean, value_bias
 from ..kernels.select_rows import SELECT_ROWS, Rule
 from ..prefill import Kept, Prefill, Span
 from .base import MOST_BLOCKS, MOST_TOKENS
@@ -37,6 +38,7 @@ class Stem(Strided):
     alpha: float | None = Field(None, gt=0, le=1, description="K of the last row over K at the start; none: 0.7, and 1 with `rate`")
     schedule: Literal["code", "paper"] = Field("code", description="where K begins to fall: at row K, as the authors' code, or at row 0")
     cap: int | None = Field(None, ge=1, le=MOST_BLOCKS, description="most selected blocks a row")
+    score: Literal["mean", "mass"] = Field("mean", description="antidiagonals' mean, as the authors' code, or the logarithm of the attention they estimate")
     lam: float = Field(0.2, ge=0, le=1000, description="weight of the values' term")
     value_term: Literal["znorm", "log"] = Field("znorm", description="the values' term: z-scores of log norms, or log norms")
     stride: Stride = 16
@@ -65,8 +67,18 @@ class Stem(Strided):
 
     def keep(self, s: Prefill) -> Kept:
         bias = value_bias(s, self.stride, self.value_term) if self.lam else None
-        score = antidiagonal_mean(s, self.stride, bias, self.lam)
+        if self.score == "mean":
+            score = antidiagonal_mean(s, self.stride, bias, self.lam)
+        else:
+            score = _log(antidiagonal_mass(s, self.stride))
+            if bias is not None:
+                score.add_(bias.repeat_interleave(s.groups, 0)[:, None], alpha=self.lam)
         return Kept(lists=SELECT_ROWS(s, score, _rule(self, s.span)))
+
+
+def _log(mass: Tensor) -> Tensor:
+    """In place; of nothing, that of the least there is, so that the values' term still decides."""
+    return mass.clamp_(min=torch.finfo(mass.dtype).tiny).log_()
 
 
 @lru_cache(16)
