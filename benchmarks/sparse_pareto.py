@@ -191,7 +191,12 @@ def plot(rows: list[Mapping[str, Any]], target: Path, title: str) -> None:
     names = list(dict.fromkeys(row["method"] for row in rows if "error" not in row))
     for number, name in enumerate(names):
         points = sorted((row for row in rows if row["method"] == name and "error" not in row), key=lambda row: row["density"])
-        style = {"marker": "o^"[number % 2], "color": f"C{number % 10}" if number < 10 else "black", "linewidth": 2.2 if name == "stem" else 1, "markersize": 4}
+        style = {
+            "marker": "o^"[number % 2],
+            "color": pyplot.get_cmap("tab20")(number * 2 % 20 + number * 2 // 20),
+            "linewidth": 2.2 if name == "stem" else 1,
+            "markersize": 4,
+        }
         for side, key in zip(axes, ("recall", "error_l2")):
             side.plot([100 * p["density"] for p in points], [p[key] for p in points], label=name, **style)
     for side, label in zip(axes, ("recall of dense attention's weight", "|out - dense| / |dense|")):

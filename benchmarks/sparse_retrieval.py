@@ -25,7 +25,7 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,9 +207,8 @@ def methods(length: int, given: argparse.Namespace) -> dict[str, Knob]:
     }
 
 
-def compared(model: Any, inputs: Inputs, prompts: dict[str, list[Asked]], given: argparse.Namespace) -> list[dict[str, Any]]:
+def compared(model: Any, inputs: Inputs, prompts: dict[str, list[Asked]], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row a layout, density and method: uniform top-k closest to the density looked for, the others at its density or just below."""
-    rows: list[dict[str, Any]] = []
     for target in given.densities:
         goal = target
         for name, knob in methods(given.length, given).items():
@@ -224,13 +223,13 @@ def compared(model: Any, inputs: Inputs, prompts: dict[str, list[Asked]], given:
             except Exception as error:  # a kernel's compiler has errors of its own; the other settings are still measured
                 if not isinstance(error, ValueError):
                     traceback.print_exc()
-                rows.append({"method": name, "target": target, "error": f"{type(error).__name__}: {str(error)[:300]}"})
-                print(f"{name} at {target}: {rows[-1]['error']}", flush=True)
+                failed = f"{type(error).__name__}: {str(error)[:300]}"
+                print(f"{name} at {target}: {failed}", flush=True)
+                yield {"method": name, "target": target, "error": failed}
                 continue
             for layout, result in results.items():
-                rows.append({"method": name, "target": target, "layout": layout, "options": options, **result})
                 print(f"{name} at {target}, {layout}: {100 * result['accuracy']:.2f} %, density {result['density']:.4f}", flush=True)
-    return rows
+                yield {"method": name, "target": target, "layout": layout, "options": options, **result}
 
 
 def verdict(dense: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -308,9 +307,11 @@ def main() -> None:
         print(f"dense answers less than {100 * given.enough:g} % of {layout}: no policy is tried there", flush=True)
     spread = range(2, model.config.num_hidden_layers, max(1, model.config.num_hidden_layers // 10))
     inputs = [tuple(found) for found in captured(model, torch.tensor([held[0].ids], device=model.device), spread).values()]
-    rows = compared(model, inputs, able, given) if able else []  # type: ignore[arg-type]
-    document |= {"rows": rows, "verdict": verdict({k: dense[k] for k in able}, rows), "seconds": round(time.perf_counter() - start, 1)}
-    write(given.out, document)
+    rows = document["rows"] = []
+    for row in compared(model, inputs, able, given) if able else ():  # type: ignore[arg-type]
+        rows.append(row)
+        document |= {"verdict": verdict({k: dense[k] for k in able}, rows), "seconds": round(time.perf_counter() - start, 1)}
+        write(given.out, document)
     cells = [
         [r["layout"], f"{r['target']:g}", r["method"], f"{100 * r['accuracy']:.2f}", f"{100 * (dense[r['layout']]['accuracy'] - r['accuracy']):.2f}", f"{r['density']:.4f}"]
         for r in rows

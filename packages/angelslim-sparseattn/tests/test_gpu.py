@@ -169,7 +169,7 @@ def test_whole_blocks_are_skipped_whatever_the_tile(kernel, dim):
     wanted, wanted_lse = BLOCK_SPARSE.reference(q.float(), k.float(), v.float(), index, dim**-0.5)
     unskipped = BLOCK_SPARSE.reference(q.float(), k.float(), v.float(), replace(index, delta=None), dim**-0.5)[1]
     assert not wanted_lse.equal(unskipped)
-    for config in (None, kernel.CONFIGS["64-twice"], kernel.CONFIGS["32-narrow"]):
+    for config in (None, *(c for c in (kernel.CONFIGS["64-twice"], kernel.CONFIGS["32-narrow"]) if dim <= c.widest)):
         out, lse = kernel.block_sparse(q, k, v, index, dim**-0.5, config)
         assert error(out, wanted.double()) < 8e-3 and (lse - wanted_lse).abs().max() < 2e-3
 
