@@ -13,6 +13,7 @@ from angelslim_sparseattn.kernels import flash
 from angelslim_sparseattn.kernels.block_sparse import BLOCK_SPARSE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def index_of(queries, keys, heads=2, block=128, share=0.4, batch=1, ordered=False, per_kv=False):
@@ -78,8 +79,7 @@ def test_the_kernel_makes_the_same_tables(queries, keys, ordered, col):
 def test_what_it_cannot_take():
     index = index_of(300, 300)
     q, k, v = (torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(3))
-    on_hopper = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
-    assert flash.fits(q, k, v, index) == ((True, "") if on_hopper else (False, "tensors on a Hopper GPU"))
+    assert flash.fits(q, k, v, index) == ((True, "") if HOPPER else (False, "tensors on a Hopper GPU"))
     assert "bf16" in flash.fits(q.float(), k, v, index)[1]
     assert "blocks of 128" in flash.fits(q, k, v, index_of(300, 300, block=64))[1]
     assert "length" in flash.fits(q, k, v, index_of(290, 300))[1]
@@ -94,7 +94,7 @@ def test_what_it_cannot_take():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or not flash.runs()[0], reason="no GPU, or no flash_attn.cute")
+@pytest.mark.skipif(not HOPPER or not flash.runs()[0], reason="no Hopper GPU, or no flash_attn.cute")
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("off", [0, 128, 77])

@@ -82,8 +82,8 @@ TABLES = Kernel("sparseattn.flash_tables", reference, (Implementation("torch", r
 
 def attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
     """As the reference; an index's tables are made at its first use and kept as long as it is."""
-    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch  # type: ignore[import-not-found]
-    from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found]
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from flash_attn.cute.interface import _flash_attn_fwd
 
     from .flash_mask import causal
 
