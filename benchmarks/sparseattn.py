@@ -7,7 +7,9 @@ Batch 1, 32 query heads over 8 KV heads of 128, BF16, random. Three parts, each 
 what would come later is recorded as left out, what fails with its error.
 
 kernel   one index for all: random blocks of 128 x 128 a head, the first block and two local ones; effective TFLOP/s are
-         2 * Hq * N^2 * D * density / time. FlexAttention is compiled for each length; its FLASH backend runs where `flash_attn.cute` is.
+         2 * Hq * N^2 * D * density / time. FlexAttention is compiled for each length; its FLASH backend and our `flash` run where
+         `flash_attn.cute` is. Tables are made beforehand but in "lists made", which makes ours from an index at each call. What a
+         length and density has is compiled first and then timed by turns.
 select   selection and attention against dense cuDNN, memory beyond the inputs and the output, and whether the host waits anywhere.
          Random input is near uniform: what XAttention keeps of it says nothing about text.
 ttft     time to the first token of a model shaped as Llama-3.1-8B, random weights, dense cuDNN against policies; layers 0 and 1 stay dense.
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ from angelslim_sparseattn.bench import machine
 from angelslim_sparseattn.kernels.block_sparse import BLOCK_SPARSE
 from angelslim_sparseattn.policies.base import Policy
 from angelslim_sparseattn.recall import densities
-from angelslim_sparseattn.timing import Spread, dense_peers, fastest_sdpa, has_fa4, timed
+from angelslim_sparseattn.timing import Spread, dense_peers, fastest_sdpa, has_fa4, timed, timed_by_turns
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 128
 SECONDS = {"kernel": 60, "select": 40, "ttft": 150}
@@ -56,16 +59,51 @@ class Part:
 
     def row(self, measure: Callable[[], dict[str, Any]], **what: Any) -> dict[str, Any]:
         """Add what `measure` finds, or why there is nothing."""
+        self._fill(what, measure)
+        return self._add(what)
+
+    def rows_by_turns(self, calls: dict[str, Call], check: Callable[[Tensor], dict[str, Any]], length: int, density: float) -> None:
+        """Add a row for each kernel. All are compiled and their outputs checked first, then they are timed by turns: one timed right
+        after another's seconds of compiling would meet a cooler card.
+        """
+        rows: dict[str, dict[str, Any]] = {name: {"length": length, "kernel": name, "density": density} for name in calls}
+        checked: dict[str, dict[str, Any]] = {name: {} for name in calls}
+
+        def warm(name: str) -> dict[str, Any]:
+            with torch.no_grad():
+                checked[name] = check(calls[name]())
+                calls[name]()
+            torch.cuda.synchronize()
+            return {}
+
+        ready = {name: call for name, call in calls.items() if self._fill(rows[name], lambda: warm(name))}
+        try:
+            with torch.no_grad():
+                spreads = timed_by_turns(ready, repeats(length), "cuda")
+        except Exception as error:  # of whichever it was: none was timed whole
+            spreads = {}
+            for name in ready:
+                rows[name]["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        for name, row in rows.items():
+            if name in spreads:
+                seconds = row.pop("seconds")
+                row |= {**times(spreads[name]), **tflops(length, spreads[name].median, density), **checked[name], "seconds": seconds}
+            self._add(row)
+
+    def _fill(self, what: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> bool:
         torch.cuda.empty_cache()
         start = time.monotonic()
         if start > self._end:
             what["left_out"] = "no time left"
-        else:
-            try:
-                what |= measure()
-            except Exception as error:  # whatever ends one entry, the others go on
-                what["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-            what["seconds"] = round(time.monotonic() - start, 1)
+            return False
+        try:
+            what |= measure()
+        except Exception as error:  # whatever ends one entry, the others go on
+            what["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+        what["seconds"] = round(time.monotonic() - start, 1)
+        return "failed" not in what
+
+    def _add(self, what: dict[str, Any]) -> dict[str, Any]:
         self.rows.append(what)
         print({k: v for k, v in what.items() if k != "seconds"}, flush=True)
         self._save()
@@ -131,39 +169,29 @@ def kernel(given: argparse.Namespace, part: Part) -> None:
     backends = {"flex triton": flex("TRITON"), **({"flex flash": flex("FLASH")} if has_fa4() else {})}
     for length in given.lengths or (32768, 131072, 8192):
         q, k, v = inputs(length)
+        dense: dict[str, Call] = {}
         for name, call in dense_peers("cuda").items():
             if call is None:
                 part.rows.append({"length": length, "kernel": name, "left_out": "not installed"})
-                continue
-
-            def dense() -> dict[str, Any]:
-                found = timed(lambda: call(q, k, v, DIM**-0.5), repeats(length), "cuda")
-                return {**times(found), **tflops(length, found.median)}
-
-            part.row(dense, length=length, kernel=name, density=1.0)
+            else:
+                dense[name] = lambda call=call: call(q, k, v, DIM**-0.5)
+        part.rows_by_turns(dense, lambda out: {}, length, 1.0)
         for share in (0.1, 0.25):
             cells = random_cells(length, share)
             index = BlockIndex.from_bool(cells, (length,), (length,))
-            density = round(index.density(), 4)
             ours = sparse_attention(q, k, v, index, "auto", check=False).float()
             name = BLOCK_SPARSE.choose(q, k, v, index, DIM**-0.5).name
             mask = block_mask(cells)
             runs: dict[str, Call] = {f"ours: {name}": lambda: sparse_attention(q, k, v, index, "auto", check=False)}
             for other in BLOCK_SPARSE.implementations:
-                if other.name not in (name, "torch", "flex", "flash", "sdpa") and other.available()[0] and other.supports(q, k, v, index, DIM**-0.5)[0]:
+                if other.name not in (name, "torch", "flex", "sdpa") and other.available()[0] and other.supports(q, k, v, index, DIM**-0.5)[0]:
                     runs[f"ours: {other.name}"] = lambda other=other: sparse_attention(q, k, v, index, other.name, check=False)
+            if "ours: flash" in runs:  # an index that was not seen before, over the same lists
+                runs["ours: flash, lists made"] = lambda: sparse_attention(q, k, v, replace(index), "flash", check=False)
             runs |= {label: lambda run=run: run(q, k, v, mask) for label, run in backends.items()}
-            for label, run in runs.items():
-
-                def sparse() -> dict[str, Any]:
-                    with torch.no_grad():
-                        apart = float((run().float() - ours).norm() / ours.norm())
-                        found = timed(run, repeats(length), "cuda")
-                    return {**times(found), **tflops(length, found.median, density), "apart": round(apart, 5)}
-
-                part.row(sparse, length=length, kernel=label, density=density)
+            part.rows_by_turns(runs, lambda out: {"apart": round(float((out.float() - ours).norm() / ours.norm()), 5)}, length, round(index.density(), 4))
         if not has_fa4():
-            part.rows.append({"length": length, "kernel": "flex flash", "left_out": "not installed"})
+            part.rows += [{"length": length, "kernel": label, "left_out": "not installed"} for label in ("ours: flash", "flex flash")]
     for row in part.rows:
         peers = {
             r["kernel"]: r["ms"]

@@ -73,8 +73,8 @@ def sparse_attention(
 
     Args:
         q, k, v, scale, q_len, kv_len, prompt_len: as of `select`; an index brings its own lengths.
-        executor: "reference", "torch" (the same, for the CPU), "triton", "flex" (FlexAttention), "flash" (its FLASH backend), "sdpa" (a
-            mask of everything, for comparison), or "auto": the first of triton, flex and flash that takes the call, on a CPU the reference.
+        executor: "reference", "torch" (the same, for the CPU), "triton", "flex" (FlexAttention), "flash" (FlashAttention 4, on Hopper),
+            "sdpa" (a mask of everything, for comparison), or "auto": the first of triton, flex and flash that takes the call, on a CPU the reference.
         layer: number of the model's layer that this is, for `dense_layers`.
         check: look for NaN and infinity, which waits for a GPU once, at the end, and for an unsound index where one is given or
             on a CPU; by default on the CPU only.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -29,7 +29,23 @@ class Spread(NamedTuple):
 
 def timed(call: Callable[[], object], repeats: int, device: str) -> Spread:
     """Time a call after a warm-up; calls follow each other without waiting for the GPU."""
-    for _ in range(_WARM_UP if device == "cuda" else 1):
+    return Spread.of(_times(call, repeats, _WARM_UP if device == "cuda" else 1, device))
+
+
+def timed_by_turns(calls: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, Spread]:
+    """Time several calls in rounds of a few of each, so that none has a warmer or cooler device than the others; they must have run before."""
+    few = max(2, repeats // 6)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats // few):
+        for name, call in calls.items():
+            times[name] += _times(call, few, 1, device)
+    return {name: Spread.of(found) for name, found in times.items()}
+
+
+def _times(call: Callable[[], object], repeats: int, warm_up: int, device: str) -> list[float]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for _ in range(warm_up):  # while the GPU is at them the host gets ahead, so that launching counts where it is the slower only
         call()
     if device != "cuda":
         times = []
@@ -37,15 +53,14 @@ def timed(call: Callable[[], object], repeats: int, device: str) -> Spread:
             start = time.perf_counter()
             call()
             times.append(1e3 * (time.perf_counter() - start))
-        return Spread.of(times)
+        return times
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
-    torch.cuda.synchronize()
     for first, last in zip(marks[::2], marks[1::2], strict=True):
         first.record()
         call()
         last.record()
     torch.cuda.synchronize()
-    return Spread.of([first.elapsed_time(last) for first, last in zip(marks[::2], marks[1::2], strict=True)])
+    return [first.elapsed_time(last) for first, last in zip(marks[::2], marks[1::2], strict=True)]
 
 
 @contextmanager
@@ -72,7 +87,7 @@ def _sdpa(backend: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
 
 
 def _fa4(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn.cute import flash_attn_func
 
     out: Any = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale, causal=True)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)  # type: ignore[no-any-return]

@@ -102,9 +102,9 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> t
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
-    from .flex import attend
+    from .flash import attend
 
-    return attend(q, k, v, index, scale, "FLASH")
+    return attend(q, k, v, index, scale)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
@@ -121,10 +121,9 @@ def _flex_runs() -> tuple[bool, str]:
 
 
 def _flash_runs() -> tuple[bool, str]:
-    from .flex import has_backends, has_flash
+    from .flash import runs
 
-    ok, why = has_flash()
-    return has_backends() if ok else (ok, why)
+    return runs()
 
 
 def _flex_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[bool, str]:
@@ -134,16 +133,16 @@ def _flex_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float)
 
 
 def _flash_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[bool, str]:
-    if q.dtype == torch.float32 or (index.block_m, index.block_n) != (128, 128):
-        return False, "fp16 or bf16, and blocks of 128"
-    return _flex_fits(q, k, v, index, scale)
+    from .flash import fits
+
+    return fits(q, k, v, index)
 
 
 def _sdpa_fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[bool, str]:
     return index.skip_below() is None, "nothing is skipped while it runs"
 
 
-# "auto" takes the first that fits; making FlexAttention's lists was not timed, so that it comes after
+# "auto" takes the first that fits; with tables made for each index "flash" was not timed, so that it comes after
 BLOCK_SPARSE = Kernel(
     "sparseattn.block_sparse",
     reference,

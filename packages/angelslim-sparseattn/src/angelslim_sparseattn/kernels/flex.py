@@ -1,15 +1,13 @@
 """FlexAttention over an index: blocks that hold a query's own position are masked, all others are whole.
 
-Source: torch.nn.attention.flex_attention; its FLASH backend is the CuTe kernel of the flash-attn-4 package.
+Source: torch.nn.attention.flex_attention, whose backend in Triton it is.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,34 +16,20 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 
 from ..block_index import BlockIndex
 
-Backend = Literal["TRITON", "FLASH"]
 # every length is compiled for; past this many FlexAttention would run unfused, which is an error here
 LENGTHS = 256
 
 _masks: WeakKeyDictionary[BlockIndex, BlockMask] = WeakKeyDictionary()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float, backend: Backend = "TRITON") -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, scale: float) -> tuple[Tensor, Tensor]:
     """As the reference; compiled at a shape's first use, as FlexAttention ignores an index's lists where it is not."""
     mask = _masks.get(index)
     if mask is None:
         mask = _masks[index] = block_mask(index, q.shape[1])
     with torch._dynamo.config.patch(recompile_limit=LENGTHS, accumulated_recompile_limit=2 * LENGTHS), torch.cuda.device_of(q):
-        out, aux = _compiled(backend)(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options={"BACKEND": backend}
-        )
-    return out, aux.lse if backend == "TRITON" else aux.lse * _unit(q.device)
-
-
-@cache
-def _unit(device: torch.device) -> float:
-    """What the FLASH backend's LSE is to be multiplied by: torch 2.11 takes a natural logarithm for one of base 2, and converts it."""
-    x = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device)
-    whole = BlockIndex.from_bool(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), (128,), (128,))
-    with torch.cuda.device_of(x):
-        aux = _compiled("FLASH")(x, x, x, block_mask=block_mask(whole, 1), scale=1.0, return_aux=AuxRequest(lse=True), kernel_options={"BACKEND": "FLASH"})[1]
-    found = float(aux.lse[0, 0, -1]) / math.log(128)  # of 128 equal scores
-    return 1.0 if abs(found - 1) < 1e-3 else 1 / found
+        out, aux = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=True, return_aux=AuxRequest(lse=True), kernel_options={"BACKEND": "TRITON"})
+    return out, aux.lse
 
 
 def block_mask(index: BlockIndex, heads: int) -> BlockMask:
@@ -71,19 +55,13 @@ def _causal(off: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 
 @cache
-def _compiled(backend: Backend) -> Any:
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False if backend == "FLASH" else None)
+def _compiled() -> Any:
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 def has_backends() -> tuple[bool, str]:
     """Whether this torch lets a call name FlexAttention's backend."""
     return "BACKEND" in FlexKernelOptions.__annotations__, "torch 2.10 or later"
-
-
-def has_flash() -> tuple[bool, str]:
-    """Whether the FLASH backend's kernel is installed."""
-    found = importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
-    return found, "" if found else "flash-attn-4 (flash_attn.cute) is not installed"
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> tuple[bool, str]:
