@@ -92,6 +92,12 @@ def _next(turn, q_full, item_bufs):
 
 
 @gluon.jit
+def _lane_sums(x, BN: gl.constexpr):
+    # (64, BN) to (64, 4), without words between lanes: of each eight columns, a lane of the four that hold a row has two beside each other
+    return gl.sum(gl.sum(x.reshape([64, BN // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _attend(
     common, HALF: gl.constexpr, BY_TURNS: gl.constexpr, GROUP: gl.constexpr, TOGETHER: gl.constexpr, LISTS_SHARE: gl.constexpr,
     STAGES: gl.constexpr, BN: gl.constexpr, D: gl.constexpr,
@@ -128,7 +134,7 @@ def _attend(
         s = gl.where(j[None, :] <= (HALF * 64 + x)[:, None], s, float("-inf"))
         m = gl.max(s, 1) * scale_log2
         pf = gl.exp2(s * scale_log2 - m[:, None])
-        total = gl.sum(pf, 1)
+        total = _lane_sums(pf, BN)
         p = gl.convert_layout(pf.to(k_bufs.dtype), of_p)
         acc = gl.zeros([64, D], gl.float32, of_o)
         mbarrier.wait(k_full.index((tile + 1) % STAGES), (tile + 1) // STAGES & 1, pred=count > 1)
@@ -149,7 +155,7 @@ def _attend(
             m2 = gl.maximum(m, gl.max(s, 1) * scale_log2)
             a = gl.exp2(m - m2)
             pf = gl.exp2(s * scale_log2 - m2[:, None])
-            total = total * a + gl.sum(pf, 1)
+            total = total * gl.convert_layout(a, gl.SliceLayout(1, total.type.layout), assert_trivial=True)[:, None] + _lane_sums(pf, BN)
             m = m2
             p2 = gl.convert_layout(pf.to(k_bufs.dtype), of_p)
             # before the sums are waited for: a branch, over which the assembler does not move that wait to before the softmax
@@ -165,6 +171,7 @@ def _attend(
         mbarrier.arrive(v_empty.index(stage), count=1)
         tile += 1
 
+        total = gl.convert_layout(gl.sum(total, 1), rows_s)
         # the output leaves through the place of its queries
         y = acc / gl.convert_layout(total, gl.SliceLayout(1, of_o))[:, None]
         q.store(y.to(k_bufs.dtype))
