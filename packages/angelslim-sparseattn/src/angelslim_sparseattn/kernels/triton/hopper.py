@@ -44,7 +44,7 @@ def _fetch(
     GROUP: gl.constexpr, TOGETHER: gl.constexpr, LISTS_SHARE: gl.constexpr, STAGES: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     q_bufs, k_bufs, v_bufs, item_bufs = bufs
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = bars
+    q_full, q_empty, k_full, v_full, empty, _ = bars
     tile = 0
     turn = 0
     item = gl.program_id(0)
@@ -66,11 +66,11 @@ def _fetch(
         n0 = own * BN
         for n in range(count):
             stage = tile % STAGES
-            phase = (tile // STAGES & 1) ^ 1
-            mbarrier.wait(k_empty.index(stage), phase)
+            # its place is free: the values before these keys waited for it
             mbarrier.expect(k_full.index(stage), k.block_type.nbytes)
             _load(k, [b, kv, n0, 0], k_full.index(stage), k_bufs.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
+            # one arrival gives back a tile's keys and the values of the tile before
+            mbarrier.wait(empty.index((tile + 1) % STAGES), ((tile + 1) // STAGES & 1) ^ 1)
             mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
             _load(v, [b, kv, n0, 0], v_full.index(stage), v_bufs.index(stage))
             n0 = gl.load(listed + n, n + 1 < count, 0).to(gl.int32) * BN
@@ -104,7 +104,7 @@ def _attend(
 ):  # fmt: skip
     out, lse, row_ptr, bufs, bars, items, rows, heads, queries, scale_log2 = common
     q_bufs, k_bufs, v_bufs, item_bufs = bufs
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn_bars = bars
+    q_full, q_empty, k_full, v_full, empty, turn_bars = bars
     of_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     of_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     of_p: gl.constexpr = gl.DotOperandLayout(0, of_o, 2)
@@ -130,7 +130,7 @@ def _attend(
         if BY_TURNS:
             mbarrier.arrive(turn_bars.index(1 - HALF), count=1)
         s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
         s = gl.where(j[None, :] <= (HALF * 64 + x)[:, None], s, float("-inf"))
         m = gl.max(s, 1) * scale_log2
         pf = gl.exp2(s * scale_log2 - m[:, None])
@@ -151,7 +151,6 @@ def _attend(
             if BY_TURNS:
                 mbarrier.arrive(turn_bars.index(1 - HALF), count=1)
             s = warpgroup_mma_wait(1, deps=[s])
-            mbarrier.arrive(k_empty.index(stage), count=1)
             m2 = gl.maximum(m, gl.max(s, 1) * scale_log2)
             a = gl.exp2(m - m2)
             pf = gl.exp2(s * scale_log2 - m2[:, None])
@@ -161,14 +160,13 @@ def _attend(
             # before the sums are waited for: a branch, over which the assembler does not move that wait to before the softmax
             mbarrier.wait(k_full.index((tile + 1) % STAGES), (tile + 1) // STAGES & 1, pred=n + 1 < count)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(v_stage), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
             p = p2
             acc *= gl.convert_layout(a, gl.SliceLayout(1, of_o))[:, None]
         stage = tile % STAGES
         mbarrier.wait(v_full.index(stage), tile // STAGES & 1)
         acc = warpgroup_mma(p, v_bufs.index(stage).reshape([BN, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(stage), count=1)
         tile += 1
 
         total = gl.convert_layout(gl.sum(total, 1), rows_s)
@@ -198,9 +196,8 @@ def _kernel(
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for side in gl.static_range(2):
         mbarrier.init(q_full.index(side), count=1)
@@ -209,10 +206,9 @@ def _kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=2)
     mbarrier.arrive(turn_bars.index(0), count=1)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn_bars)
+    bars = (q_full, q_empty, k_full, v_full, empty, turn_bars)
     bufs = (q_bufs, k_bufs, v_bufs, item_bufs)
     common = (out, lse, row_ptr, bufs, bars, items, rows, heads, queries, scale_log2)
     gl.warp_specialize(
