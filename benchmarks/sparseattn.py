@@ -117,7 +117,7 @@ def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def repeats(length: int) -> int:
-    return 30 if length <= 32768 else 6
+    return 30 if length <= 32768 else 12
 
 
 def times(spread: Spread) -> dict[str, float]:

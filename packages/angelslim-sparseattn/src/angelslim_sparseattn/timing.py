@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,12 +34,15 @@ def timed(call: Callable[[], object], repeats: int, device: str) -> Spread:
 
 
 def timed_by_turns(calls: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, Spread]:
-    """Time several calls in rounds of a few of each, so that none has a warmer or cooler device than the others; they must have run before."""
+    """Time several calls in rounds of a few of each, so that none has a warmer or cooler device than the others; they must have run before.
+
+    Each round has another order: what runs before a call sets the clock it begins with, which on a GPU at its power limit is worth a tenth.
+    """
     few = max(2, repeats // 6)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats // few):
-        for name, call in calls.items():
-            times[name] += _times(call, few, 1, device)
+    for turn in range(max(1, repeats // few)):
+        for name in random.Random(turn).sample(list(calls), len(calls)):
+            times[name] += _times(calls[name], few, 1, device)
     return {name: Spread.of(found) for name, found in times.items()}
 
 
