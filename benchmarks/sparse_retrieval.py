@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--stop-at", type=float, default=0.995, help="dense accuracy at which training ends")
     parser.add_argument("--spread", type=int, default=16, help="prompts with questions all over")
     parser.add_argument("--end", type=int, default=200, help="prompts with one question at their end")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.4, 0.25, 0.15])
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.85, 0.75, 0.6, 0.4, 0.25])
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--sink", type=float, default=1 / 64, help="share of the length that every row keeps at its start")
     parser.add_argument("--local", type=float, default=1 / 32, help="share of the length that every row keeps before it")
