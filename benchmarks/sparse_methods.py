@@ -55,6 +55,8 @@ def knobs(length: int, block: int) -> dict[str, Knob]:
         "uniform top-k": stem(length, alpha=1.0, lam=0.0),
         "stem mass": stem(length, **MASS),
         "uniform mass": stem(length, alpha=1.0, lam=0.0, **MASS),
+        "stem share": stem_by_share(length),
+        "uniform share": stem_by_share(length, alpha=1.0, lam=0.0),
     }
 
 
@@ -62,6 +64,12 @@ def stem(length: int, **fixed: Any) -> Knob:
     """Stem by its rate; uniform top-k is Stem without decay and without the values' term."""
     ours = {"alpha": 0.7, "lam": 0.2, "n_init": length // 64, "n_local": length // 32}
     return Knob("stem", lambda t: {"rate": max(1e-6, t)}, {**ours, **fixed})
+
+
+def stem_by_share(length: int, **fixed: Any) -> Knob:
+    """Stem by the share of the mass that its first row keeps; the uniform one is XAttention with near blocks kept."""
+    ours = {"alpha": 0.9, "lam": 0.2, "n_init": length // 64, "n_local": length // 32, **MASS}
+    return Knob("stem", lambda t: {"tau": max(1e-6, t)}, {**ours, **fixed})
 
 
 def density(inputs: Inputs, policy: str, options: Mapping[str, Any], block: int) -> float:

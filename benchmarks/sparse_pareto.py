@@ -22,12 +22,13 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import table, write
-from sparse_methods import MASS, Inputs, Knob, at_density, between, configured, knobs, stem
+from sparse_methods import MASS, Inputs, Knob, at_density, between, configured, knobs, stem, stem_by_share
 
 from angelslim_core.evaluation import text_windows
 from angelslim_core.loading import load_model
@@ -48,7 +49,7 @@ ONE_BY_ONE: dict[str, list[Any]] = {
     "n_init": [1 / 128, 1 / 32, 1 / 16],
     "n_local": [1 / 128, 1 / 64, 1 / 16],
 }
-ALPHAS, LAMS = (1.0, 0.85, 0.7, 0.5, 0.3), (0.0, 0.1, 0.2, 0.5, 1.0)
+ALPHAS, LAMS = (1.0, 0.9, 0.8, 0.7, 0.5), (0.0, 0.1, 0.2, 0.5, 1.0)
 
 
 def tried(name: str, what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -152,8 +153,8 @@ class Reading:
 def swept(length: int) -> dict[str, Knob]:
     """Stem's settings that the sweep compares."""
     found = {
-        f"{of}alpha {alpha:g} lam {lam:g}": stem(length, alpha=alpha, lam=lam, **score)
-        for of, score in (("", {}), ("mass, ", MASS))
+        f"{of}alpha {alpha:g} lam {lam:g}": make(length, alpha=alpha, lam=lam)
+        for of, make in (("", stem), ("mass, ", partial(stem, **MASS)), ("share, ", stem_by_share))
         for alpha in ALPHAS
         for lam in LAMS
     }
@@ -168,15 +169,15 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the figures must show."""
     kl = {row["method"]: row["kl"] for row in rows if "kl" in row}
     found: dict[str, Any] = {}
-    for of, uniform in (("", "uniform top-k"), (" mass", "uniform mass")):
+    for of, uniform in (("", "uniform top-k"), (" mass", "uniform mass"), (" share", "uniform share")):
         parts = {name: f"{name}{of}" for name in ("stem", "decay alone", "metric alone")}
         found |= {f"{mine} over {uniform}": kl[mine] / kl[uniform] for mine in parts.values() if {mine, uniform} <= kl.keys()}
     others = {name: value for name, value in kl.items() if name != "noise" and not name.startswith(("stem", "uniform", "decay", "metric"))}
     if others:
         best = min(others, key=others.__getitem__)
-        found |= {f"{mine} over {best}": kl[mine] / others[best] for mine in ("stem", "stem mass") if mine in kl}
-    if {"stem mass", "uniform top-k"} <= kl.keys():
-        found["stem mass over uniform top-k"] = kl["stem mass"] / kl["uniform top-k"]
+        found |= {f"{mine} over {best}": kl[mine] / others[best] for mine in ("stem", "stem mass", "stem share") if mine in kl}
+    if "uniform top-k" in kl:
+        found |= {f"{mine} over uniform top-k": kl[mine] / kl["uniform top-k"] for mine in ("stem mass", "stem share") if mine in kl}
     return found
 
 
@@ -259,9 +260,14 @@ def main() -> None:
         reading = Reading(model, ids, first, given.block, given.density)  # type: ignore[arg-type]
         if "kl" in given.parts:
             alone = {
-                f"{part} alone{of}": stem(given.length, **fixed, **score)
-                for of, score in (("", {}), (" mass", MASS))
+                f"{part} alone{of}": make(**fixed)
+                for of, make in (
+                    ("", partial(stem, given.length)),
+                    (" mass", partial(stem, given.length, **MASS)),
+                    (" share", partial(stem_by_share, given.length)),
+                )
                 for part, fixed in (("decay", {"lam": 0.0}), ("metric", {"alpha": 1.0}))
+                if f"stem{of}" in chosen
             }
             rows = [tried("noise", reading.noise)]
             rows += [tried(name, lambda knob=knob: reading.at(knob)) for name, knob in {**chosen, **alone}.items()]  # type: ignore[misc]

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from measure import table, write
-from sparse_methods import MASS, Inputs, Knob, at_density, configured, knobs, stem
+from sparse_methods import MASS, Inputs, Knob, at_density, configured, knobs, stem, stem_by_share
 from torch.nn import functional
 
 from angelslim_core.evaluation import read_text
@@ -194,7 +194,7 @@ def _stages() -> list[tuple[float, int]]:
 
 
 def methods(length: int, given: argparse.Namespace) -> dict[str, Knob]:
-    """Uniform top-k, Stem, and each of Stem's two parts alone, by the mean of antidiagonals; the first two by their mass, too, and XAttention."""
+    """Uniform top-k, Stem, and each of Stem's two parts alone, by the mean of antidiagonals; the first two by their mass, too, Stem by a share of it, and XAttention."""
     kept = {"n_init": round(given.sink * length), "n_local": round(given.local * length)}
     return {
         UNIFORM: stem(length, **kept, alpha=1.0, lam=0.0),
@@ -203,6 +203,7 @@ def methods(length: int, given: argparse.Namespace) -> dict[str, Knob]:
         "metric alone": stem(length, **kept, alpha=1.0, lam=given.lam),
         "uniform mass": stem(length, **kept, **MASS, alpha=1.0, lam=0.0),
         "stem mass": stem(length, **kept, **MASS, alpha=given.alpha, lam=given.lam),
+        "stem share": stem_by_share(length, **kept),
         "xattention": knobs(length, given.block)["xattention"],
     }
 
@@ -240,7 +241,7 @@ def verdict(dense: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> lis
             of = {row["method"]: row for row in rows if row["target"] == target and row.get("layout") == layout}
             lost = {name: 100 * (dense[layout]["accuracy"] - row["accuracy"]) for name, row in of.items()}
             if {"stem", UNIFORM} <= lost.keys():
-                holds = {name: lost[name] <= 0.5 and lost[UNIFORM] >= 2 for name in ("stem", "stem mass") if name in lost}
+                holds = {name: lost[name] <= 0.5 and lost[UNIFORM] >= 2 for name in ("stem", "stem mass", "stem share") if name in lost}
                 found.append({"layout": layout, "target": target, "points_lost": lost, "holds": holds, "densities": {n: r["density"] for n, r in of.items()}})
     return found
 

@@ -111,6 +111,7 @@ def test_later_tokens_change_earlier_lists_only_where_declared(name):
         ("vecattention", [{"theta": t} for t in (1.0, 0.5, 0.1, 0.0)]),
         ("cosa", [{"p": p, "delta": -1} for p in (0.2, 0.5, 0.8, 1.0)]),
         ("stem", [{"rate": r} for r in (0.1, 0.3, 0.6, 1.0)]),
+        ("stem", [{"rate": None, "score": "mass", "stride": 8, "alpha": 1.0, "tau": t} for t in (0.2, 0.5, 0.8, 1.0)]),
     ],
 )
 def test_larger_budgets_keep_more(name, options):
@@ -281,6 +282,25 @@ def test_stem_by_mass_takes_the_heaviest():
         assert cells[:, i, :i].equal(torch.zeros(4, i, dtype=torch.bool).scatter(1, score[:, i, :i].topk(min(3, i)).indices, True))
 
 
+def test_stem_by_share_is_xattention_whose_share_falls():
+    q, k, v = qkv(475)
+    plain = {"score": "mass", "stride": 4, "lam": 0.0, "n_init": 1, "n_local": 0}
+    by_share = lambda alpha, tau=0.8: select(q, k, v, make_policy("stem", tau=tau, alpha=alpha, **plain), block=16)  # noqa: E731
+    wanted = [select(q, k, v, make_policy("xattention", tau=tau, stride=4), block=16) for tau in (0.8, 0.4)]
+    assert same(by_share(1.0), wanted[0])
+    level, falling, low = (index.to_bool()[0] for index in (wanted[0], by_share(0.5), wanted[1]))
+    assert (falling <= level).all() and (low <= falling).all() and not falling.equal(level)
+    assert falling[:, 0].equal(level[:, 0]) and falling[:, -1].equal(low[:, -1])
+
+
+def test_large_values_draw_stems_share():
+    q, k, v = qkv(480)
+    v[:, :, 160:176] *= 10
+    options = {"score": "mass", "tau": 0.5, "alpha": 1.0, "stride": 4, "n_init": 1, "n_local": 0}
+    kept = [select(q, k, v, make_policy("stem", lam=lam, **options), block=16).to_bool()[0, :, 12:, 10].sum() for lam in (0.0, 1.0, 100.0)]
+    assert kept[0] < kept[1] <= kept[2] == 4 * 18
+
+
 # Stem's budgets
 
 
@@ -378,6 +398,9 @@ def test_options_are_checked():
         (r"stem\.rat\b", lambda: make_policy("stem", rat=0.1)),
         (r"stem\.rate", lambda: make_policy("stem", rate=0)),
         ("bias adds to rate", lambda: make_policy("stem", bias=3)),
+        ("tau is a share of mass", lambda: make_policy("stem", tau=0.9)),
+        ("which rate sets", lambda: make_policy("stem", score="mass", tau=0.9, rate=0.1)),
+        ("which schedule sets", lambda: make_policy("stem", score="mass", tau=0.9, schedule="paper")),
         (r"xattention\.tau", lambda: make_policy("xattention", tau=1.5)),
         (r"a_shape\.n_init", lambda: make_policy("a_shape", n_init="many")),
     ]

@@ -91,6 +91,7 @@ RULES = {
     "top_p": lambda rows: Rule("top_p", share=0.6, n_init=1),
     "top_p of none": lambda rows: Rule("top_p", share=0.0),
     "top_p of all": lambda rows: Rule("top_p", share=1.0, n_init=1),
+    "top_p, falling": lambda rows: Rule("top_p", share=0.9, slope=0.02, n_local=40),
     "in order": lambda rows: Rule("top_p", share=0.7, n_init=1, ordered=True),
     "in order, all": lambda rows: Rule("top_p", share=1.0, n_init=1, ordered=True),
     "at_least": lambda rows: Rule("at_least", share=0.5, n_init=16, n_local=32, n_last=16),

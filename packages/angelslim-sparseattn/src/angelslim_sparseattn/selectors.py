@@ -18,11 +18,12 @@ def top_k(score: Tensor, k: Tensor | int, allowed: Tensor) -> Tensor:
     return allowed & (_ranks(order) < k)
 
 
-def top_p(mass: Tensor, p: float, tier: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks in order of tier, then of mass, while the mass before is less than p of the row's; and that order.
+def top_p(mass: Tensor, p: Tensor, tier: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks in order of tier, then of mass, while the mass before is less than p of the row's; and that order. A p of 1 keeps all.
 
     Args:
         mass: [..., Pk], not negative.
+        p: broadcastable to [..., 1].
         tier: int, broadcastable to mass; what is of tier 0 is kept whatever the mass.
 
     Returns: bool kept and int rank, as mass.
@@ -34,7 +35,7 @@ def top_p(mass: Tensor, p: float, tier: Tensor, allowed: Tensor) -> tuple[Tensor
     rank = _ranks(order)
     ordered = mass.gather(-1, order)
     before = (ordered.cumsum(-1) - ordered).gather(-1, rank)
-    kept = (before < p * mass.sum(-1, keepdim=True)) | (tiers == 0) if p < 1 else torch.ones_like(allowed)
+    kept = (before < p * mass.sum(-1, keepdim=True)) | (tiers == 0) | (p >= 1)
     return allowed & kept, rank
 
 

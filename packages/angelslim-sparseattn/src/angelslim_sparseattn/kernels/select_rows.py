@@ -13,7 +13,7 @@ from torch import Tensor
 
 from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
-from ..block_index import Lists
+from ..block_index import Lists, own_blocks
 from ..patterns import causal, last_rows, local, own, sink
 from ..prefill import Prefill, Span
 from ..selectors import at_least, top_k, top_p
@@ -32,6 +32,7 @@ class Rule(NamedTuple):
             the row's highest mass. Masses of 0 have no share.
         k: of each row, for "top_k".
         share: for the others.
+        slope: of "top_p": what part of the share each block before a row's last own one takes from it.
         n_init, n_local, n_last: tokens, as of `patterns`; own blocks are always kept.
         ordered: whether lists are in priority order.
     """
@@ -39,6 +40,7 @@ class Rule(NamedTuple):
     mode: Literal["top_k", "top_p", "at_least"]
     k: tuple[int, ...] = ()
     share: float = 0.0
+    slope: float = 0.0
     n_init: int = 0
     n_local: int = 0
     n_last: int = 0
@@ -107,7 +109,8 @@ def reference(s: Prefill, score: Tensor, rule: Rule) -> Lists:
         cells = forced | at_least(score, rule.share, allowed & (score > 0))
     else:
         tier = torch.where(forced, 0, torch.where(score < 0, 1, 2))
-        cells, rank = top_p(score.abs(), rule.share, tier, allowed.expand(score.shape))
+        share = rule.share * (1 - rule.slope * own_blocks(s.q_len, s.kv_len, s.block, s.block, score.device)[1][:, None])
+        cells, rank = top_p(score.abs(), share, tier, allowed.expand(score.shape))
     if not rule.ordered:
         return compact(s, cells, False, None)
     assert rank is not None

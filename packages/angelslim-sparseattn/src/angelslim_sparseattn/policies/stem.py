@@ -28,14 +28,18 @@ class Stem(Strided):
     """First and near blocks, and beside them the top K of each row.
 
     With `rate` K is ceil(rate * P) + bias, P the prompt's blocks; without it K falls by the schedule's own numbers, which keep
-    prompts below 56 blocks dense.
+    prompts below 56 blocks dense. With `tau`, which needs `score: mass`, a row keeps no count but the heaviest while the mass before
+    is below a share of its own, first and near blocks included; from row to row that share falls from tau to alpha * tau.
     """
 
     looks_ahead: ClassVar[bool] = True  # the values' mean, and K, which follows from the prompt's length
 
     rate: float | None = Field(None, gt=0, le=1, description="selected blocks a row as a share of the prompt's; none: the schedule's")
     bias: int = Field(0, ge=0, le=MOST_BLOCKS, description="selected blocks a row beside `rate`")
-    alpha: float | None = Field(None, gt=0, le=1, description="K of the last row over K at the start; none: 0.7, and 1 with `rate`")
+    tau: float | None = Field(None, gt=0, le=1, description="share of the estimated attention that the first row keeps, in the place of K")
+    alpha: float | None = Field(
+        None, gt=0, le=1, description="K, or the share, of the last row over that at the start; none: 0.7, with `rate` 1, with `tau` 0.9"
+    )
     schedule: Literal["code", "paper"] = Field("code", description="where K begins to fall: at row K, as the authors' code, or at row 0")
     cap: int | None = Field(None, ge=1, le=MOST_BLOCKS, description="most selected blocks a row")
     score: Literal["mean", "mass"] = Field("mean", description="antidiagonals' mean, as the authors' code, or the logarithm of the attention they estimate")
@@ -49,6 +53,15 @@ class Stem(Strided):
     def _bias_needs_rate(self) -> Stem:
         if self.bias and self.rate is None:
             raise ValueError("bias adds to rate, which is not set")
+        return self
+
+    @model_validator(mode="after")
+    def _tau_takes_the_place_of_k(self) -> Stem:
+        if self.tau is not None:
+            if self.score != "mass":
+                raise ValueError("tau is a share of mass: it needs score: mass")
+            if others := [name for name in ("rate", "cap") if getattr(self, name) is not None] + ["schedule"] * (self.schedule != "code"):
+                raise ValueError(f"tau takes the place of K, which {others[0]} sets")
         return self
 
     def budget(self, s: Prefill | Span) -> Tensor:
@@ -67,6 +80,12 @@ class Stem(Strided):
 
     def keep(self, s: Prefill) -> Kept:
         bias = value_bias(s, self.stride, self.value_term) if self.lam else None
+        if self.tau is not None:
+            score = antidiagonal_mass(s, self.stride)
+            if bias is not None:
+                weight = (self.lam * (bias - bias.amax(-1, keepdim=True))).exp()
+                score.mul_(weight.repeat_interleave(s.groups, 0)[:, None])
+            return Kept(lists=SELECT_ROWS(s, score, self._share(self.tau, s.prompt_len, s.block)))
         if self.score == "mean":
             score = antidiagonal_mean(s, self.stride, bias, self.lam)
         else:
@@ -74,6 +93,10 @@ class Stem(Strided):
             if bias is not None:
                 score.add_(bias.repeat_interleave(s.groups, 0)[:, None], alpha=self.lam)
         return Kept(lists=SELECT_ROWS(s, score, _rule(self, s.span)))
+
+    def _share(self, tau: float, prompt_len: int, block: int) -> Rule:
+        slope = (1 - (0.9 if self.alpha is None else self.alpha)) / max(1, -(-prompt_len // block) - 1)
+        return Rule("top_p", share=tau, slope=slope, n_init=self.n_init, n_local=self.n_local)
 
 
 def _log(mass: Tensor) -> Tensor:

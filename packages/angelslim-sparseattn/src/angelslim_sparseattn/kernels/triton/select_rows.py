@@ -29,7 +29,7 @@ def _bits(x):
 
 @triton.jit
 def _select(
-    score, budget, counts, ptr, col, turns, rows, columns, off, q_len, ss_h, ss_r, share, first_blocks, near_blocks, last_queries,
+    score, budget, counts, ptr, col, turns, rows, columns, off, q_len, ss_h, ss_r, share, slope, first_blocks, near_blocks, last_queries,
     MODE: tl.constexpr, WRITE: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     i, h = tl.program_id(0), tl.program_id(1)
@@ -63,7 +63,8 @@ def _select(
             key = tl.where(free, x.to(tl.uint32, bitcast=True), 0)
             open_mass = tl.where(free, mass, 0.0)
             base = tl.sum(tl.where(forced, mass, 0.0), 0)
-            goal = share * (base + tl.sum(open_mass, 0))
+            of_row = share * (1 - slope * last.to(tl.float32))
+            goal = of_row * (base + tl.sum(open_mass, 0))
             for _ in range(32):
                 higher = least | step
                 least = tl.where(base + tl.sum(tl.where(key >= higher, open_mass, 0.0), 0) >= goal, higher, least)
@@ -73,7 +74,7 @@ def _select(
             before = base + tl.sum(tl.where(above, open_mass, 0.0), 0)
             before += (tl.cumsum(level.to(tl.int32), 0) - 1).to(tl.float32) * (least & 0x7FFFFFFF).to(tl.float32, bitcast=True)
             kept = forced | above | (level & (before < goal))
-            if share >= 1:
+            if of_row >= 1:
                 kept = causal
     row = h * rows + i
     if WRITE:
@@ -117,7 +118,7 @@ def select_rows(s: Prefill, score: Tensor, rule: Rule) -> Lists:
     heads, rows, columns = score.shape
     width = max(256, triton.next_power_of_2(columns))  # fewer variants to compile
     options = {"MODE": MODES[rule.mode], "ORDERED": rule.ordered, "BLOCK": s.block, "BP": width, "num_warps": min(16, max(1, width // 512))}
-    sizes = (rows, columns, s.off, s.q_len, *score.stride()[:2], float(rule.share), *rule.blocks(s.block), rule.n_last)
+    sizes = (rows, columns, s.off, s.q_len, *score.stride()[:2], float(rule.share), float(rule.slope), *rule.blocks(s.block), rule.n_last)
     device = score.device
     with torch.cuda.device_of(score):
         if rule.mode == "top_k":
