@@ -66,10 +66,13 @@ def stem(length: int, **fixed: Any) -> Knob:
     return Knob("stem", lambda t: {"rate": max(1e-6, t)}, {**ours, **fixed})
 
 
-def stem_by_share(length: int, **fixed: Any) -> Knob:
-    """Stem by the share of the mass that its first row keeps; the uniform one is XAttention with near blocks kept."""
-    ours = {"alpha": 0.9, "lam": 0.2, "n_init": length // 64, "n_local": length // 32, **MASS}
-    return Knob("stem", lambda t: {"tau": max(1e-6, t)}, {**ours, **fixed})
+def stem_by_share(length: int, alpha: float = 0.9, **fixed: Any) -> Knob:
+    """Stem by the share of the mass that its first row keeps; the uniform one is XAttention with near blocks kept.
+
+    The decay ends where it would keep a density from being reached.
+    """
+    ours = {"lam": 0.2, "n_init": length // 64, "n_local": length // 32, **MASS}
+    return Knob("stem", lambda t: {"tau": max(1e-6, t), "alpha": max(alpha, 2 * t - 1)}, {**ours, **fixed})
 
 
 def density(inputs: Inputs, policy: str, options: Mapping[str, Any], block: int) -> float:

@@ -203,7 +203,7 @@ def methods(length: int, given: argparse.Namespace) -> dict[str, Knob]:
         "metric alone": stem(length, **kept, alpha=1.0, lam=given.lam),
         "uniform mass": stem(length, **kept, **MASS, alpha=1.0, lam=0.0),
         "stem mass": stem(length, **kept, **MASS, alpha=given.alpha, lam=given.lam),
-        "stem share": stem_by_share(length, **kept),
+        "stem share": stem_by_share(length, **kept, lam=given.lam),
         "xattention": knobs(length, given.block)["xattention"],
     }
 
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--sink", type=float, default=1 / 64, help="share of the length that every row keeps at its start")
     parser.add_argument("--local", type=float, default=1 / 32, help="share of the length that every row keeps before it")
-    parser.add_argument("--alpha", type=float, default=0.7, help="Stem's decay")
+    parser.add_argument("--alpha", type=float, default=0.7, help="Stem's decay, by count")
     parser.add_argument("--lam", type=float, default=0.2, help="weight of Stem's values' term")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -308,7 +308,9 @@ def main() -> None:
         print(f"dense answers less than {100 * given.enough:g} % of {layout}: no policy is tried there", flush=True)
     spread = range(2, model.config.num_hidden_layers, max(1, model.config.num_hidden_layers // 10))
     inputs = [tuple(found) for found in captured(model, torch.tensor([held[0].ids], device=model.device), spread).values()]
-    rows = document["rows"] = []
+    rows: list[dict[str, Any]] = []
+    document |= {"rows": rows, "verdict": [], "seconds": round(time.perf_counter() - start, 1)}
+    write(given.out, document)
     for row in compared(model, inputs, able, given) if able else ():  # type: ignore[arg-type]
         rows.append(row)
         document |= {"verdict": verdict({k: dense[k] for k in able}, rows), "seconds": round(time.perf_counter() - start, 1)}

@@ -299,6 +299,12 @@ def test_large_values_draw_stems_share():
     options = {"score": "mass", "tau": 0.5, "alpha": 1.0, "stride": 4, "n_init": 1, "n_local": 0}
     kept = [select(q, k, v, make_policy("stem", lam=lam, **options), block=16).to_bool()[0, :, 12:, 10].sum() for lam in (0.0, 1.0, 100.0)]
     assert kept[0] < kept[1] <= kept[2] == 4 * 18
+    rows_before = []
+    for loud in (1, 1e6):  # what comes later changes nothing, however loud
+        v[:, :, 400:416] *= loud
+        index = select(q, k, v, make_policy("stem", lam=20.0, value_term="log", **options), block=16)
+        rows_before.append(index.to_bool()[0, :, :25])
+    assert rows_before[0].equal(rows_before[1])
 
 
 # Stem's budgets

@@ -16,6 +16,7 @@ from .. import budgets
 from ..block_index import own_blocks
 from ..estimators import antidiagonal_mass, antidiagonal_mean, value_bias
 from ..kernels.select_rows import SELECT_ROWS, Rule
+from ..patterns import causal
 from ..prefill import Kept, Prefill, Span
 from .base import MOST_BLOCKS, MOST_TOKENS
 from .strided import Stride, Strided
@@ -82,9 +83,9 @@ class Stem(Strided):
         bias = value_bias(s, self.stride, self.value_term) if self.lam else None
         if self.tau is not None:
             score = antidiagonal_mass(s, self.stride)
-            if bias is not None:
-                weight = (self.lam * (bias - bias.amax(-1, keepdim=True))).exp()
-                score.mul_(weight.repeat_interleave(s.groups, 0)[:, None])
+            if bias is not None:  # by logarithms, whose highest of a row becomes 0: nothing that a row sees vanishes beside what comes later
+                score = _log(score).add_(bias.repeat_interleave(s.groups, 0)[:, None], alpha=self.lam)
+                score.sub_(score.masked_fill(~causal(s), -torch.inf).amax(-1, keepdim=True)).exp_()
             return Kept(lists=SELECT_ROWS(s, score, self._share(self.tau, s.prompt_len, s.block)))
         if self.score == "mean":
             score = antidiagonal_mean(s, self.stride, bias, self.lam)

@@ -1,4 +1,4 @@
-"""Block-sparse attention for Hopper: one warp fetches listed blocks, two warpgroups of 64 queries each multiply and take softmax by turns.
+"""Block-sparse attention for Hopper: one warp fetches listed blocks, two warpgroups of 64 queries each multiply and take softmax.
 
 Programs stay: each takes the next block of queries from a counter, and its keys are fetched while the last one's output is written.
 Source: the order of products within a warpgroup is that of arXiv:2407.08608 §3.2.
