@@ -81,19 +81,17 @@ class Stem(Strided):
 
     def keep(self, s: Prefill) -> Kept:
         bias = value_bias(s, self.stride, self.value_term) if self.lam else None
-        if self.tau is not None:
-            score = antidiagonal_mass(s, self.stride)
-            if bias is not None:  # by logarithms, whose highest of a row becomes 0: nothing that a row sees vanishes beside what comes later
-                score = _log(score).add_(bias.repeat_interleave(s.groups, 0)[:, None], alpha=self.lam)
-                score.sub_(score.masked_fill(~causal(s), -torch.inf).amax(-1, keepdim=True)).exp_()
-            return Kept(lists=SELECT_ROWS(s, score, self._share(self.tau, s.prompt_len, s.block)))
         if self.score == "mean":
             score = antidiagonal_mean(s, self.stride, bias, self.lam)
         else:
-            score = _log(antidiagonal_mass(s, self.stride))
+            score = antidiagonal_mass(s, self.stride)
             if bias is not None:
-                score.add_(bias.repeat_interleave(s.groups, 0)[:, None], alpha=self.lam)
-        return Kept(lists=SELECT_ROWS(s, score, _rule(self, s.span)))
+                score = _log(score).add_(bias.repeat_interleave(s.groups, 0)[:, None], alpha=self.lam)
+        if self.tau is None:
+            return Kept(lists=SELECT_ROWS(s, score, _rule(self, s.span)))
+        if bias is not None:  # a row's highest becomes 1: nothing that it sees vanishes beside what comes later
+            score.sub_(score.masked_fill(~causal(s), -torch.inf).amax(-1, keepdim=True)).exp_()
+        return Kept(lists=SELECT_ROWS(s, score, self._share(self.tau, s.prompt_len, s.block)))
 
     def _share(self, tau: float, prompt_len: int, block: int) -> Rule:
         slope = (1 - (0.9 if self.alpha is None else self.alpha)) / max(1, -(-prompt_len // block) - 1)
