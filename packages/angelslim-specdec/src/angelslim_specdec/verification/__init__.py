@@ -1,0 +1,1 @@
+"""Which proposed tokens stay, and what comes after them: pure functions of tensors."""
