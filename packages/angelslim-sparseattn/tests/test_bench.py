@@ -14,6 +14,7 @@ from angelslim_core.recipe import load_recipe
 from angelslim_core.testing.models import tiny_checkpoint
 from angelslim_sparseattn.candidates import candidates
 from angelslim_sparseattn.choose import Measured, cheapest, configuration, summary
+from angelslim_sparseattn.cli import _TRIED
 from angelslim_sparseattn.config import SparseAttentionConfig, shape_of
 from angelslim_sparseattn.coupling import attach, attachment
 
@@ -139,6 +140,30 @@ def test_the_cheapest_that_suffices():
     assert head.tolist() == [[0, -1]] and mixed.overrides[0].policy == "dense" and mixed.overrides[0].heads == (1,)
     with pytest.raises(UsageError, match="no policy reaches"):
         configuration(torch.full((1, 2), -1), Measured((1,), found.density[:1], found.recall[:1]), chosen, ())
+
+
+def test_stem_by_share_is_tried_and_first_among_equals():
+    chosen = candidates(_TRIED)
+    shares = [c for c in chosen if "tau" in c.options and c.name == "stem"]
+    assert chosen[: len(shares)] == shares and [c.options["tau"] for c in shares] == [0.8, 0.9, 0.95, 0.98, 0.995]
+    assert all(c.options["alpha"] == pytest.approx(max(0.9, 2 * c.options["tau"] - 1)) for c in shares)
+    equal = torch.full((1, len(chosen), 2), 0.5, dtype=torch.float64)
+    choice = cheapest(Measured((3,), equal, equal + 0.4), 0.9)
+    config = configuration(choice, Measured((3,), equal, equal + 0.4), chosen, ())
+    assert choice.tolist() == [[0, 0]] and (config.policy, config.options) == ("stem", dict(shares[0].options))
+
+
+def test_stem_by_share_stands_beside_others_in_one_layer(model):
+    chosen = candidates("stem:score=mass:tau=.7:stride=4:n_init=0:n_local=0,stem:rate=.1:stride=4:n_init=16:n_local=16,xattention:tau=.5:stride=4")
+    found = Measured((1, 2), torch.full((2, 3, 4), 0.5), torch.ones(2, 3, 4))
+    config = configuration(torch.tensor([[0, 0, 1, 2], [0, 0, 0, -1]]), found, chosen, (0,), min_len=64, block=16)
+    assert config.options["tau"] == 0.7 and [(o.layers, o.heads, o.policy) for o in config.overrides] == [
+        ((1,), (2,), "stem"), ((1,), (3,), "xattention"), ((2,), (3,), "dense"),
+    ]  # fmt: skip
+    loaded, _ = load(model, device="cpu")
+    with attach(loaded, config) as attached, torch.no_grad():
+        loaded(torch.arange(3, 131)[None])
+        assert [s["sparse"] for s in attached.stats()] == [0, 1, 1] and all(0 < s["density"] < 1 for s in attached.stats()[1:])
 
 
 def test_choose_writes_what_it_measured(model, text, tmp_path):

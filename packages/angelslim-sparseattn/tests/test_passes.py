@@ -131,11 +131,16 @@ def test_eval_and_validate_run_the_policy(artifact, tiny, tmp_path):
 
 
 def test_plugins_alone_and_shipped_recipes_give_an_artifact(tiny, tmp_path):
-    for out, arguments in (("a", ["--plugins", "quant,sparseattn"]), ("b", ["fp8_stem"]), ("c", ["stem"]), ("d", ["--use", "sparseattn.xattention"])):
+    by_share = {"score": "mass", "tau": 0.975, "alpha": 0.95, "n_init": 128, "n_local": 256}
+    for out, arguments, options in (
+        ("a", ["--plugins", "quant,sparseattn"], {}), ("b", ["fp8_stem"], {}), ("c", ["stem"], {}), ("d", ["--use", "sparseattn.xattention"], {}),
+        ("e", ["stem_share"], by_share),
+    ):  # fmt: skip
         result = CliRunner().invoke(cli, ["run", *arguments, "--model", str(tiny("qwen3")), "--out", str(tmp_path / out), "--json"])
         assert result.exit_code == 0, result.output
         config = attachment(load(tmp_path / out, device="cpu")[0]).config
         assert (config.policy, config.min_len, config.dense_layers) == ("xattention" if out == "d" else "stem", 8192, (0, 1))
+        assert options.items() <= config.options.items()
 
 
 def test_the_example_of_the_readme_runs(capsys):

@@ -11,7 +11,15 @@ import click
 from angelslim_core.cli.common import emit, host_of, json_option, plugins_option, progress, table
 from angelslim_core.errors import UsageError
 
-_TRIED = "a_shape:n_local=896,a_shape:n_local=1920,stem:rate=.05,stem:rate=.1,stem:rate=.2,stem:rate=.4,xattention:tau=.8,xattention:tau=.9,xattention:tau=.95,xattention:tau=.98,flashprefill"
+# of equals the first is taken; shares near 1 fall to 2 tau - 1, as they were measured
+_BY_SHARE = ",".join(
+    f"stem:score=mass:tau={tau}:alpha={alpha}:n_init=128:n_local=256"
+    for tau, alpha in ((".8", ".9"), (".9", ".9"), (".95", ".9"), (".98", ".96"), (".995", ".99"))
+)
+_TRIED = (
+    f"{_BY_SHARE},a_shape:n_local=896,a_shape:n_local=1920,stem:rate=.05,stem:rate=.1,stem:rate=.2,stem:rate=.4,"
+    "xattention:tau=.8,xattention:tau=.9,xattention:tau=.95,xattention:tau=.98,flashprefill"
+)
 _POLICIES = "stem,stem:rate=.1,xattention,flashprefill,minference"
 
 
