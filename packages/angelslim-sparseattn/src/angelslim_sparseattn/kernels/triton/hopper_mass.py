@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .hopper import _load
 from .mass import strided
 
-FOUND: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
+FOUND: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0]))
 # of a thread, by warpgroups that multiply: at the start, of those that multiply, of the warp that fetches
 REGISTERS = {2: (168, 240, 24), 3: (128, 160, 24)}
 
