@@ -1,5 +1,7 @@
 """Triton's selection against its references: scores, masses, and lists, in the interpreter where there is no GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,6 +42,12 @@ def close(s, found, wanted, atol=1e-5):
     assert torch.allclose(found[seen], wanted[seen], atol=atol, rtol=1e-4)
 
 
+def mass_tiles():
+    from angelslim_sparseattn.kernels.triton import mass
+
+    return list(mass.CONFIGS)
+
+
 def cells_of(s, lists):
     return to_cells(lists, s.rows, s.columns)
 
@@ -75,6 +83,18 @@ def test_antidiagonal_masses(size, owners, monkeypatch):
     assert not owners or (wanted < 0).any()
     monkeypatch.setattr(mass, "MEMORY", 1)  # a block of queries at a time
     close(s, ANTIDIAGONAL_MASS(s, stride, owners, executor="triton"), wanted)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(512, 1024), (301, 707)])
+@pytest.mark.parametrize("name", mass_tiles())
+def test_antidiagonal_masses_by_whole_tiles(name, queries, keys):
+    from angelslim_sparseattn.kernels.triton import mass
+
+    s = prefill(queries, keys, 32, 2, 1, 16 if DEVICE == "cpu" else 64, torch.bfloat16)
+    wide = replace(s, q=s.q.float(), k=s.k.float())
+    for owners in (False, True):
+        wanted = ANTIDIAGONAL_MASS(wide, 2, owners, executor="reference")
+        close(s, mass.antidiagonal_mass(s, 2, owners, mass.CONFIGS[name]), wanted, 1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
