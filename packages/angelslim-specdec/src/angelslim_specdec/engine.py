@@ -142,8 +142,6 @@ class Engine:
         Raises:
             UsageError: the batch is not of the engine's shape, or a prompt is empty or too long.
         """
-        if len(prompts) != self.batch:
-            raise UsageError(711, "prompts", f"{len(prompts)} rows, but the engine was made for {self.batch}")
         started = time.perf_counter()
         draws = self.draws(range(self.batch) if seeds is None else seeds)
         self.cache.clear()
@@ -182,12 +180,12 @@ class Engine:
         Raises:
             UsageError: a prompt is empty or does not fit, or no tokens are wanted.
         """
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        if not 0 < shortest <= longest <= min(self.capacity - max_new_tokens, prompts.shape[1]) or max_new_tokens < 1:
-            what = f"of {shortest} to {longest} tokens, with {max_new_tokens} new ones, do not fit into {self.capacity}"
-            raise UsageError(712, "prompts", what, "prompts and answers have at least one token")
+        shortest, longest, rows = int(lengths.min()), int(lengths.max()), list(rows)
+        if len(prompts) != len(rows) or not 0 < shortest <= longest <= min(self.capacity - max_new_tokens, prompts.shape[1]) or max_new_tokens < 1:
+            what = f"{len(prompts)} of {shortest} to {longest} tokens, with {max_new_tokens} new ones, do not fit into {len(rows)} rows of {self.capacity}"
+            raise UsageError(711, "prompts", what, "prompts and answers have at least one token")
         device = self.target.device
-        prompts, lengths, at = prompts[:, :longest].to(device), lengths.to(device), torch.tensor(list(rows), device=device)
+        prompts, lengths, at = prompts[:, :longest].to(device), lengths.to(device), torch.tensor(rows, device=device)
         step = self.target.prefill(prompts, lengths, self.cache, self._layers, at)
         logits = step.logits[:, 0]
         first = draw(self.warp(logits), draws[_FIRST].take(1)[at.cpu(), 0].to(device)) if draws else logits.argmax(-1)

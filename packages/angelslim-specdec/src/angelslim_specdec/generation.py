@@ -15,6 +15,7 @@ from torch import Tensor
 
 from angelslim_core.errors import UsageError
 
+from .drafters.autoregressive import Autoregressive, Tree
 from .drafters.base import Drafter, Warp
 from .engine import Decoded, Engine, Pacing, Rule
 from .registry import drafters
@@ -55,7 +56,7 @@ class Generated:
 
 def generate(
     target: Target | PreTrainedModel, input_ids: Tensor, drafter: Drafter | str | Path | None = None, max_new_tokens: int = 256, temperature: float = 0.0, *,
-    top_k: int = 0, top_p: float = 1.0, k: int = 5, rule: Rule = "auto", seed: int | Sequence[int] = 0, stop_ids: Sequence[int] | None = None,
+    top_k: int = 0, top_p: float = 1.0, k: int = 5, tree: Tree | None = None, rule: Rule = "auto", seed: int | Sequence[int] = 0, stop_ids: Sequence[int] | None = None,
     attention_mask: Tensor | None = None, pace: Pacing | None = None, static: bool | None = None, tell: Callable[[list[list[int]]], None] | None = None,
 ) -> Generated:  # fmt: skip
     """Continue prompts, exactly as the target would: greedily the same tokens, sampled the same distribution.
@@ -70,6 +71,7 @@ def generate(
         top_k: tokens that may be sampled; 0: all.
         top_p: their share of probability.
         k: tokens to propose a round, levels of a tree.
+        tree: shape of the trees that a draft of one token at a time proposes; None: chains.
         rule: how sampled tokens are accepted, as for `Engine`.
         seed: the first row's, each further one's being greater by one, or one for each row. What a row samples depends on nothing
             else of its batch.
@@ -79,13 +81,13 @@ def generate(
         tell: called with the new tokens of each row, after each round.
 
     Raises:
-        UsageError: the mask is of another shape, or pads in between or on the right; or as `Engine.decode` raises.
+        UsageError: the mask is of another shape, or pads in between or on the right; the drafter grows no trees; or as `Engine.decode` raises.
         ModelError: the target cannot be decoded speculatively, or the draft is of another target.
     """
     target = target if isinstance(target, Target) else Target(target)
     prompts, lengths = left_aligned(input_ids, attention_mask)
     capacity = int(lengths.max()) + max_new_tokens
-    proposer = drafter_of(drafter, target)
+    proposer = drafter_of(drafter, target, tree)
     stops = target.stop_ids if stop_ids is None else stop_ids
     engine = Engine(
         target, proposer, len(prompts), capacity, k=k, warp=Warp(temperature, top_k, top_p), rule=rule, stops=stops, pace=pace, static=static
@@ -98,20 +100,25 @@ def generate(
     return Generated(torch.cat([input_ids, new.to(input_ids.device)], 1), decoded)
 
 
-def drafter_of(drafter: Drafter | str | Path | None, target: Target) -> Drafter | None:
+def drafter_of(drafter: Drafter | str | Path | None, target: Target, tree: Tree | None = None) -> Drafter | None:
     """The drafter of a name, of a folder, or as it is.
 
     Raises:
         ModelError: the folder holds no draft, or one of another target.
+        UsageError: a tree is asked of a drafter that grows none.
     """
-    if drafter is None or isinstance(drafter, Drafter):
-        return drafter
-    if str(drafter) in (known := drafters()):
-        return known[str(drafter)]()
-    from .folder import load_draft
+    if isinstance(drafter, str | Path):
+        if str(drafter) in (known := drafters()):
+            drafter = known[str(drafter)]()
+        else:
+            from .folder import load_draft
 
-    draft = load_draft(Path(drafter), target.shape)
-    return draft.to(target.device, target.dtype).eval().drafter(target.heads())  # type: ignore[no-any-return]
+            drafter = load_draft(Path(drafter), target.shape).to(target.device, target.dtype).eval().drafter(target.heads())
+    if tree is not None:
+        if not isinstance(drafter, Autoregressive):
+            raise UsageError(714, "tree", "only drafts of one token at a time grow trees", "leave it out")
+        drafter.tree = tree
+    return drafter
 
 
 def left_aligned(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
