@@ -1,5 +1,10 @@
 """Draft models, one file each."""
 
 from .base import Draft
+from .dflare import DFlare
+from .dflash import DFlash
+from .dfly import DFly
+from .dspark import DSpark
+from .eagle3 import Eagle3
 
-DRAFTS: tuple[type[Draft], ...] = ()
+DRAFTS: tuple[type[Draft], ...] = (Eagle3, DFlash, DFlare, DFly, DSpark)
