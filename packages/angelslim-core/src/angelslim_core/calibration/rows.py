@@ -32,7 +32,7 @@ class RowFile:
         # only where rows begin is kept: a file may be larger than memory
         self._rows: list[tuple[int, int]] = []
         with path.open("rb") as file:
-            for number, offset, line in self._lines(file):
+            for number, offset, line in _lines(path, file):
                 self._parse(line, number)
                 self._rows.append((number, offset))
 
@@ -47,34 +47,53 @@ class RowFile:
                 file.seek(offset)
                 yield self._parse(file.readline(MAX_LINE_BYTES + 1), number)
 
-    def _lines(self, file: Any) -> Iterator[tuple[int, int, bytes]]:
-        number, offset = 0, 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise RecipeError(74, f"{self.path}:{number}", f"the line is longer than {MAX_LINE_BYTES} bytes", "split or shorten the row")
-            if line.strip():
-                yield number, offset, line
-            offset += len(line)
-
     def _parse(self, line: bytes, number: int) -> Chat | str:
         where = f"{self.path}:{number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            if b"\\ud" in line.lower():  # half of a surrogate pair, legal in JSON, is no text
-                json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeError as error:
-            raise RecipeError(73, where, "is not UTF-8", "save the file as UTF-8") from error
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(75, where, f"is not JSON: {' '.join(str(error).split())}", "write one JSON object per line") from error
-        if not isinstance(row, dict):
-            raise RecipeError(76, where, "is no JSON object", "write one JSON object per line")
+        row = _object(line, number, where)
         found = interpret(row, self.field)
         if found is None:
             wanted = f"field {self.field!r} with messages or text" if self.field else f"known field ({', '.join(FIELDS)}; input needs output)"
             keys = ", ".join(map(repr, row))[:200] or "none"
             raise RecipeError(77, where, f"has no {wanted}; its keys: {keys}", "name the field with calibration.field")
         return found
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and object of each line that is not empty.
+
+    Raises:
+        RecipeError: no such file, or a line is too long, not UTF-8, or not a JSON object.
+    """
+    if not path.is_file():  # a device or a pipe may never end
+        raise RecipeError(79, str(path), "is no file" if path.exists() else "does not exist", "give a JSONL file")
+    with path.open("rb") as file:
+        for number, _, line in _lines(path, file):
+            yield number, _object(line, number, f"{path}:{number}")
+
+
+def _lines(path: Path, file: Any) -> Iterator[tuple[int, int, bytes]]:
+    number, offset = 0, 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise RecipeError(74, f"{path}:{number}", f"the line is longer than {MAX_LINE_BYTES} bytes", "split or shorten the row")
+        if line.strip():
+            yield number, offset, line
+        offset += len(line)
+
+
+def _object(line: bytes, number: int, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        if b"\\ud" in line.lower():  # half of a surrogate pair, legal in JSON, is no text
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise RecipeError(73, where, "is not UTF-8", "save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(75, where, f"is not JSON: {' '.join(str(error).split())}", "write one JSON object per line") from error
+    if not isinstance(row, dict):
+        raise RecipeError(76, where, "is no JSON object", "write one JSON object per line")
+    return row
 
 
 def interpret(row: Mapping[str, Any], field: str | None = None) -> Chat | str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from ..parallel import is_first
 
 if TYPE_CHECKING:
     from ..plugins import PluginHost
@@ -103,6 +106,27 @@ def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
                 click.echo(f"{title}: {done}/{total}, {left:.0f} s left, {label}", err=True)
 
         yield line
+
+
+@contextmanager
+def stoppable() -> Iterator[Any]:
+    """First SIGINT or SIGTERM asks the run to stop safely, a second SIGINT ends it at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        if is_first():
+            click.echo("stopping after the item at hand (Ctrl-C again to stop at once)", err=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _short(label: str) -> str:

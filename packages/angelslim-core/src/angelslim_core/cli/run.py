@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from ..parallel import is_first
-from .common import emit, json_option, plugins_option, progress, show_evaluation, size, table
+from .common import emit, json_option, plugins_option, progress, show_evaluation, size, stoppable, table
 
 
 @click.command("run")
@@ -46,7 +43,7 @@ def run(
         else:
             _show_plan(plan.as_dict())
         return
-    with _stoppable() as stop_requested, progress("compressing") as report:
+    with stoppable() as stop_requested, progress("compressing") as report:
         result = compress(model, use, out, replace=replace, progress=report, stop_requested=stop_requested, **arguments)
     if not is_first():
         return
@@ -70,27 +67,6 @@ def run(
         f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {size(done['peak_ram_bytes'])}{of}"
     )
     click.echo(f"{done['path']}   next: angelslim eval {done['path']} --base {model or 'MODEL'} --text FILE")
-
-
-@contextmanager
-def _stoppable() -> Iterator[Any]:
-    """First SIGINT or SIGTERM asks the run to stop safely, a second SIGINT ends it at once."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked = True
-        if is_first():
-            click.echo("stopping after the item at hand (Ctrl-C again to stop at once)", err=True)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

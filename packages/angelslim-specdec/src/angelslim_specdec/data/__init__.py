@@ -1,0 +1,1 @@
+"""Prompts, conversations, and what a draft is trained on."""
