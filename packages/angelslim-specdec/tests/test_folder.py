@@ -93,7 +93,7 @@ def test_a_folder_appears_whole_or_not_at_all(folder, monkeypatch):
 @pytest.mark.parametrize("change", [{"hidden_size": 64}, {"vocab_size": 65}, {"num_layers": 7}, {"fingerprint": "other"}], ids=str)
 def test_a_draft_of_another_target_is_refused(folder, change):
     other = TargetShape(**{**TARGET.__dict__, **change})
-    with pytest.raises(ModelError, match="another target|whose"):
+    with pytest.raises(ModelError, match=r"another target|whose"):
         open_draft(folder, other)
     assert open_draft(folder, TARGET).config.hidden_size == 32
 

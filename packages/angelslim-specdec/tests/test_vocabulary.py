@@ -51,7 +51,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("d2t", "t2d"), WRONG.values(), ids=list(WRONG))
 def test_what_is_no_selection_is_refused(d2t, t2d):
-    with pytest.raises(ModelError, match="d2t|t2d"):
+    with pytest.raises(ModelError, match=r"d2t|t2d"):
         Vocabulary.from_stored(d2t, 10, "draft", t2d)
 
 
