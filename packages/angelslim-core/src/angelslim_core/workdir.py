@@ -26,18 +26,18 @@ class Workdir:
 
     Args:
         out: the folder to be published.
-        source: the model folder, which must not lie in or under `out`.
+        source: the model folder, which must not lie in or under `out`; None: what is written comes from no folder.
         replace: an existing output may be replaced once the new one is complete.
 
     Raises:
         OutputError: the output exists, is locked by another run, or would overwrite the source.
     """
 
-    def __init__(self, out: Path, source: Path, replace: bool) -> None:
+    def __init__(self, out: Path, source: Path | None, replace: bool) -> None:
         self.out = out.absolute()
         self.replace = replace
-        real, home = self.out.resolve(), source.resolve()
-        if real == home or home.is_relative_to(real) or real.is_relative_to(home):
+        real, home = self.out.resolve(), source.resolve() if source else None
+        if home and (real == home or home.is_relative_to(real) or real.is_relative_to(home)):
             raise OutputError(1, str(out), "lies in the model folder or holds it", "choose another --out")
         self.path = _path(self.out)
         self._backup = self.out.parent / f".{self.out.name}.angelslim.old"

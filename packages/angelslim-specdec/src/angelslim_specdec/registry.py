@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from angelslim_core.errors import PluginError, UsageError
+from angelslim_core.errors import ModelError, PluginError, UsageError
 from angelslim_core.hookspecs import hookspec
 
 if TYPE_CHECKING:
@@ -99,11 +99,11 @@ def draft_of(architectures: Sequence[str], where: str) -> type[Draft]:
     """The draft of a config's `architectures`.
 
     Raises:
-        UsageError: none has it.
+        ModelError: none has it.
     """
     for draft in drafts().values():
         if list(architectures) == [draft.architecture]:
             return draft
-    raise UsageError(
+    raise ModelError(
         703, where, f"architectures {list(architectures)!r:.200} are no draft's", f"there are {', '.join(sorted(d.architecture for d in drafts().values()))}"
     )

@@ -78,6 +78,11 @@ def transformers_identity(layout: Layout, config: Mapping[str, Any]) -> dict[str
     return {"model_type": transformers_type(layout, config)}
 
 
+def named(name: str) -> dict[str, str]:
+    """The entry of config.json that gives an architecture's name, for a config made from nothing."""
+    return {"model_type": name}
+
+
 def architecture(config: Mapping[str, Any]) -> dict[str, str]:
     """Class and type that a config names, for people."""
     classes = config.get("architectures")

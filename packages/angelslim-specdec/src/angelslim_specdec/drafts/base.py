@@ -159,6 +159,13 @@ class Draft(nn.Module, ABC):
             UsageError: an option does not fit the target.
         """
 
+    def begin(self, heads: Heads, norm: Tensor | None = None) -> None:
+        """Before training, once the vocabulary is loaded: take from the target what helps; by default nothing.
+
+        Args:
+            norm: [H], weight of the target's final norm; None: not known.
+        """
+
     @abstractmethod
     def train_loss(self, batch: Batch, heads: Heads) -> Loss:
         """What a step of training lowers."""

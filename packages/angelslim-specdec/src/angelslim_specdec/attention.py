@@ -1,0 +1,156 @@
+"""Targets attend through one function in transformers' interface, which learns of the current call from a context variable.
+
+Shapes: B rows, T tokens of this call, S slots of the cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from angelslim_core.errors import ModelError
+from angelslim_core.kv_cache import attention_by, attention_of
+
+from .kernels.verify_attention import VERIFY_ATTENTION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "specdec"
+# what only a model's own eager attention computes
+_EAGER = ("s_aux", "sinks", "softcap")
+
+
+@dataclass
+class Visible:
+    """What the tokens of one call may attend to; masks are made once a call.
+
+    Args:
+        lengths: [B], int64: slots that are confirmed, the new tokens being in those after them; None: there is no cache,
+            and the keys are the tokens themselves.
+        depths: [T] or [B, T], int64: position of each new token, counted from `lengths`.
+        ancestors: [B, T, T], bool: which new tokens each one sees, itself included; None: all up to itself.
+        documents: [B, T], int64: tokens see their own document only; without a cache.
+    """
+
+    lengths: Tensor | None
+    depths: Tensor
+    ancestors: Tensor | None = None
+    documents: Tensor | None = None
+    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+
+    def is_causal(self, window: int | None) -> bool:
+        """Whether every token simply sees all keys up to itself."""
+        return self.lengths is None and self.documents is None and (window is None or self.depths.shape[-1] <= window)
+
+    def mask(self, keys: int, window: int | None = None) -> Tensor:
+        """[B or 1, 1, T, S], bool: which of the first S slots each token sees.
+
+        Args:
+            window: positions a token sees, its own included.
+        """
+        if (keys, window) not in self._made:
+            self._made[keys, window] = self._own(window) if self.lengths is None else self._slots(self.lengths, keys, window)
+        return self._made[keys, window]
+
+    def bias(self, keys: int, window: int | None, dtype: torch.dtype, groups: int = 1) -> Tensor:
+        """`mask` as what is added to scores, once for each of the groups of queries: [B or 1, 1, groups T, S]."""
+        key = (keys, window, dtype, groups)
+        if key not in self._made:
+            mask = self.mask(keys, window)
+            bias = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+            self._made[key] = bias.repeat(1, 1, groups, 1)
+        return self._made[key]
+
+    def _own(self, window: int | None) -> Tensor:
+        number = torch.arange(self.depths.shape[-1], device=self.depths.device)
+        behind = number[:, None] - number
+        seen = (behind >= 0) & (behind < window) if window is not None else behind >= 0
+        if self.documents is None:
+            return seen[None, None]
+        return (seen & (self.documents[:, :, None] == self.documents[:, None]))[:, None]
+
+    def _slots(self, lengths: Tensor, keys: int, window: int | None) -> Tensor:
+        tokens = self.depths.shape[-1]
+        slot = torch.arange(keys, device=lengths.device)
+        new = slot - lengths[:, None]  # [B, S]: number among the new tokens
+        if self.ancestors is None:
+            seen = new[:, None] <= torch.arange(tokens, device=lengths.device)[:, None]
+        else:
+            among = self.ancestors.gather(2, new.clamp(0, tokens - 1)[:, None].expand(-1, tokens, -1))
+            seen = (new < 0)[:, None] | (among & (new < tokens)[:, None])
+        if window is not None:
+            depths = self.depths.expand(len(lengths), -1)
+            depth = torch.where(new < 0, new, depths.gather(1, new.clamp(0, tokens - 1)))
+            seen = seen & (depths[:, :, None] - depth[:, None] < window)
+        return seen[:, None]
+
+
+_CALL: ContextVar[Visible] = ContextVar("specdec_call")
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *,
+    scaling: float | None = None, sliding_window: int | None = None, dropout: float = 0.0, **options: Any,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """transformers' attention function: q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] to [B, T, Hq, Dv].
+
+    Raises:
+        ModelError: the model wants of attention what is not known here.
+    """
+    visible, scale = _CALL.get(), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if any(options.get(name) is not None for name in _EAGER):
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if eager is None:
+            raise ModelError(704, type(module).__name__, "attends with sinks or a cap on scores in a way that is not known")
+        return eager(module, query, key, value, visible.bias(key.shape[2], sliding_window, query.dtype), scaling=scale, dropout=0.0, **options)  # type: ignore[no-any-return]
+    if options.get("position_bias") is not None:
+        raise ModelError(705, type(module).__name__, "attends with a bias for positions, which speculative decoding does not know")
+    return VERIFY_ATTENTION(query, key, value, visible, scale, sliding_window).transpose(1, 2), None
+
+
+class Coupling:
+    """Lets a model attend through `attend` for the time of a call, and as before else.
+
+    Raises:
+        ModelError: the model has layers that keep no keys and values, or does not take its attention from transformers' interface.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_layers: int) -> None:
+        from transformers import PreTrainedModel
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        inner = {m.layer_idx: m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and getattr(m, "is_causal", False)}
+        if missing := sorted(set(range(num_layers)) - inner.keys()):
+            raise ModelError(
+                706, type(model).__name__, f"layers {missing!r:.60} keep a state instead of keys and values, which cannot go back when a token is refused"
+            )
+        if not model._can_set_attn_implementation():
+            raise ModelError(707, type(model).__name__, "computes attention in a way of its own, not through transformers' interface")
+        ids = {id(m.config) for m in inner.values()}
+        # masks may be made by the config of any module around
+        outer = [m.config for m in model.modules() if isinstance(m, PreTrainedModel) and any(id(getattr(n, "config", None)) in ids for n in m.modules())]
+        self._configs = list({id(c): c for c in [*(m.config for m in inner.values()), *outer]}.values())
+        # with no mask function of this name transformers makes no masks
+        ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)
+
+    @contextmanager
+    def __call__(self, visible: Visible) -> Iterator[None]:
+        """Inside, the model attends to what is visible."""
+        before = [attention_of(config) for config in self._configs]
+        token = _CALL.set(visible)
+        try:
+            for config in self._configs:
+                attention_by(config, _NAME)
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                attention_by(config, name)
+            _CALL.reset(token)
