@@ -20,7 +20,6 @@ from angelslim_core.calibration.rows import read_objects
 from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import OutputError, StoppedError, UsageError
 from angelslim_core.io.writer import disk_errors, write_json
-from angelslim_core.workdir import sha256
 
 from .answers import Answer, Assistant, Request
 from .chats import Conversation
@@ -236,7 +235,3 @@ def _drop_torn(path: Path) -> None:
             at = start
         file.truncate(0)
 
-
-def fingerprint(path: Path) -> str:
-    """Of a file of prompts."""
-    return sha256(path)
