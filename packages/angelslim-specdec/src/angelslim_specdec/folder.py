@@ -126,7 +126,7 @@ def open_draft(path: str | Path, target: TargetShape | None = None) -> Stored:
     kind = draft_of(architectures, str(path))
     config = _config(kind, fields)
     if target is not None:
-        check_target(config, target, str(path))
+        check_target(config, str(path), target.hidden_size, target.vocab_size, target.num_layers, target.fingerprint)
     stored = Stored(kind, config, checkpoint, {n: TensorSpec(i.dtype, i.shape) for n, i in checkpoint.tensors.items()})
     _check_tensors(stored)
     return stored
@@ -151,21 +151,21 @@ def load_draft(path: str | Path, target: TargetShape | None = None, *, dtype: to
     return draft.eval()
 
 
-def check_target(config: DraftConfig, target: TargetShape, where: str) -> None:
-    """Whether a draft was made for a target.
+def check_target(config: DraftConfig, where: str, hidden_size: int, vocab_size: int, num_layers: int, fingerprint: str = "") -> None:
+    """Whether a draft was made for a target of these sizes and, where both have one, of this fingerprint.
 
     Raises:
         ModelError: says what differs.
     """
     sizes = (
-        ("hidden size", config.target_hidden_size, target.hidden_size),
-        ("vocabulary", config.vocab_size, target.vocab_size),
-        ("number of layers", config.num_target_layers, target.num_layers),
+        ("hidden size", config.target_hidden_size, hidden_size),
+        ("vocabulary", config.vocab_size, vocab_size),
+        ("number of layers", config.num_target_layers, num_layers),
     )
     for what, wanted, found in sizes:
         if wanted != found:
             raise ModelError(750, where, f"was made for a target whose {what} is {wanted}, and this one's is {found}", "give the draft of this target")
-    if config.target_fingerprint and target.fingerprint and config.target_fingerprint != target.fingerprint:
+    if config.target_fingerprint and fingerprint and config.target_fingerprint != fingerprint:
         hint = "for the same model stored in another way, make target_fingerprint empty in the draft's config.json"
         raise ModelError(751, where, "was made for another target of this shape", hint)
 
@@ -173,13 +173,12 @@ def check_target(config: DraftConfig, target: TargetShape, where: str) -> None:
 def _config(kind: type[Draft], fields: dict[str, Any]) -> DraftConfig:
     try:
         config = kind.Config.model_validate_json(json.dumps(fields), strict=True)
+        wrong = _nonsense(config)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "config.json"
-        raise ModelError(752, f"config.json: {place}", f"{first['msg']}", f"a {kind.name} draft's config is expected") from error
-    wrong = _nonsense(config)
+        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     if wrong:
-        raise ModelError(753, "config.json", wrong)
+        raise ModelError(752, "config.json", wrong, f"it is not the config of a {kind.name} draft")
     return config
 
 
@@ -189,7 +188,8 @@ def _nonsense(config: DraftConfig) -> str:
         most = MOST_LAYERS if name in ("num_hidden_layers", "num_target_layers") else MOST
         if type(value) is int and not -1 <= value <= most:
             return f"{name} is {str(value)[:40]}, more than {most}"
-    ids, theta = config.aux_hidden_state_layer_ids, config.rope_parameters.get("rope_theta")
+    ids = config.aux_hidden_state_layer_ids
+    theta: Any = config.rope_parameters.get("rope_theta")
     if type(theta) not in (int, float) or not 0 < theta < 1e15:
         return f"rope_parameters has rope_theta {theta!r:.40}, which is no positive number"
     if any(not _plain(value) for value in config.rope_parameters.values()):
@@ -214,12 +214,13 @@ def _check_tensors(stored: Stored) -> None:
         with torch.device("meta"), warnings.catch_warnings(), torch.random.fork_rng([]):
             warnings.simplefilter("ignore")  # initialising what has no memory does nothing, which torch says
             wanted = stored.kind(stored.config).state_dict()
+    except ModelError:
+        raise
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(754, "config.json", f"describes no {stored.kind.name} draft that can be built: {error!s:.200}") from error
-    for name in sorted(wanted.keys() - stored.specs.keys()):
-        raise ModelError(755, stored.where, f"has no tensor {name}, which its config asks for")
-    for name in sorted(stored.specs.keys() - wanted.keys()):
-        raise ModelError(756, stored.where, f"has a tensor {name[:200]}, of which its config knows nothing")
+    for name in sorted(wanted.keys() ^ stored.specs.keys()):
+        what = f"has no tensor {name}, which its config asks for" if name in wanted else f"has a tensor {name[:200]}, of which its config knows nothing"
+        raise ModelError(755, stored.where, what)
     for name, tensor in wanted.items():
         spec = stored.specs[name]
         fits = spec.dtype in FLOATS if tensor.is_floating_point() else torch_dtype(spec.dtype) == tensor.dtype

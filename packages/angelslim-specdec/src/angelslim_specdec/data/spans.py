@@ -167,4 +167,3 @@ def _each(conversations: Sequence[Conversation]) -> Iterator[Conversation]:
         for end in ends:
             last = end == ends[-1]
             yield Conversation(conversation.id, conversation.messages[:end], conversation.finished or not last)
-

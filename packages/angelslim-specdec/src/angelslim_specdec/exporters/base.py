@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -152,7 +153,7 @@ class Layout(ABC):
         if given.name not in self.renamed:
             return f"has no place for a {given.name} draft, only for {', '.join(self.renamed)}"
         ids, served = given.config.aux_hidden_state_layer_ids, given.served
-        if any(a >= b for a, b in zip(ids, ids[1:])):
+        if any(a >= b for a, b in pairwise(ids)):
             return f"engines read layers in ascending order, each once, and this draft wants {list(ids)}"
         if given.config.hidden_size != given.config.target_hidden_size:
             return "engines give a draft the target's embedding, which is not as wide as this one"
@@ -261,5 +262,6 @@ def default_layers(given: Given) -> tuple[int, ...]:
 def normal_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """Rope under its present names, so that two can be compared."""
     kept = {key: value for key, value in rope.items() if key not in ("type", "rope_type") and value is not None}
-    theta = rope.get("rope_theta")
-    return {**kept, "rope_type": rope.get("rope_type") or rope.get("type") or "default", "rope_theta": float(theta) if type(theta) in (int, float) else theta}
+    theta: Any = rope.get("rope_theta")
+    number = float(theta) if type(theta) in (int, float) else theta
+    return {**kept, "rope_type": rope.get("rope_type") or rope.get("type") or "default", "rope_theta": number}

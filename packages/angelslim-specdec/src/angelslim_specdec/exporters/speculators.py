@@ -47,7 +47,7 @@ class Speculators(Layout):
         layer, inner = config.inner("transformer_layer_config"), config.inner("speculators_config")
         methods = inner.get("proposal_methods")
         if not layer.values or not isinstance(methods, list) or not methods or not isinstance(methods[0], dict) or "verifier" not in inner.values:
-            raise ModelError(760, "config.json", "lacks transformer_layer_config, proposal_methods or verifier, without which vLLM does not start")
+            raise ModelError(756, "config.json", "lacks transformer_layer_config, proposal_methods or verifier, without which vLLM does not start")
         Fields(methods[0], "config.json: proposal_methods").whole("speculative_tokens")
         draft_vocab = config.whole("draft_vocab_size", layer.whole("vocab_size", 0))
         flags: dict[str, Any]

@@ -1,0 +1,140 @@
+"""A block draft as decoding uses it.
+
+Shapes: B rows of the batch, K proposed tokens, W confirmed positions, L layers of the draft, S slots of the cache, R rows of a block,
+h heads, g heads of keys and values, D of a head, H hidden, Vd the draft's vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..drafts.layers import vocabulary_ids
+from .base import Drafter, Proposal, Warp
+
+if TYPE_CHECKING:
+    from ..drafts.base import Heads
+    from ..drafts.block import BlockDraft
+
+
+class BlockDrafter(Drafter):
+    """Keeps keys and values of confirmed positions only: a block's rows lie beyond them, where the next positions overwrite them.
+
+    Some weights are joined when it is made, so that a draft that was trained further needs a new one.
+    """
+
+    graphable = True
+
+    def __init__(self, draft: BlockDraft, heads: Heads) -> None:
+        self.draft, self.heads = draft, heads
+        self.layer_ids = draft.config.aux_hidden_state_layer_ids
+        self.warp = Warp()
+        with torch.no_grad():
+            projections, norms = draft.context_weights()
+            self.weights = projections.contiguous(), norms
+            self.head = draft.head(heads).to(self.weights[0].dtype)
+            self.columns = vocabulary_ids(draft)
+        self.lengths = self.last = self.keys = self.values = torch.empty(0)
+
+    @torch.no_grad()
+    def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
+        config, rows = self.draft.config, len(prompts)
+        self.warp = warp
+        # what is written beyond the capacity is never read
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, capacity + config.block_size, config.head_dim)
+        if self.keys.shape == shape:  # graphs go on with the same memory
+            self.lengths.zero_()
+            return
+        self.keys, self.values = (torch.zeros(shape, dtype=self.head.dtype, device=self.head.device) for _ in range(2))
+        self.lengths, self.last = (torch.zeros(rows, dtype=torch.int64, device=self.head.device) for _ in range(2))
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
+        assert aux is not None
+        places = self._places(tokens.shape[1])
+        self._write(slice(None), places, *self.draft.context(aux, self.draft.rope(places), self.weights))
+        final = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        self.last.copy_(torch.where(counts > 0, final, self.last))
+        self.lengths.add_(counts)
+
+    @torch.no_grad()
+    def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
+        config = self.draft.config
+        assert 1 <= k <= config.num_tokens
+        hidden = self._hidden()[:, -config.num_tokens :][:, :k]
+        logits = None if self.draft.corrects else functional.linear(hidden, self.head)
+        if logits is not None and not self.draft.biases:
+            chosen, q, sure = self._choose(logits, uniforms)
+            tokens = self._ids(chosen)
+        else:
+            tokens, q, sure = self._in_turn(hidden, logits, uniforms)
+        before = torch.cat((self.last[:, None], tokens[:, :-1]), 1)
+        trained = self.draft.confidence(hidden, before)
+        return Proposal(tokens, q, None if q is None else self.columns, confidence=sure if trained is None else trained.float().sigmoid())
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths, self.last = self.lengths[rows], self.last[rows]
+
+    def _hidden(self) -> Tensor:
+        """[B, R, H] of the block that follows each row's last token."""
+        config = self.draft.config
+        places = self._places(config.block_size)
+        ids = torch.cat((self.last[:, None], torch.full_like(places[:, 1:], config.mask_token_id)), 1)
+        ends = self.lengths + config.block_size
+        # the host may look at lengths where there is no device to wait for
+        bound = int(ends.max()) if ends.device.type == "cpu" else self.keys.shape[3]
+        seen = torch.arange(bound, device=ends.device) < ends[:, None, None, None]  # [B, 1, 1, S]: alike for all rows of the block
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._write(layer, places, k, v)
+            share = q.shape[1] // k.shape[1]
+            grouped = q.unflatten(1, (-1, share)).flatten(2, 3)  # [B, g, share R, D]
+            out = functional.scaled_dot_product_attention(grouped, self.keys[layer, :, :, :bound], self.values[layer, :, :, :bound], seen)
+            return out.unflatten(2, (share, -1)).flatten(1, 2)
+
+        return self.draft.block(ids, self.heads, self.draft.rope(places), attend)
+
+    def _in_turn(self, hidden: Tensor, logits: Tensor | None, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Slots one after another, each knowing the token before it."""
+        before, found = self.last, []
+        for slot in range(hidden.shape[1]):
+            if logits is None:
+                scores = functional.linear(self.draft.corrected(hidden[:, slot], self.heads.embed(before).to(hidden.dtype)), self.head)
+            else:
+                scores = logits[:, slot]
+            if self.draft.biases:
+                scores = scores + self.draft.bias(before)
+            chosen, q, sure = self._choose(scores[:, None], None if uniforms is None else uniforms[:, slot : slot + 1])
+            ids = self._ids(chosen)
+            before = ids[:, 0]
+            found.append((ids, q, sure))
+        q = None if uniforms is None else torch.cat([drawn for _, drawn, _ in found if drawn is not None], 1)
+        return torch.cat([ids for ids, _, _ in found], 1), q, torch.cat([sure for _, _, sure in found], 1)
+
+    def _choose(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The draft's own numbers of tokens [B, K], what they were drawn from [B, K, Vd], and their probabilities [B, K], of logits [B, K, Vd]."""
+        if uniforms is None:
+            logits = logits.float()
+            best, chosen = logits.max(-1)
+            return chosen, None, (best - logits.logsumexp(-1)).exp()
+        q = self.warp(logits)
+        below = q.cumsum(-1)
+        chosen = (below <= uniforms[..., None] * below[..., -1:]).sum(-1).clamp(max=q.shape[-1] - 1)
+        return chosen, q, q.gather(-1, chosen[..., None])[..., 0]
+
+    def _ids(self, chosen: Tensor) -> Tensor:
+        return chosen if self.columns is None else self.columns[chosen]
+
+    def _places(self, count: int) -> Tensor:
+        """[B, count]: the positions after the confirmed ones, which are also their slots."""
+        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+
+    def _write(self, layers: Any, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keys and values [.., B, g, W, D] go to their slots, those of padding beyond the last one to the last one."""
+        slots = places.clamp(max=self.keys.shape[3] - 1)[:, None, :, None].expand(k.shape)
+        self.keys[layers].scatter_(-2, slots, k.to(self.keys.dtype))
+        self.values[layers].scatter_(-2, slots, v.to(self.values.dtype))

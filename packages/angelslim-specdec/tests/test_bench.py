@@ -1,0 +1,69 @@
+"""What the bench makes of counters."""
+
+import pytest
+
+from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means
+
+
+def test_acceptance_length_counts_the_token_that_follows():
+    counts = Counts(tokens=25, rounds=10, accepted_at=[8, 5, 2])
+    assert counts.acceptance_length == pytest.approx(2.5) and counts.rates == [0.8, 0.5, 0.2]
+    assert Counts(5, 0, []).acceptance_length == 1.0 and Counts().rates == []
+
+
+def test_counts_add_up():
+    counts = Counts(10, 4, [3, 1])
+    counts.add(Counts(12, 6, [6, 6, 3]))
+    assert counts == Counts(22, 10, [9, 7, 3])
+
+
+def test_batches_are_of_one_size():
+    assert batches([[1], [2], [3]], 2) == [[[1], [2]], [[3], [1]]] and batches([[1]], 3) == [[[1], [1], [1]]]
+
+
+def fake(per_set):
+    """Says what it is told to, and keeps a list of what it was asked."""
+    asked = []
+
+    def decode(prompts, contender, temperature, seed):
+        asked.append((contender, temperature, len(prompts)))
+        rounds, accepted = per_set[prompts[0][0]] if contender.name != PLAIN else (0, [])
+        rows = len(prompts)
+        said = [[1, 2, 3] if contender.name == PLAIN or n else [1, 2, 4] for n in range(rows)]
+        return said, Counts(3 * rows, rows * rounds, [rows * a for a in accepted])
+
+    return decode, asked
+
+
+def test_sets_do_not_pollute_each_other():
+    decode, asked = fake({7: (10, [9, 6]), 8: (10, [4, 1])})
+    draft = Contender("draft", 2)
+    found = bench({"a": [[7, 7], [7]], "b": [[8], [8]]}, [draft], decode, sizes=(1, 2), temperatures=(0.0, 1.0), repeats=2)
+    rows = {(r["set"], r["batch"], r["temperature"], r["drafter"]): r for r in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 16
+    for batch in (1, 2):
+        for temperature in (0.0, 1.0):
+            assert rows["a", batch, temperature, "draft"]["acceptance_length"] == pytest.approx(2.5)
+            assert rows["b", batch, temperature, "draft"]["acceptance_length"] == pytest.approx(1.5)
+            assert rows["b", batch, temperature, "draft"]["rates"] == [0.4, 0.1] and rows["b", batch, temperature, "draft"]["rounds"] == 20
+            row, plain = rows["a", batch, temperature, "draft"], rows["a", batch, temperature, PLAIN]
+            assert row["speedup"] == pytest.approx(row["tokens_per_s"] / plain["tokens_per_s"]) and "speedup" not in plain
+    assert rows["a", 2, 0.0, "draft"]["same_text"] == 0.5 and "same_text" not in rows["a", 2, 1.0, "draft"]
+    assert len(asked) == 4 * (2 + 2 * 2 * 2) + 4 * (2 + 2 * 2)  # a warm-up each, then two repeats of all batches
+    (mean,) = [m for m in found["means"] if (m["batch"], m["temperature"], m["drafter"]) == (1, 0.0, "draft")]
+    assert mean["acceptance_length"] == pytest.approx(2.0) and mean["rates"] == pytest.approx([0.65, 0.35]) and mean["sets"] == 2
+    assert mean["speedup"] == pytest.approx((rows["a", 1, 0.0, "draft"]["speedup"] + rows["b", 1, 0.0, "draft"]["speedup"]) / 2)
+
+
+def test_contenders_take_turns():
+    decode, asked = fake({7: (1, [1])})
+    one, two = Contender("one", 1), Contender("two", 1)
+    bench({"a": [[7]]}, [one, two], decode, repeats=2)
+    plain = Contender(PLAIN)
+    assert [c for c, _, _ in asked] == [plain, one, two, plain, one, two, two, one, plain]
+
+
+def test_means_of_unlike_widths():
+    row = {"batch": 1, "temperature": 0.0, "drafter": "d", "k": 2, "tokens_per_s": 1.0}
+    (mean,) = means([{**row, "rates": [0.5, 0.5]}, {**row, "rates": [0.5]}])
+    assert mean["rates"] == [0.5, 0.25] and "speedup" not in mean
