@@ -26,9 +26,7 @@ def run(model, rows, targets, options, group=None, folder=None, stop=None):
     if folder is not None:
         training.resume(folder)
     while not training.is_done and training.step != stop:
-        at = torch.arange(8) + 8 * training.step
-        noise = []
-        training.advance(lambda step, part: (noise.append(torch.rand(())), terms(model, rows[at % 64] + noise[-1], targets[at % 64]))[1])
+        training.advance(lambda step, part: terms(model, rows[8 * step % 64 :][:8] + torch.rand(()), targets[8 * step % 64 :][:8]))
     return training
 
 

@@ -97,15 +97,15 @@ def test_the_target_reads_its_template_and_loses_its_stop_token(tiny):
     renderer = Renderer(load_tokenizer(tiny()), "model")
     seen = []
 
-    def complete(prompts, temperature, seeds):
-        seen.append((temperature, [renderer.tokenizer.decode(p) for p in prompts], list(seeds)))
-        for i in range(len(prompts)):
+    def complete(prompts, temperature, seed):
+        seen.append((temperature, [renderer.tokenizer.decode(ids) for _, ids in prompts], seed))
+        for i, _ in reversed(prompts):
             yield i, [*renderer.encode(f"t{temperature}"), *([2] if i == 0 else [])]
 
-    asked = [Request([{"role": "user", "content": c}], t, s) for c, t, s in (("x", 1.0, 5), ("y", 0.0, 6), ("z", 1.0, 7))]
+    asked = [Request([{"role": "user", "content": c}], t, s) for c, t, s in (("x", 1.0, 5), ("y", 0.0, 6), ("long", 1.0, 7))]
     found = dict(Local(renderer, complete, [2])(asked))
-    assert seen == [(0.0, ["<|user|>y\n<|assistant|>"], [6]), (1.0, ["<|user|>x\n<|assistant|>", "<|user|>z\n<|assistant|>"], [5, 7])]
-    assert {i: (a.text, a.finished) for i, a in found.items()} == {0: ("t1.0", True), 1: ("t0.0", True), 2: ("t1.0", False)}
+    assert seen == [(0.0, ["<|user|>y\n<|assistant|>"], 6), (1.0, ["<|user|>long\n<|assistant|>", "<|user|>x\n<|assistant|>"], 7)]
+    assert {i: (a.text, a.finished) for i, a in found.items()} == {0: ("t1.0", True), 1: ("t0.0", False), 2: ("t1.0", False)}
     assert found[0].ids == renderer.encode("t1.0") and found[0].tokens == 5
 
 
@@ -172,7 +172,7 @@ def test_a_server_that_fails_is_an_error_of_ours(server):
         Server(server(lambda path, body: (200, {"data": [{"id": "a"}, {"id": "b"}]})), 7)
     asked = []
     refusing = Server(server(lambda path, body: (asked.append(path), (400, {"why": "too long"}))[1]), 7, model="m")
-    with pytest.raises(EngineError, match="status 400.*too long"):
+    with pytest.raises(EngineError, match=r"status 400.*too long"):
         list(refusing([Request(USER[:1], 0, 0)]))
     assert len(asked) == 1
     with pytest.raises(EngineError, match="no chat completion"):

@@ -231,7 +231,12 @@ class Training:
             if not moments:
                 on = master.device if master.is_cuda else None
                 moments |= {"step": torch.zeros((), device=on), "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-            found |= {f"{name}.master": master.data, f"{name}.exp_avg": moments["exp_avg"], f"{name}.exp_avg_sq": moments["exp_avg_sq"], f"{name}.step": moments["step"]}
+            found |= {
+                f"{name}.master": master.data,
+                f"{name}.exp_avg": moments["exp_avg"],
+                f"{name}.exp_avg_sq": moments["exp_avg_sq"],
+                f"{name}.step": moments["step"],
+            }
         return found
 
 

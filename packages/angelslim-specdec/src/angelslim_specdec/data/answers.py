@@ -28,7 +28,7 @@ class Request:
     """A conversation that an assistant's turn is to follow.
 
     Args:
-        seed: of this answer alone, so that it does not depend on what else is asked.
+        seed: of this answer.
     """
 
     chat: Chat
@@ -58,8 +58,8 @@ class Assistant(Protocol):
     def __call__(self, requests: Sequence[Request]) -> Iterator[tuple[int, Answer]]: ...
 
 
-Complete = Callable[[Sequence[list[int]], float, Sequence[int]], Iterator[tuple[int, list[int]]]]
-"""complete(prompts, temperature, seeds) -> number of a prompt and the tokens that follow it, a stop token included where there is one."""
+Complete = Callable[[Sequence[tuple[int, list[int]]], float, int], Iterator[tuple[int, list[int]]]]
+"""complete(prompts, temperature, seed) -> number of a prompt and the tokens that follow it, a stop token included where there is one."""
 
 
 class Local:
@@ -77,11 +77,12 @@ class Local:
         prompts = self._renderer.prompts([r.chat for r in requests])
         for temperature in sorted({r.temperature for r in requests}):
             numbers = [i for i, r in enumerate(requests) if r.temperature == temperature]
-            for i, ids in self._complete([prompts[n] for n in numbers], temperature, [requests[n].seed for n in numbers]):
+            numbers.sort(key=lambda i: -len(prompts[i]))  # prompts of like length cost least side by side
+            for i, ids in self._complete([(n, prompts[n]) for n in numbers], temperature, requests[numbers[0]].seed):
                 finished = bool(ids) and ids[-1] in self._stops
                 said = ids[:-1] if finished else ids
                 text = self._renderer.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                yield numbers[i], Answer(text, said, finished, len(prompts[numbers[i]]), len(ids))
+                yield i, Answer(text, said, finished, len(prompts[i]), len(ids))
 
 
 class Server:

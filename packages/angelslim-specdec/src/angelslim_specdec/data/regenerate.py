@@ -123,7 +123,9 @@ def regenerate(
                     rate = counts.tokens / (time.perf_counter() - start)
                     progress(done, len(waiting), f"{rate:.0f} tok/s, {counts.cut} cut, {counts.empty} empty")
                     if stop_requested():
-                        raise StoppedError(2, str(out), f"stopped as asked with {len(rows.ids)} of {len(asked)} conversations", "run the same command again to go on")
+                        raise StoppedError(
+                            2, str(out), f"stopped as asked with {len(rows.ids)} of {len(asked)} conversations", "run the same command again to go on"
+                        )
                 talks = going
         counts.seconds = time.perf_counter() - start
     return counts
@@ -234,4 +236,3 @@ def _drop_torn(path: Path) -> None:
                 return
             at = start
         file.truncate(0)
-

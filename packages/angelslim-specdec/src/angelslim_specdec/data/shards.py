@@ -110,7 +110,12 @@ class Shards:
         for name, value in wanted.items():
             found = getattr(self.manifest, name)
             if found != value:
-                raise ModelError(742, str(folder), f"holds features of another {name.replace('_', ' ')}: {found!r:.80}, and {value!r:.80} is wanted", "make them anew: angelslim specdec dump")
+                raise ModelError(
+                    742,
+                    str(folder),
+                    f"holds features of another {name.replace('_', ' ')}: {found!r:.80}, and {value!r:.80} is wanted",
+                    "make them anew: angelslim specdec dump",
+                )
         self._infos: list[dict[str, TensorInfo]] = []
         self.rows: list[Row] = []
         self._places: list[_Place] = []
@@ -122,7 +127,9 @@ class Shards:
     def _open(self, path: Path, shard: Shard, number: int) -> None:
         if not path.is_file() or path.stat().st_size != shard.nbytes:
             size = path.stat().st_size if path.is_file() else 0
-            raise ModelError(744, str(path), f"has {size} bytes where the manifest says {shard.nbytes}", "it is truncated or not of this set; make the features anew")
+            raise ModelError(
+                744, str(path), f"has {size} bytes where the manifest says {shard.nbytes}", "it is truncated or not of this set; make the features anew"
+            )
         infos = read_header(path)
         width, n, dtype = self.manifest.hidden_size, shard.tokens, self.manifest.dtype
         shapes = {name: ("BOOL" if name == "loss_mask" else "I64", (n,)) for name in TOKENS}

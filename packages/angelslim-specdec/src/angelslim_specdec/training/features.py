@@ -37,7 +37,9 @@ class Source:
         keep: where the features of rows that were read once stay.
     """
 
-    def __init__(self, rows: Sequence[Row], read: Callable[[Sequence[int]], list[Features]], device: torch.device, dtype: torch.dtype, keep: Where = "nowhere") -> None:
+    def __init__(
+        self, rows: Sequence[Row], read: Callable[[Sequence[int]], list[Features]], device: torch.device, dtype: torch.dtype, keep: Where = "nowhere"
+    ) -> None:
         self.rows, self.device, self.dtype, self.keep = rows, device, dtype, keep
         self._read = read
         self._kept: dict[int, Features] = {}

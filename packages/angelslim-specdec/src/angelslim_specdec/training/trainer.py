@@ -92,7 +92,9 @@ class DraftTraining:
         self.group, self.every, self._look = group or Group(), every, look
         self.order = Order(len(source.rows), batch, options.seed)
         if self.order.batch % self.group.size:
-            raise UsageError(735, "--batch", f"{self.order.batch} rows a step cannot be shared by {self.group.size} processes", "give a multiple of their number")
+            raise UsageError(
+                735, "--batch", f"{self.order.batch} rows a step cannot be shared by {self.group.size} processes", "give a multiple of their number"
+            )
         self.training = Training({n: p for n, p in draft.named_parameters() if p.requires_grad}, options, self.group)
         self.history = History()
 
@@ -164,7 +166,11 @@ def evaluate(draft: Draft, heads: Heads, source: Source, batch: int, group: Grou
     torch.manual_seed(0)  # what a loss draws is the same each time
     for numbers in chunks(range(group.rank, len(source.rows), group.size), batch):
         found = draft.train_loss(source.batch(numbers), heads)
-        totals = found if totals is None else Loss(totals.sums + found.sums, totals.counts + found.counts, found.weights, totals.hits + found.hits, totals.asked + found.asked)
+        totals = (
+            found
+            if totals is None
+            else Loss(totals.sums + found.sums, totals.counts + found.counts, found.weights, totals.hits + found.hits, totals.asked + found.asked)
+        )
     device = source.device
     width = int(group.reduce(torch.tensor(0 if totals is None else len(totals.sums)), "max"))
     if totals is None:  # more processes than rows
