@@ -48,7 +48,9 @@ class Eagle3(Stepwise):
 
     @property
     def attention(self) -> Attention:
-        return self.midlayer["self_attn"]
+        found = self.midlayer["self_attn"]
+        assert isinstance(found, Attention)
+        return found
 
     @classmethod
     def default_vocabulary(cls, target: TargetShape) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -41,7 +41,7 @@ class StepwiseConfig(DraftConfig):
 class Stepwise(Draft):
     """A draft of one layer."""
 
-    Config = StepwiseConfig
+    Config: ClassVar[type[StepwiseConfig]] = StepwiseConfig
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -63,7 +63,9 @@ class Stepwise(Draft):
             config = cls.Config(**{**fields, **options})
         except ValidationError as error:
             first = error.errors()[0]
-            raise UsageError(715, f"{cls.name}: {'.'.join(map(str, first['loc']))}", first["msg"], f"options are {', '.join(cls.Config.model_fields)}") from error
+            raise UsageError(
+                715, f"{cls.name}: {'.'.join(map(str, first['loc']))}", first["msg"], f"options are {', '.join(cls.Config.model_fields)}"
+            ) from error
         wrong = [i for i in config.aux_hidden_state_layer_ids if not 0 <= i < target.num_layers]
         if wrong or not config.aux_hidden_state_layer_ids:
             raise UsageError(716, f"{cls.name}: aux_hidden_state_layer_ids", f"{wrong or 'none'}", f"the target has layers 0 to {target.num_layers - 1}")
@@ -127,8 +129,8 @@ class Stepwise(Draft):
         weight = self.head_weight(heads)
         later_rows = torch.stack(gates[1:]).any(0).nonzero()[:, 0] if lean and steps > 1 else None
 
-        ids, positions = batch.ids.flatten(), batch.positions.view(shape)
-        carried = self.features(batch.aux.view(*shape, -1))
+        ids, positions = batch.ids.flatten(), batch.positions.reshape(shape)
+        carried = self.features(batch.aux.reshape(*shape, batch.aux.shape[-1]))
         inputs = _ahead(ids, 1, 0)
         past: list[tuple[Tensor, Tensor]] = []
         sums, counts, hits = [], [], []
@@ -136,7 +138,7 @@ class Stepwise(Draft):
             if k == 1 and later_rows is not None:
                 carried, positions = carried[:, later_rows], positions[:, later_rows]
             live = later_rows if k else None
-            embedding = heads.embed(inputs if live is None else inputs[live]).view(*carried.shape[:-1], -1)
+            embedding = heads.embed((inputs if live is None else inputs[live]).view(carried.shape[:-1]))
             residual, x = self.mix(embedding.to(carried.dtype), carried)
             turn = self.rope(positions + k)
             past.append((self.attention.keys(x, turn), self.attention.values(x)))
