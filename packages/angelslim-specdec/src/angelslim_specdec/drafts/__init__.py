@@ -5,5 +5,6 @@ from .dflare import DFlare
 from .dflash import DFlash
 from .dfly import DFly
 from .dspark import DSpark
+from .eagle3 import Eagle3
 
-DRAFTS: tuple[type[Draft], ...] = (DFlash, DFlare, DFly, DSpark)
+DRAFTS: tuple[type[Draft], ...] = (Eagle3, DFlash, DFlare, DFly, DSpark)

@@ -1,0 +1,194 @@
+"""Drafts that propose a token at a time, each from their own output for the one before: a chain, or a tree of the best.
+
+Shapes: B rows of the batch, K proposed tokens, W confirmed positions, H hidden, Vd draft vocabulary, k children of a node and nodes
+of a level that go on, M nodes that are expanded, C candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..drafts.layers import attend, vocabulary_ids
+from ..verification.draws import draw
+from .base import Drafter, Proposal, Warp
+from .draft_cache import DraftCache
+
+if TYPE_CHECKING:
+    from ..drafts.base import Heads
+    from ..drafts.stepwise import Stepwise
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Shape of a dynamic tree.
+
+    Args:
+        depth: levels at most.
+        top_k: children of a node, and nodes of a level that get children.
+        total: tokens to verify at most, those of the greatest probability.
+
+    Source: EAGLE-2, arXiv:2406.16858.
+    """
+
+    depth: int = 5
+    top_k: int = 8
+    total: int = 32
+
+    def __post_init__(self) -> None:
+        assert min(self.depth, self.top_k, self.total) >= 1
+
+    def candidates(self, levels: int) -> int:
+        """C of so many levels."""
+        return self.top_k + (min(levels, self.depth) - 1) * self.top_k**2
+
+
+class Autoregressive(Drafter):
+    """Confirmed positions are run once, with the target's features; only the last one goes through attention and head, to propose from.
+
+    Args:
+        tree: what to propose instead of a chain.
+        static: shapes never depend on lengths; None: on GPUs.
+    """
+
+    graphable = True
+
+    def __init__(self, draft: Stepwise, heads: Heads, tree: Tree | None = None, *, static: bool | None = None) -> None:
+        self.draft, self.heads, self.tree, self.warp = draft, heads, tree, Warp()
+        self.layer_ids = tuple(draft.config.aux_hidden_state_layer_ids)
+        weight = draft.attention.q_proj.weight
+        with torch.no_grad():
+            self._head, self._columns = draft.head_weight(heads).detach().to(weight.dtype), vocabulary_ids(draft)
+        if tree is not None:
+            assert tree.top_k <= len(self._head)
+        self._static = weight.device.type != "cpu" if static is None else static
+        self._cache: DraftCache | None = None
+        # what the last confirmed position put out: for the next step, and for the head
+        self._carried = self._read = weight.new_empty(0)
+
+    @torch.no_grad()
+    def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
+        config, weight = self.draft.config, self.draft.attention.q_proj.weight
+        self.warp = warp
+        room = capacity + (0 if self.tree is None else (self.tree.depth - 1) * self.tree.top_k)
+        shape = (len(prompts), config.num_key_value_heads, room + 1, config.head_dim)
+        if self._cache is not None and self._cache.shape == shape:  # graphs go on with the same memory
+            self._cache.clear()
+            return
+        self._cache = DraftCache(len(prompts), config.num_key_value_heads, room, config.head_dim, weight.detach(), static=self._static)
+        self._carried, self._read = (weight.new_zeros(len(prompts), 1, config.hidden_size, requires_grad=False) for _ in range(2))
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
+        assert aux is not None and self._cache is not None
+        cache, attention = self._cache, self.draft.attention
+        residual, x = self._mixed(tokens, self.draft.features(aux))
+        positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = self.draft.rope(positions)
+        cache.write(0, attention.keys(x, (cos, sin)), attention.values(x))
+        cache.confirm(counts)
+        last = (counts - 1).clamp(min=0)[:, None, None]
+        residual, x = (part.gather(1, last.expand(-1, -1, part.shape[2])) for part in (residual, x))
+        cos, sin = (part.gather(2, last[:, None].expand(-1, -1, -1, part.shape[3])) for part in (cos, sin))
+        out = attend(attention.queries(x, (cos, sin)), *cache.seen(0))
+        some = (counts > 0)[:, None, None]
+        for kept, new in zip((self._carried, self._read), self.draft.finish(residual + attention.out(out)), strict=True):
+            kept.copy_(torch.where(some, new, kept))
+
+    @torch.no_grad()
+    def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
+        return self._chain(k, uniforms) if self.tree is None else self._grow(self.tree, k)
+
+    def size(self, k: int) -> int:
+        return k if self.tree is None else min(self.tree.total, self.tree.candidates(k))
+
+    def keep(self, rows: Tensor) -> None:
+        assert self._cache is not None
+        self._cache.keep(rows)
+        self._carried, self._read = self._carried[rows], self._read[rows]
+
+    def _chain(self, k: int, uniforms: Tensor | None) -> Proposal:
+        carried, read = self._carried, self._read
+        tokens: list[Tensor] = []
+        drawn: list[Tensor] = []
+        sure: list[Tensor] = []
+        for i in range(k):
+            if i:
+                carried, read = self._step(tokens[-1][:, None], carried, i, i - 1, None)
+            logits = functional.linear(read[:, 0], self._head)
+            if uniforms is None:
+                logits = logits.float()
+                best, chosen = logits.max(-1)
+                sure.append((best - logits.logsumexp(-1)).exp())
+            else:
+                q = self.warp(logits)
+                chosen = draw(q, uniforms[:, i])
+                drawn.append(q)
+                sure.append(q.gather(-1, chosen[:, None])[:, 0])
+            tokens.append(self._ids(chosen))
+        chances = torch.stack(drawn, 1) if drawn else None
+        return Proposal(torch.stack(tokens, 1), chances, self._columns if drawn else None, confidence=torch.stack(sure, 1))
+
+    def _grow(self, tree: Tree, levels: int) -> Proposal:
+        carried, read, width = self._carried, self._read, tree.top_k
+        batch, device = len(carried), carried.device
+        own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        # of the nodes that are expanded: numbers as candidates, scores, and which of the nodes so far each sees
+        beam, reached = torch.full((batch, 1), -1, device=device), torch.zeros(batch, 1, device=device)
+        visible = own[:, :1, :0]
+        tokens: list[Tensor] = []
+        parents: list[Tensor] = []
+        scores: list[Tensor] = []
+        sure: list[Tensor] = []
+        base = 0
+        for level in range(min(levels, tree.depth)):
+            if level:
+                best, at = scores[-1].topk(width, -1)
+                reached, origin, beam = best, (at // width)[..., None], base + at
+                base += scores[-1].shape[1]
+                carried = carried.gather(1, origin.expand(-1, -1, carried.shape[2]))
+                visible = torch.cat((visible.gather(1, origin.expand(-1, -1, visible.shape[2])), own), -1)
+                carried, read = self._step(tokens[-1].gather(1, at), carried, level, (level - 1) * width, visible)
+            logs, chosen = functional.linear(read, self._head).float().log_softmax(-1).topk(width, -1)  # [B, 1 or k, k]
+            tokens.append(self._ids(chosen).flatten(1))
+            parents.append(beam[..., None].expand_as(chosen).flatten(1))
+            scores.append((reached[..., None] + logs).flatten(1))
+            sure.append(logs.exp().flatten(1))
+        return _best(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), torch.cat(sure, 1), self.size(levels))
+
+    def _step(self, tokens: Tensor, carried: Tensor, ahead: int, offset: int, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One step for tokens [B, T] `ahead` of the last confirmed position, kept at `offset` behind it.
+
+        Args:
+            visible: [B, T, offset + T], bool: which of the steps' own positions each sees; None: all.
+        """
+        assert self._cache is not None
+        cache, attention, count = self._cache, self.draft.attention, tokens.shape[1]
+        residual, x = self._mixed(tokens, carried)
+        turn = self.draft.rope((cache.lengths[:, None] + (ahead - 1)).expand(-1, count))
+        cache.write(offset, attention.keys(x, turn), attention.values(x))
+        keys, values, mask = cache.seen(offset + count)
+        if visible is not None:
+            slots = cache.lengths[:, None] + torch.arange(offset + count, device=tokens.device)
+            mask = mask.repeat(1, count, 1).scatter_(2, slots[:, None].expand(-1, count, -1), visible)
+        return self.draft.finish(residual + attention.out(attend(attention.queries(x, turn), keys, values, mask)))
+
+    def _mixed(self, tokens: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        return self.draft.mix(self.heads.embed(tokens).to(carried.dtype), carried)
+
+    def _ids(self, chosen: Tensor) -> Tensor:
+        return chosen if self._columns is None else self._columns[chosen]
+
+
+def _best(tokens: Tensor, parents: Tensor, scores: Tensor, sure: Tensor, count: int) -> Proposal:
+    """The `count` candidates of C with the greatest scores, parents first; all are [B, C], parents by number of candidate."""
+    # a parent's score is never below its child's and of equal ones the earlier comes first, so that no child is without its parent
+    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+    place = torch.zeros_like(tokens).scatter_(1, chosen, torch.arange(count, device=tokens.device).expand_as(chosen))
+    of = parents.gather(1, chosen)
+    of = torch.where(of < 0, of, place.gather(1, of.clamp(min=0)))
+    return Proposal(tokens.gather(1, chosen), parents=of, confidence=sure.gather(1, chosen))

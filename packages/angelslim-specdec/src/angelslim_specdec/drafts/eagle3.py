@@ -1,0 +1,90 @@
+"""EAGLE-3: one layer that reads three layers of the target beside the next token's embedding, with a head of its own.
+
+Source: arXiv:2503.01840; the norms of EAGLE-3.1 by options.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from .base import Heads, TargetShape
+from .layers import Attention, RMSNorm, vocabulary_ids
+from .stepwise import Stepwise, StepwiseConfig, layer_parts
+
+DEFAULT_VOCABULARY = 32000
+
+
+class Eagle3Config(StepwiseConfig):
+    """Where EAGLE-3 normalises."""
+
+    norm_before_residual: bool = Field(False, description="attention adds to the normalised features")
+    norm_before_fc: bool = Field(False, description="one norm over all tapped layers, before they are mixed")
+    fc_norm: bool = Field(False, description="a norm for each tapped layer, before they are mixed")
+    norm_output: bool = Field(False, description="the next step reads the output after the last norm")
+
+
+class Eagle3(Stepwise):
+    """fc of the tapped layers, one decoder layer on [embedding, features], norm, head."""
+
+    name: ClassVar[str] = "eagle3"
+    architecture: ClassVar[str] = "Eagle3LlamaForCausalLM"
+    Config = Eagle3Config
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        taps, width = len(config.aux_hidden_state_layer_ids), config.target_hidden_size
+        self.fc = nn.Linear(taps * width, hidden, bias=False)
+        self.input_norm = RMSNorm(taps * width, eps) if config.norm_before_fc else None
+        self.fc_norm = nn.ModuleList(RMSNorm(width, eps) for _ in range(taps)) if config.fc_norm else None
+        embedding = {"input_layernorm": RMSNorm(width, eps), "hidden_norm": RMSNorm(hidden, eps)}
+        self.midlayer = nn.ModuleDict({**embedding, **layer_parts(config, width + hidden)})
+        self.norm = RMSNorm(hidden, eps)
+        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+
+    @property
+    def attention(self) -> Attention:
+        found = self.midlayer["self_attn"]
+        assert isinstance(found, Attention)
+        return found
+
+    @classmethod
+    def default_vocabulary(cls, target: TargetShape) -> int:
+        return min(DEFAULT_VOCABULARY, target.vocab_size)
+
+    @classmethod
+    def tapped(cls, layers: int) -> tuple[int, ...]:
+        return tuple(sorted(min(max(i, 0), layers - 1) for i in (1, layers // 2 - 1, layers - 4)))
+
+    @torch.no_grad()
+    def begin(self, heads: Heads, norm: Tensor | None = None) -> None:
+        """Head and last norm are the target's own, where sizes allow it."""
+        ids = vocabulary_ids(self)
+        if heads.head.shape[1] == self.lm_head.in_features:
+            self.lm_head.weight.copy_(heads.head if ids is None else heads.head[ids])
+            if norm is not None:
+                self.norm.weight.copy_(norm)
+
+    def features(self, aux: Tensor) -> Tensor:
+        aux = aux.to(self.fc.weight.dtype)
+        if self.input_norm is not None:
+            aux = self.input_norm(aux)
+        if self.fc_norm is not None:
+            aux = torch.cat([norm(part) for norm, part in zip(self.fc_norm, aux.chunk(len(self.fc_norm), -1), strict=True)], -1)
+        return self.fc(aux)
+
+    def mix(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.midlayer["hidden_norm"](carried)
+        return normed if self.config.norm_before_residual else carried, torch.cat((self.midlayer["input_layernorm"](embedding), normed), -1)
+
+    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden + self.midlayer["mlp"](self.midlayer["post_attention_layernorm"](hidden))
+        read = self.norm(hidden)
+        return read if self.config.norm_output else hidden, read
+
+    def head_weight(self, heads: Heads) -> Tensor:
+        return self.lm_head.weight
