@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _NAME = "specdec"
 # what only a model's own eager attention computes
-_EAGER = ("s_aux", "sinks", "softcap")
+_EAGER = ("s_aux", "sinks", "softcap", "position_bias")
 
 
 @dataclass
@@ -109,10 +109,8 @@ def attend(
     if any(options.get(name) is not None for name in _EAGER):
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if eager is None:
-            raise ModelError(704, type(module).__name__, "attends with sinks or a cap on scores in a way that is not known")
+            raise ModelError(704, type(module).__name__, f"attends in a way that is not known here: with one of {', '.join(_EAGER)}")
         return eager(module, query, key, value, visible.bias(key.shape[2], sliding_window, query.dtype), scaling=scale, dropout=0.0, **options)  # type: ignore[no-any-return]
-    if options.get("position_bias") is not None:
-        raise ModelError(705, type(module).__name__, "attends with a bias for positions, which speculative decoding does not know")
     return VERIFY_ATTENTION(query, key, value, visible, scale, sliding_window).transpose(1, 2), None
 
 
@@ -133,7 +131,7 @@ class Coupling:
                 706, type(model).__name__, f"layers {missing!r:.60} keep a state instead of keys and values, which cannot go back when a token is refused"
             )
         if not model._can_set_attn_implementation():
-            raise ModelError(707, type(model).__name__, "computes attention in a way of its own, not through transformers' interface")
+            raise ModelError(706, type(model).__name__, "computes attention in a way of its own, not through transformers' interface")
         ids = {id(m.config) for m in inner.values()}
         # masks may be made by the config of any module around
         outer = [m.config for m in model.modules() if isinstance(m, PreTrainedModel) and any(id(getattr(n, "config", None)) in ids for n in m.modules())]

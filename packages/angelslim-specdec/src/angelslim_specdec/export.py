@@ -14,7 +14,7 @@ from angelslim_core.io.writer import write_json
 from angelslim_core.workdir import Workdir
 
 from .exporters import LAYOUTS, Given, Layout, Served
-from .exporters.traps import TRAPS, needs_head, problems
+from .exporters.traps import TRAPS, problems
 from .folder import Stored, check_target, open_draft, write_tensors
 
 K = 4
@@ -62,7 +62,7 @@ def export_draft(
     if not served and to == "speculators":
         warnings.append("verifier.name_or_path is empty: `vllm serve` of the folder alone cannot find the target, --speculative-config can")
     return {
-        "path": str(folder), "draft": stored.kind.name, "to": to, "dtype": given.dtype, "tensors": len(stored.specs) + needs_head(given),
+        "path": str(folder), "draft": stored.kind.name, "to": to, "dtype": given.dtype, "tensors": len(stored.specs) + given.needs_head,
         "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")), "layer_ids": list(stored.config.aux_hidden_state_layer_ids),
         "checks": list(TRAPS), "serve": layout.serve(given, str(folder)), "warnings": warnings,
     }  # fmt: skip
@@ -77,7 +77,7 @@ def _refuse(folder: Path, layout: Layout, given: Given) -> None:
 def _tensors(layout: Layout, given: Given) -> dict[str, Tensor]:
     kept = {layout.stored_name(given, name): given.draft.read(name) for name in given.draft.specs}
     vocabulary = given.draft.vocabulary()
-    if vocabulary is not None and needs_head(given):
+    if vocabulary is not None and given.needs_head:
         assert given.served
         kept["lm_head.weight"] = given.served.head(vocabulary.ids)
     return {name: t.to(torch_dtype(given.dtype)) if t.is_floating_point() else t for name, t in kept.items()}

@@ -118,23 +118,24 @@ class Given:
     def full_vocabulary(self) -> bool:
         return self.config.draft_vocab_size == self.config.vocab_size
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether the draft uses rows of the target's head, which an engine does not choose itself."""
+        return not self.full_vocabulary and "lm_head.weight" not in self.draft.specs
+
     def facts(self) -> Facts:
         """What every engine has to make of it."""
         flags: dict[str, Any]
         if self.name == "eagle3":
             flags = {flag: bool(self.option(flag, False)) for flag in NORM_FLAGS}
         else:
-            flags = {name: self.option(name) for name in BLOCK_FLAGS[self.name]}
+            flags = {name: self.option(name) for name in ("block_size", "mask_token_id", "sample_from_anchor")}
+            if self.name == "dspark":
+                flags |= {"markov_rank": self.option("markov_rank"), "markov_head_type": "vanilla", "confidence_head": True}
         return Facts(
             tuple(self.config.aux_hidden_state_layer_ids), (normal_rope(self.config.rope_parameters),), self.config.max_position_embeddings, False,
             self.config.draft_vocab_size, TORCH_NAMES[self.dtype], {name: getattr(self.config, name) for name in SIZES}, flags,
         )  # fmt: skip
-
-
-BLOCK_FLAGS = {
-    "dflash": ("block_size", "mask_token_id"),
-    "dspark": ("block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type", "confidence_head"),
-}
 
 
 class Layout(ABC):
@@ -157,8 +158,10 @@ class Layout(ABC):
             return f"engines read layers in ascending order, each once, and this draft wants {list(ids)}"
         if given.config.hidden_size != given.config.target_hidden_size:
             return "engines give a draft the target's embedding, which is not as wide as this one"
-        if given.name in BLOCK_FLAGS and not given.full_vocabulary and served is None:
+        if given.needs_head and served is None:
             return "the draft reads rows of the target's head, which are stored with it: give the target's folder"
+        if given.name == "dflash" and given.option("sample_from_anchor"):
+            return "no engine's DFlash drafts a token from the row of the last one"
         return self.lacks(given)
 
     def lacks(self, given: Given) -> str:

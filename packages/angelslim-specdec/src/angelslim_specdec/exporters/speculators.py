@@ -37,7 +37,7 @@ class Speculators(Layout):
         if given.name == "eagle3":
             return {**document, **flags, "eagle_aux_hidden_state_layer_ids": counted, "embed_requires_grad": False}
         document |= {"aux_hidden_state_layer_ids": counted, "mask_token_id": flags["mask_token_id"], "block_size": flags["block_size"]}
-        document["sample_from_anchor"] = bool(flags.get("sample_from_anchor", False))
+        document["sample_from_anchor"] = flags["sample_from_anchor"]
         if given.name == "dspark":
             document |= {"markov_rank": flags["markov_rank"], "markov_head_type": flags["markov_head_type"]}
             document |= {"enable_confidence_head": flags["confidence_head"], "confidence_head_with_markov": flags["confidence_head"]}
@@ -56,10 +56,10 @@ class Speculators(Layout):
             flags = {flag: config.flag(flag, flag == "norm_before_residual") for flag in NORM_FLAGS}
             return layer_facts(layer, given, tuple(i - 1 for i in counted) or default_layers(given), draft_vocab, flags)
         flags = {"block_size": config.whole("block_size", 16), "mask_token_id": config.whole("mask_token_id", -1)}
+        flags["sample_from_anchor"] = config.flag("sample_from_anchor", False)
         if given.name == "dspark":
             flags |= {
-                "sample_from_anchor": config.flag("sample_from_anchor", False), "markov_rank": config.whole("markov_rank", 0),
-                "markov_head_type": config.text("markov_head_type", "vanilla"),
+                "markov_rank": config.whole("markov_rank", 0), "markov_head_type": config.text("markov_head_type", "vanilla"),
                 "confidence_head": config.flag("enable_confidence_head", False) and config.flag("confidence_head_with_markov", False),
             }  # fmt: skip
         return layer_facts(layer, given, tuple(i - 1 for i in config.ids("aux_hidden_state_layer_ids")), draft_vocab, flags)

@@ -76,7 +76,7 @@ def _config_problems(config: Fields, layout: Layout, given: Given) -> list[Probl
 def _tensor_problems(checkpoint: Checkpoint, layout: Layout, given: Given) -> list[Problem]:
     draft = given.draft
     names = {layout.stored_name(given, name): name for name in draft.specs}
-    extra = {"lm_head.weight"} if needs_head(given) else set()
+    extra = {"lm_head.weight"} if given.needs_head else set()
     missing, more = (names.keys() | extra) - checkpoint.tensors.keys(), checkpoint.tensors.keys() - names.keys() - extra
     seen = [Problem("d2t_offsets" if name == "d2t" else "weights", f"has no tensor {name}") for name in sorted(missing)]
     seen += [Problem("weights", f"has a tensor {name[:200]} that the draft has not") for name in sorted(more)]
@@ -101,8 +101,3 @@ def _tensor_problems(checkpoint: Checkpoint, layout: Layout, given: Given) -> li
         if not torch.equal(checkpoint.read("lm_head.weight"), given.served.head(vocabulary.ids).to(torch_dtype(given.dtype))):
             seen.append(Problem("weights", "lm_head.weight holds other rows than the target's head has for the draft's tokens"))
     return seen
-
-
-def needs_head(given: Given) -> bool:
-    """Whether the draft uses rows of the target's head, which an engine does not choose itself."""
-    return not given.full_vocabulary and "lm_head.weight" not in given.draft.specs

@@ -51,7 +51,7 @@ def block_fields(given: Given) -> dict[str, Any]:
         "architectures": ["Qwen3DSparkModel"], **fields, "mask_token_id": flags["mask_token_id"], "target_layer_ids": ids,
         "markov_rank": flags["markov_rank"], "markov_head_type": flags["markov_head_type"],
         "enable_confidence_head": flags["confidence_head"], "confidence_head_with_markov": flags["confidence_head"],
-        "sample_from_anchor": flags["sample_from_anchor"], "dspark_bonus_anchor": not flags["sample_from_anchor"],
+        "sample_from_anchor": flags["sample_from_anchor"],
     }  # fmt: skip
 
 
@@ -60,11 +60,11 @@ def block_facts(config: Fields, given: Given, draft_vocab: int) -> Facts:
     inner = config.inner("dflash_config")
     flags: dict[str, Any] = {"block_size": config.whole("block_size", 16), "mask_token_id": inner.whole("mask_token_id", config.whole("mask_token_id", -1))}
     counted = config.ids("eagle_aux_hidden_state_layer_ids")
+    flags["sample_from_anchor"] = config.flag("sample_from_anchor", True) if given.name == "dspark" else inner.flag("sample_from_anchor", False)
     ids = tuple(i - 1 for i in counted) or inner.ids("target_layer_ids") or config.ids("target_layer_ids")
     if given.name == "dspark":
         flags |= {
-            "sample_from_anchor": not config.flag("dspark_bonus_anchor", False), "markov_rank": config.whole("markov_rank", 0),
-            "markov_head_type": config.text("markov_head_type", "vanilla"),
+            "markov_rank": config.whole("markov_rank", 0), "markov_head_type": config.text("markov_head_type", "vanilla"),
             "confidence_head": config.flag("enable_confidence_head", False) and config.flag("confidence_head_with_markov", False),
         }  # fmt: skip
     return layer_facts(config, given, ids, draft_vocab, flags)

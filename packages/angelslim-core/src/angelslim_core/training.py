@@ -1,0 +1,244 @@
+"""A step of training that does not know what it trains: fp32 master weights, a schedule, clipping, and states that go on exactly.
+
+Whoever trains writes the loop, so that it may export, probe and stop where it likes:
+
+    training = Training(dict(model.named_parameters()), options, group)
+    training.resume(folder)
+    while not training.is_done:
+        training.advance(lambda step, part: terms_of(batch(step, part)))
+
+Losses are sums and counts, so that means are taken over all processes: the same rows give the same step, however many share them.
+Of everything random a step is the seed, so that a state needs no random numbers' state.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from .errors import ModelError, NumericError
+from .io.checkpoint import TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
+from .io.strict_json import read_json
+from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
+from .parallel import Group
+
+
+class TrainingOptions(BaseModel):
+    """How a training steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(ge=1)
+    lr: float = Field(1e-4, gt=0, description="highest learning rate")
+    warmup: float = Field(0.015, ge=0, le=1, description="share of the steps in which the rate rises to it; the first is above zero")
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of the rate at the end of the cosine")
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    clip: float = Field(0.5, gt=0, description="most that the norm of all gradients may be")
+    accumulate: int = Field(1, ge=1, description="batches a step, each of which counts alike")
+    seed: int = Field(0, ge=0)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, from 0."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        part = (step - warm + 1) / max(1, self.steps - warm)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
+
+
+@dataclass
+class Terms:
+    """loss = sum_s weights[s] * sums[s] / counts[s], counts being those of all processes.
+
+    Args:
+        sums: [S], fp32, with gradient.
+        counts: [S], fp32.
+        weights: [S], fp32.
+        extra: [N], fp32: numbers to be summed over all processes, of which nothing is known here.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    weights: Tensor
+    extra: Tensor
+
+
+@dataclass
+class Seen:
+    """What steps have shown since it was last asked.
+
+    Args:
+        loss: mean of the steps' losses.
+        norm: largest norm of the gradients before clipping.
+        extra: sums of `Terms.extra`.
+    """
+
+    loss: float
+    norm: float
+    extra: list[float]
+    steps: int
+
+
+class Training:
+    """Parameters with fp32 copies and AdamW's moments, and how far they are.
+
+    Args:
+        parameters: name -> parameter, of any floating dtype; what is computed with them is theirs to say.
+        group: the processes; each brings its own rows, all keep the whole state.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], options: TrainingOptions, group: Group | None = None) -> None:
+        self.options, self.group, self.step = options, group or Group(), 0
+        self._parameters = dict(parameters)
+        self._masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._parameters.items()}
+        fused = all(p.is_cuda for p in self._masters.values())
+        self._adam = torch.optim.AdamW(
+            self._masters.values(), lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused
+        )
+        self._seen: list[Tensor] = []
+
+    @property
+    def is_done(self) -> bool:
+        return self.step >= self.options.steps
+
+    def advance(self, terms: Callable[[int, int], Terms]) -> None:
+        """One step.
+
+        Args:
+            terms: terms(step, part) -> loss of this process's share of a batch; called `accumulate` times, with the random state seeded.
+        """
+        options, record = self.options, None
+        for part in range(options.accumulate):
+            torch.manual_seed(hash((options.seed, self.step, part, self.group.rank)) & 0x7FFF_FFFF_FFFF)
+            found = terms(self.step, part)
+            counts = self.group.reduce(found.counts.detach().float().clone())
+            parts = found.weights * found.sums.float() / counts.clamp(min=1) / options.accumulate
+            loss = parts.sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            row = torch.cat((loss.detach()[None], found.extra.detach().float()))
+            record = row if record is None else record + row
+        assert record is not None
+        record = self.group.reduce(record)
+        norm = self._update()
+        self._seen.append(torch.cat((record, norm[None])))
+        self.step += 1
+
+    def _update(self) -> Tensor:
+        """Move the masters, and the parameters after them; the norm of the gradients before clipping."""
+        names = list(self._parameters)
+        gradients = [self._gradient(name) for name in names]
+        if self.group.size > 1:
+            flat = self.group.reduce(torch.cat([g.reshape(-1) for g in gradients]))
+            gradients = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (self.options.clip / norm.clamp(min=self.options.clip)))
+        for name, gradient in zip(names, gradients, strict=True):
+            self._masters[name].grad = gradient
+            if self._masters[name] is not self._parameters[name]:
+                self._parameters[name].grad = None
+        for part in self._adam.param_groups:
+            part["lr"] = self.options.rate(self.step)
+        self._adam.step()
+        self._adam.zero_grad()
+        self._copy()
+        return norm
+
+    def _gradient(self, name: str) -> Tensor:
+        found = self._parameters[name].grad
+        return torch.zeros_like(self._masters[name], requires_grad=False) if found is None else found.float()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        pairs = [(p, self._masters[name]) for name, p in self._parameters.items() if self._masters[name] is not p]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+    def seen(self) -> Seen | None:
+        """What the steps since the last call have shown; None: there were none. It waits for the device.
+
+        Raises:
+            NumericError: the loss or a gradient is not finite.
+        """
+        if not self._seen:
+            return None
+        rows = torch.stack(self._seen).double().cpu()
+        self._seen = []
+        if not bool(rows[:, [0, -1]].isfinite().all()):
+            raise NumericError(20, f"step {self.step}", "the loss or a gradient is not finite", "lower the learning rate; an earlier state is kept")
+        return Seen(float(rows[:, 0].mean()), float(rows[:, -1].max()), rows[:, 1:-1].sum(0).tolist(), len(rows))
+
+    def save(self, folder: Path) -> None:
+        """Keep the state, durably, in place of earlier ones; the first process does so, after `seen` found it finite."""
+        if self.group.rank == 0:
+            tensors = self._state()
+            specs = {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+            made = folder / f".step-{self.step:08d}.tmp"
+            with disk_errors(folder, sum(map(spec_bytes, specs.values()))):
+                shutil.rmtree(made, ignore_errors=True)
+                made.mkdir(parents=True)
+                writer = ShardWriter(made / "state.safetensors", specs)
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+                writer.finish()
+                write_json(made / "state.json", {"step": self.step, "options": self.options.model_dump()})
+                final = folder / f"step-{self.step:08d}"
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(made, final)
+                fsync_folder(folder)
+            for earlier in _states(folder)[:-1]:
+                shutil.rmtree(earlier, ignore_errors=True)
+        self.group.share(None)
+
+    def resume(self, folder: Path) -> bool:
+        """Take up the last state that was kept; whether there is one.
+
+        Raises:
+            ModelError: it is of other parameters or options.
+        """
+        found = _states(folder)
+        if not found:
+            return False
+        where, document = found[-1], read_json(found[-1] / "state.json")
+        if document.get("options") != self.options.model_dump():
+            raise ModelError(420, str(where), "is of a training with other options", "give the same options, or delete it")
+        header = read_header(where / "state.safetensors")
+        state = self._state()
+        if header.keys() != state.keys() or any(tuple(header[n].shape) != tuple(t.shape) for n, t in state.items()):
+            raise ModelError(421, str(where), "is of a training of other parameters", "delete it to begin anew")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                info = header[name]
+                tensor.copy_(read_bytes(info.file, info.offset, info.nbytes).view(torch_dtype(info.dtype)).reshape(info.shape))
+        self.step = int(document["step"])
+        self._copy()
+        return True
+
+    def _state(self) -> dict[str, Tensor]:
+        """Masters and moments, which are made if no step has been taken yet."""
+        found: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            moments = self._adam.state[master]
+            if not moments:
+                on = master.device if master.is_cuda else None
+                moments |= {"step": torch.zeros((), device=on), "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+            found |= {
+                f"{name}.master": master.data,
+                f"{name}.exp_avg": moments["exp_avg"],
+                f"{name}.exp_avg_sq": moments["exp_avg_sq"],
+                f"{name}.step": moments["step"],
+            }
+        return found
+
+
+def _states(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())

@@ -1,0 +1,118 @@
+"""A training steps as torch's AdamW would, goes on exactly where it was, and does not depend on who has which rows."""
+
+import pytest
+import torch
+from torch import nn
+
+from angelslim_core.errors import ModelError, NumericError
+from angelslim_core.parallel import Group
+from angelslim_core.training import Terms, Training, TrainingOptions
+
+
+def problem(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3, bias=False).to(dtype)
+    rows = torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
+    return model, rows, rows @ torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+
+
+def terms(model, x, y):
+    error = (model(x.to(model.weight.dtype)).float() - y).square().mean(-1)
+    return Terms(error.sum()[None], torch.tensor([float(len(x))]), torch.ones(1), torch.tensor([float(len(x))]))
+
+
+def run(model, rows, targets, options, group=None, folder=None, stop=None):
+    training = Training(dict(model.named_parameters()), options, group)
+    if folder is not None:
+        training.resume(folder)
+    while not training.is_done and training.step != stop:
+        training.advance(lambda step, part: terms(model, rows[8 * step % 64 :][:8] + torch.rand(()), targets[8 * step % 64 :][:8]))
+    return training
+
+
+def test_the_schedule_rises_from_above_zero_and_falls_along_a_cosine():
+    options = TrainingOptions(steps=100, lr=1.0, warmup=0.04, final_lr=0.1)
+    rates = [options.rate(s) for s in range(100)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] < 1 and rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1) and TrainingOptions(steps=1, lr=0.5).rate(0) == 0.5
+
+
+def test_a_step_is_adamw_on_clipped_gradients():
+    model, rows, targets = problem()
+    other, _, _ = problem()
+    options = TrainingOptions(steps=3, lr=0.1, clip=0.25, weight_decay=0.1, warmup=0)
+    training = Training(dict(model.named_parameters()), options)
+    adam = torch.optim.AdamW(other.parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(3):
+        training.advance(lambda s, part: terms(model, rows, targets))
+        (other(rows) - targets).square().mean(-1).mean().backward()
+        norm = nn.utils.clip_grad_norm_(other.parameters(), 0.25)
+        adam.param_groups[0]["lr"] = options.rate(step)
+        adam.step()
+        adam.zero_grad()
+        seen = training.seen()
+        assert seen.norm == pytest.approx(float(norm)) and seen.extra == [64.0] and seen.steps == 1
+    torch.testing.assert_close(model.weight, other.weight)
+    assert training.seen() is None and training.is_done
+
+
+def test_small_updates_are_not_lost_in_bf16():
+    model, rows, targets = problem(torch.bfloat16)
+    before = model.weight.detach().clone()
+    training = run(model, rows, targets, TrainingOptions(steps=40, lr=1e-5))
+    master = training._masters["weight"]
+    assert model.weight.dtype == torch.bfloat16 and (master - before.float()).abs().min() > 1e-5
+    torch.testing.assert_close(model.weight, master.to(torch.bfloat16), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stopped_training_ends_where_one_that_ran_through_does(tmp_path, dtype):
+    options = TrainingOptions(steps=12, lr=0.05, accumulate=2, seed=7)
+    model, rows, targets = problem(dtype)
+    run(model, rows, targets, options)
+    other, _, _ = problem(dtype)
+    first = run(other, rows, targets, options, stop=5)
+    first.save(tmp_path)
+    run(other, rows, targets, options, stop=9)  # is lost
+    third, _, _ = problem(dtype)
+    run(third, rows, targets, options, folder=tmp_path)
+    assert torch.equal(third.weight, model.weight) and not torch.equal(other.weight, model.weight)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
+    with pytest.raises(ModelError, match="other options"):
+        Training(dict(third.named_parameters()), TrainingOptions(steps=13)).resume(tmp_path)
+    with pytest.raises(ModelError, match="other parameters"):
+        Training(dict(nn.Linear(5, 4, bias=False).named_parameters()), options).resume(tmp_path)
+    assert not Training(dict(third.named_parameters()), options).resume(tmp_path / "none")
+
+
+def test_numbers_that_are_not_finite_end_it():
+    model, rows, targets = problem()
+    training = Training(dict(model.named_parameters()), TrainingOptions(steps=2))
+    training.advance(lambda s, part: terms(model, rows * torch.inf, targets))
+    with pytest.raises(NumericError, match="not finite"):
+        training.seen()
+
+
+class Two(Group):
+    """One of two processes, which gets from the other what it would have."""
+
+    size = 2
+
+    def __init__(self, others):
+        self.others = others
+
+    def reduce(self, tensor, op="sum"):
+        return tensor + self.others.pop(0)
+
+
+def test_means_are_taken_over_all_processes():
+    model, rows, targets = problem()
+    alone = problem()[0]
+    options = TrainingOptions(steps=1, lr=0.1)
+    run_of = lambda m, x, y, group=None: Training(dict(m.named_parameters()), options, group).advance(lambda s, part: terms(m, x, y))  # noqa: E731
+    run_of(alone, rows, targets)
+    far = problem()[0]
+    ((far(rows[:10]) - targets[:10]).square().mean(-1).sum() / 64).backward()
+    error = float((far(rows[:10]) - targets[:10]).square().mean(-1).sum()) / 64
+    run_of(model, rows[10:], targets[10:], Two([torch.tensor([10.0]), torch.tensor([error, 10.0]), far.weight.grad.reshape(-1)]))
+    torch.testing.assert_close(model.weight, alone.weight)

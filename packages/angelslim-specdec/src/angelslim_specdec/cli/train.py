@@ -1,0 +1,182 @@
+"""`angelslim specdec train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from angelslim_core.cli.common import emit, json_option, plugins_option, progress, stoppable
+from angelslim_core.errors import UsageError
+
+from .opening import DTYPES, open_target
+
+
+@click.command("train")
+@click.option("--model", required=True, metavar="M", help="The target: model folder, or a hub id when online.")
+@click.option("--data", metavar="FILE", help="JSONL of conversations that the target answered, as `regen` writes it.")
+@click.option("--features", metavar="DIR", help="What `dump` wrote, instead of running the target on --data; the target's layers are then not needed.")
+@click.option("--draft", required=True, metavar="NAME", help="Kind of draft: eagle3, dflash, dflare, dfly, dspark, mtp, or a plugin's.")
+@click.option("--out", required=True, metavar="D", help="Draft folder to create.")
+@click.option("--steps", type=click.IntRange(min=1), help="Steps; instead of --epochs.")
+@click.option("--epochs", default=10.0, show_default=True, type=click.FloatRange(0, min_open=True), help="How often each row is trained on.")
+@click.option(
+    "--draft-vocab", type=click.IntRange(min=1), metavar="N", help="Tokens the draft may propose: the most frequent ones; its kind's default if not given."
+)
+@click.option("--vocab", metavar="FILE", help="What `vocab` wrote, instead of counting.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Option of the draft, as in ttt_steps=5; may be repeated.")
+@click.option("--length", default=2048, show_default=True, type=click.IntRange(min=8), help="Tokens of a packed row, at most; longer conversations are cut.")
+@click.option("--batch", type=click.IntRange(min=1), help="Rows a step, over all processes; 4 on a GPU, 1 on a CPU if not given.")
+@click.option("--lr", default=5e-4, show_default=True, type=click.FloatRange(0, min_open=True), help="Highest learning rate.")
+@click.option("--warmup", default=0.015, show_default=True, type=click.FloatRange(0, 1), help="Share of the steps in which the rate rises.")
+@click.option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0), help="AdamW's.")
+@click.option("--clip", default=0.5, show_default=True, type=click.FloatRange(0, min_open=True), help="Most that the gradients' norm may be.")
+@click.option("--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Batches a step.")
+@click.option("--validation", type=click.FloatRange(0, 0.5), help="Share of conversations held out; .02 from 500 conversations on, else 0, if not given.")
+@click.option(
+    "--every",
+    default=500,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Steps between validation, --probe, and states that a killed training goes on with.",
+)
+@click.option(
+    "--probe",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Measure acceptance by decoding N held-out prompts; trained ones where none is held out.",
+)
+@click.option(
+    "--export-every", default=0, show_default=True, type=click.IntRange(min=0), metavar="N", help="Also write the draft as OUT.step-N each N steps; 0: never."
+)
+@click.option(
+    "--turns",
+    default="joined",
+    show_default=True,
+    type=click.Choice(["joined", "each"]),
+    help="Train on all answers of a conversation at once, or on each with the history as the template shows it then.",
+)
+@click.option(
+    "--keep",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "device", "host", "nowhere"]),
+    help="Where features stay once computed; auto: where they fit.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of everything random.")
+@click.option("--replace", is_flag=True, help="Replace an existing output once the new one is complete.")
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@click.option(
+    "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="Of target and draft; auto: as stored, or fp32 where a CPU is faster in it."
+)
+@plugins_option
+@json_option
+def command(
+    model: str, data: str | None, features: str | None, draft: str, out: str, steps: int | None, epochs: float, draft_vocab: int | None, vocab: str | None,
+    settings: tuple[str, ...], length: int, batch: int | None, lr: float, warmup: float, weight_decay: float, clip: float, accumulate: int,
+    validation: float | None, every: int, probe: int, export_every: int, turns: Literal["joined", "each"], keep: str, seed: int, replace: bool,
+    device: str, dtype: str, plugins: list[str], as_json: bool,
+) -> None:  # fmt: skip
+    """Train a draft on what the target says, and on what it computes while it says it.
+
+    Several GPUs: torchrun --nproc-per-node N -m angelslim_core specdec train ... A stopped or killed training goes on when the same
+    command is run again.
+    """
+    from angelslim_core.device import pick_device
+    from angelslim_core.parallel import is_first, joined
+
+    if (data is None) == (features is None):
+        raise UsageError(741, "--data", "and --features exclude each other, and one of them is needed")
+    arguments = dict(locals())
+    where = pick_device(device)
+    with joined(where) as group, stoppable() as stop_requested, progress("training") as report:
+        document = _run(arguments, where, group, report, stop_requested)
+    if not is_first():
+        return
+    if as_json:
+        emit({"path": out, **document})
+        return
+    shown = document["training"]
+    click.echo(
+        f"{document['steps']} steps, {document['seconds']:.0f} s, {document['tokens_per_second']:.0f} tok/s; {document['conversations']} conversations, {document['tokens']} tokens"
+    )
+    click.echo(
+        f"loss {shown['loss']:.3f}   accuracy {' '.join(f'{a:.3f}' for a in shown['accuracy'])}   expected acceptance length {shown['expected_acceptance_length']:.2f}"
+    )
+    if "validation" in document:
+        held = document["validation"]
+        click.echo(
+            f"held out: loss {held['loss']:.3f}   accuracy {' '.join(f'{a:.3f}' for a in held['accuracy'])}   expected {held['expected_acceptance_length']:.2f}"
+        )
+    if "measured" in document:
+        click.echo(f"measured acceptance length {document['measured']['acceptance_length']:.2f} at k = {document['measured']['k']}, bonus token counted")
+    click.echo(f"{out}   next: angelslim specdec bench --model {model} --draft {out} --prompts FILE")
+
+
+def _run(given: dict[str, Any], where: str, group: Any, report: Any, stop_requested: Any) -> dict[str, Any]:
+    import math
+
+    import torch
+
+    from angelslim_core.training import TrainingOptions
+    from angelslim_core.workdir import sha256
+
+    from ..data.packing import Order
+    from ..drafts.base import Heads
+    from ..training.inputs import from_conversations, from_shards
+    from ..training.prepare import new_draft
+    from ..training.run import Plan, train
+    from ..training.selection import read_selection
+
+    offline = given["features"] is not None
+    target = open_target(given["model"], "cpu" if offline and not given["probe"] else where, given["dtype"], given["plugins"])
+    device = torch.device("cuda", torch.cuda.current_device()) if where == "cuda" else torch.device("cpu")
+    inputs = from_shards(given, target) if offline else from_conversations(given, target)
+    vocabulary = read_selection(Path(given["vocab"]), target.shape.vocab_size) if given["vocab"] else None
+    draft, coverage = new_draft(
+        given["draft"], target, inputs.rows, device, vocabulary=vocabulary, size=given["draft_vocab"], options=options_of(given["settings"]), seed=given["seed"]
+    )  # fmt: skip
+    batch = given["batch"] or (4 if where == "cuda" else 1)
+    per_epoch = len(inputs.rows) / (Order(len(inputs.rows), batch, 0).batch * given["accumulate"])
+    options = TrainingOptions(
+        steps=given["steps"] or math.ceil(given["epochs"] * per_epoch), lr=given["lr"], warmup=given["warmup"], weight_decay=given["weight_decay"],
+        clip=given["clip"], accumulate=given["accumulate"], seed=given["seed"],
+    )  # fmt: skip
+    source, validation = inputs.sources(draft, device, target.dtype, given["keep"])
+    heads = target.heads()
+    heads = Heads(heads.embedding.to(device), heads.head.to(device), heads.scale)
+    known = {
+        "model": target.shape.fingerprint, "data": inputs.data, "template": inputs.template, "length": inputs.length, "turns": inputs.turns,
+        "validation": inputs.share, "vocabulary": sha256(Path(given["vocab"])) if given["vocab"] else "", "dtype": str(target.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    plan = Plan(draft, heads, source, validation, options, batch, inputs.prompts[: given["probe"]], known, given["every"], given["export_every"])
+    found = train(
+        plan, target if given["probe"] else None, Path(given["out"]), replace=given["replace"], group=group, progress=report, stop_requested=stop_requested
+    )  # fmt: skip
+    return {
+        **found, "conversations": inputs.documents, "dropped": inputs.dropped, "rows": len(inputs.rows), "tokens": sum(map(len, inputs.rows)),
+        "vocabulary_coverage": coverage, "features": source.keep,
+    }  # fmt: skip
+
+
+def options_of(settings: tuple[str, ...]) -> dict[str, Any]:
+    """Options of a draft, values as YAML.
+
+    Raises:
+        UsageError: not KEY=VALUE.
+    """
+    import yaml
+
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, is_one, value = setting.partition("=")
+        try:
+            if not is_one or not key.isidentifier():
+                raise ValueError
+            found[key] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise UsageError(742, "--set", f"{setting!r:.100} is not KEY=VALUE", "as in ttt_steps=5") from error
+    return found

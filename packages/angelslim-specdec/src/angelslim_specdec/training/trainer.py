@@ -1,0 +1,184 @@
+"""Training a draft: what a step sees, how it is told, and what is kept on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from angelslim_core.context import Progress, never, silent
+from angelslim_core.errors import StoppedError, UsageError
+from angelslim_core.parallel import Group
+from angelslim_core.training import Seen, Terms, Training, TrainingOptions
+
+from ..data.packing import Order, chunks
+from ..drafts.base import Draft, Heads, Loss
+from .features import Source
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a draft's first choice is the target's.
+
+    Args:
+        rates: of each token ahead, given that those before it are right.
+    """
+
+    loss: float
+    rates: list[float]
+
+    @property
+    def expected(self) -> float:
+        """Tokens a round if every token ahead were right or wrong by itself, the target's own counted; an estimate, not a measurement."""
+        kept, total = 1.0, 1.0
+        for rate in self.rates:
+            kept *= rate
+            total += kept
+        return total
+
+    @classmethod
+    def of(cls, loss: float, hits: Sequence[float], asked: Sequence[float]) -> Accuracy:
+        return cls(loss, [h / a if a else 0.0 for h, a in zip(hits, asked, strict=True)])
+
+    def short(self) -> str:
+        rates = "/".join(f"{r:.2f}".removeprefix("0") for r in self.rates[:3])
+        return f"loss {self.loss:.3f}, acc {rates}, tau~{self.expected:.2f}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "accuracy": self.rates, "expected_acceptance_length": self.expected}
+
+
+@dataclass
+class History:
+    """What a training has shown.
+
+    Args:
+        entries: one for each time it was looked at: `step`, `training`, and where there is one `validation` and `measured`.
+        tokens: trained on, all processes together, since this process began.
+    """
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class DraftTraining:
+    """A draft that is being trained.
+
+    Args:
+        draft: on the device, in the dtype to compute with.
+        source: rows and features to train on; `validation`: others, held out.
+        batch: rows a step, over all processes.
+        every: steps between two looks: validation, `look`, and a state that a killed training goes on with.
+        look: called at each look with the step; what it measures is kept. Only in the first process.
+
+    Raises:
+        UsageError: the processes cannot share a batch evenly.
+    """
+
+    def __init__(
+        self, draft: Draft, heads: Heads, source: Source, options: TrainingOptions, *, batch: int, validation: Source | None = None, every: int = 500,
+        look: Callable[[int], dict[str, Any]] = lambda step: {}, group: Group | None = None,
+    ) -> None:  # fmt: skip
+        self.draft, self.heads, self.source, self.validation = draft, heads, source, validation
+        self.group, self.every, self._look = group or Group(), every, look
+        self.order = Order(len(source.rows), batch, options.seed)
+        if self.order.batch % self.group.size:
+            raise UsageError(
+                735, "--batch", f"{self.order.batch} rows a step cannot be shared by {self.group.size} processes", "give a multiple of their number"
+            )
+        self.training = Training({n: p for n, p in draft.named_parameters() if p.requires_grad}, options, self.group)
+        self.history = History()
+
+    def run(self, states: Path, progress: Progress = silent, stop_requested: Callable[[], bool] = never) -> History:
+        """Train to the end, from the last state in a folder on.
+
+        Raises:
+            StoppedError: it was asked to stop; its state is kept.
+        """
+        training, options = self.training, self.training.options
+        devices = [self.source.device] if self.source.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            training.resume(states)
+            self.draft.train()
+            began, last = time.perf_counter(), time.perf_counter()
+            steps_before, spent = training.step, 0.0
+            told: Accuracy | None = None
+            while not training.is_done:
+                training.advance(self._terms)
+                now = time.perf_counter()
+                is_look = training.step % self.every == 0 or training.is_done
+                if now - last > 1 or is_look or training.step == steps_before + 1:
+                    told, last = self._tell(training.seen()) or told, now
+                    rate = self.history.tokens / max(now - began - spent, 1e-9)
+                    progress(training.step, options.steps, f"{rate:.0f} tok/s, {told.short() if told else ''}")
+                stops = any(self.group.gather(stop_requested())) if self.group.size > 1 else stop_requested()
+                if is_look and told is not None:
+                    before = time.perf_counter()
+                    self._record(told)
+                    spent += time.perf_counter() - before
+                if stops or (is_look and not training.is_done):
+                    self._tell(training.seen())
+                    training.save(states)
+                if stops and not training.is_done:
+                    raise StoppedError(3, "train", f"stopped as asked after step {training.step}; its state is kept", "run the same command again to go on")
+            self.history.seconds = time.perf_counter() - began - spent
+            self.draft.eval()
+        return self.history
+
+    def _terms(self, step: int, part: int) -> Terms:
+        numbers = self.order.numbers(step * self.training.options.accumulate + part)
+        loss = self.draft.train_loss(self.source.batch(numbers[self.group.rank :: self.group.size]), self.heads)
+        self.history.tokens += sum(len(self.source.rows[i]) for i in numbers)
+        return Terms(loss.sums, loss.counts, loss.weights, torch.cat((loss.hits.float(), loss.asked.float())))
+
+    def _tell(self, seen: Seen | None) -> Accuracy | None:
+        if seen is None:
+            return None
+        half = len(seen.extra) // 2
+        return Accuracy.of(seen.loss, seen.extra[:half], seen.extra[half:])
+
+    def _record(self, told: Accuracy) -> None:
+        entry: dict[str, Any] = {"step": self.training.step, "training": told.as_dict()}
+        self.draft.eval()
+        if self.validation is not None:
+            entry["validation"] = evaluate(self.draft, self.heads, self.validation, max(1, self.order.batch // self.group.size), self.group).as_dict()
+        if self.group.rank == 0:
+            entry |= self._look(self.training.step)
+        self.group.share(None)
+        self.draft.train()
+        self.history.entries.append(entry)
+
+
+@torch.no_grad()
+def evaluate(draft: Draft, heads: Heads, source: Source, batch: int, group: Group | None = None) -> Accuracy:
+    """Loss and accuracy over all rows, each counted once, however many processes share them."""
+    group = group or Group()
+    totals: Loss | None = None
+    torch.manual_seed(0)  # what a loss draws is the same each time
+    for numbers in chunks(range(group.rank, len(source.rows), group.size), batch):
+        found = draft.train_loss(source.batch(numbers), heads)
+        totals = (
+            found
+            if totals is None
+            else Loss(totals.sums + found.sums, totals.counts + found.counts, found.weights, totals.hits + found.hits, totals.asked + found.asked)
+        )
+    device = source.device
+    width = int(group.reduce(torch.tensor(0 if totals is None else len(totals.sums)), "max"))
+    if totals is None:  # more processes than rows
+        zero = torch.zeros(width, device=device)
+        totals = Loss(zero, zero, zero, zero, zero)
+    weights = group.reduce(totals.weights.float().clone(), "max")
+    numbers_of = torch.stack([t.float() for t in (totals.sums, totals.counts)])
+    sums, counts = group.reduce(numbers_of)
+    sizes = torch.cat((totals.hits.float(), totals.asked.float()))
+    hits, asked = group.reduce(sizes).chunk(2)
+    return Accuracy.of(float((weights * sums / counts.clamp(min=1)).sum()), hits.tolist(), asked.tolist())
