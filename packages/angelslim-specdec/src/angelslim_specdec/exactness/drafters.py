@@ -34,6 +34,9 @@ class Oracle(Drafter):
     def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
         self._seen = [seen + n for seen, n in zip(self._seen, counts.tolist(), strict=True)]
 
+    def size(self, k: int) -> int:
+        return 2 * k if self._tree else k
+
     def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
         rows = []
         for prompt, seen in zip(self._prompts, self._seen, strict=True):
@@ -54,7 +57,7 @@ class Table(Drafter):
     Args:
         logits: [V, Vd], fp32.
         columns: [Vd], int64: the target's id of each column; None: all V in order.
-        tree: proposes the two most probable tokens, and what is most probable after each of them, whatever is drawn elsewhere.
+        tree: proposes the two most probable tokens, and what is most probable after each of them; two levels, whatever k.
         stated: temperature at which q is stated, if not the one it was drawn at.
     """
 
@@ -67,6 +70,9 @@ class Table(Drafter):
     def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
         last = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self._last = torch.where(counts > 0, last, self._last)
+
+    def size(self, k: int) -> int:
+        return 4 if self._tree else k
 
     def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
         if self._tree:
@@ -115,9 +121,12 @@ class Spy(Drafter):
             aux = before if before.shape == aux.shape else aux.roll(1, 1)
         self.inner.observe(tokens, aux, counts)
 
+    def size(self, k: int) -> int:
+        return self.inner.size(k)
+
     def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
         proposal = self.inner.propose(k, uniforms)
-        self.proposals.append((len(self.told), Proposal(proposal.tokens.clone(), parents=proposal.parents, counts=proposal.counts)))
+        self.proposals.append((len(self.told), Proposal(proposal.tokens.clone(), confidence=proposal.confidence, counts=proposal.counts)))
         return proposal
 
     def fresh(self, other: Drafter, k: int) -> Proposal:

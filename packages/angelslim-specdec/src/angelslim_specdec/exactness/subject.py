@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from angelslim_core.loading import load_model
-from angelslim_core.testing.models import tiny_checkpoint
+from angelslim_core.model import auto_class
 
 from ..drafters.base import Drafter
 from ..registry import drafters, drafts
@@ -26,7 +23,8 @@ PROMPTS = ((5,), (3, 4, 9, 3, 4, 9, 3, 4), (7, 10, 2, 6, 8))
 SAMPLED_PROMPT = (3, 4, 9, 3, 4, 9, 3, 4)
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "initializer_range": 0.35,
+    "head_dim": 8, "initializer_range": 0.35, "max_position_embeddings": 128, "tie_word_embeddings": False, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
 }  # fmt: skip
 
 
@@ -38,18 +36,28 @@ class Way:
         make: a new one.
         samples: it draws its tokens where it may.
         tree: proposes trees.
+        pruned: it has a vocabulary of its own.
     """
 
     name: str
     make: Callable[[], Drafter]
     samples: bool = False
     tree: bool = False
+    pruned: bool = False
 
 
 def small_target(seed: int = 0) -> Target:
     """A random Llama in fp32 whose next token is neither certain nor arbitrary."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_model(tiny_checkpoint("llama", Path(folder) / "model", seed=seed, dtype="float32", tokenizer=False, **_SHAPE), "cpu").model
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING["llama"](**_SHAPE)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():  # norms start at one, which would hide mistakes
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter += torch.randn_like(parameter) * 0.1
     return Target(model)
 
 
@@ -78,9 +86,12 @@ def ways(target: Target) -> list[Way]:
             with torch.random.fork_rng([]):
                 torch.manual_seed(size)
                 made = draft.from_target(shape, draft_vocab_size=size).float().eval()
-            found.append(Way(name if size == VOCABULARY else f"{name}, {size} of {VOCABULARY} tokens", lambda made=made: made.drafter(heads), samples=True))
+                for weight in (p for p in made.parameters() if p.dim() > 1):  # what starts near zero would not notice what it reads
+                    weight.data.normal_(std=_SHAPE["initializer_range"])
+            label = name if size == VOCABULARY else f"{name}, {size} of {VOCABULARY} tokens"
+            found.append(Way(label, lambda made=made: made.drafter(heads), samples=True, pruned=size < VOCABULARY))
     table, subset = bigrams(target), torch.tensor([1, 3, 4, 6, 7, 9, 10, 11])
     found.append(Way("table", lambda: Table(table), samples=True))
-    found.append(Way("table, 8 of 12 tokens", lambda: Table(table[:, subset], subset), samples=True))
+    found.append(Way("table, 8 of 12 tokens", lambda: Table(table[:, subset], subset), samples=True, pruned=True))
     found.append(Way("tree of a table", lambda: Table(table, tree=True), tree=True))
     return found

@@ -1,0 +1,98 @@
+"""What decoding with a draft must come to, each as a number: 1 where tokens are the target's own, 0 where not, or a p value.
+
+Shapes: S samples, N new tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..adaptive import Pace
+from ..drafters.base import Drafter, Warp
+from .drafters import Oracle, Spy
+from .statistics import agreement
+from .subject import NEW_TOKENS, PROMPTS, SAMPLED_PROMPT, VOCABULARY, Way, continuation
+
+WARPS = {"temperature 1.2": Warp(1.2), "temperature 1.5, top-p 0.9": Warp(1.5, top_p=0.9)}
+_ROWS, _SAMPLED_TOKENS = 512, 4
+_ROUNDING = 1e-4  # between the same sums in another order
+
+
+def decoded(target: Any, drafter: Drafter | None, prompts: Sequence[Sequence[int]], tokens: int, seed: int = 0, **options: Any) -> engine.Decoded:
+    """Prompts decoded in one batch by the engine."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(list(prompt))
+    made = engine.Engine(target, drafter, len(prompts), longest + tokens, **options)
+    return made.decode(ids, torch.tensor([len(p) for p in prompts]), tokens, range(seed, seed + len(prompts)))
+
+
+class Greedy:
+    """Greedy decoding against the target's own continuations, made without a cache."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self.wanted = {p: continuation(target, p, NEW_TOKENS) for p in PROMPTS}
+
+    def oracles(self) -> list[Way]:
+        """Drafters that are always right, never, or now and then, as chains and as trees."""
+        kinds = {"right": 0, "never right": 1, "wrong at every third token": 3}
+        return [
+            Way(f"{'tree' if tree else 'chain'} that is {name}", lambda wrong=wrong, tree=tree: Oracle(self.wanted, VOCABULARY, wrong, tree), tree=tree)
+            for tree in (False, True)
+            for name, wrong in kinds.items()
+        ]
+
+    def same(self, way: Way, k: int, prompts: Sequence[tuple[int, ...]] = PROMPTS, **options: Any) -> float:
+        """1 where all tokens are the target's own, else 0."""
+        found = decoded(self.target, way.make(), prompts, NEW_TOKENS, k=k, **options)
+        return float(found.tokens == [self.wanted[p] for p in prompts])
+
+    def stops(self, way: Way) -> float:
+        """The same with a stop token that each prompt's answer has in its middle: the answer ends with it."""
+        found = []
+        for prompt in PROMPTS:
+            answer = self.wanted[prompt]
+            at = next(i for i in range(6, NEW_TOKENS) if answer[i] not in answer[:i])
+            found.append(decoded(self.target, way.make(), [prompt], NEW_TOKENS, k=5, stops=[answer[at]]).tokens == [answer[: at + 1]])
+        return float(all(found))
+
+    def accepts_all(self) -> float:
+        """1 where a drafter that is always right gets every token accepted, in as few rounds as there can be."""
+        right = self.oracles()[0]
+        found = decoded(self.target, right.make(), PROMPTS[:1], NEW_TOKENS, k=3)
+        return float(found.rounds == [-(-(NEW_TOKENS - 1) // 4)] and found.acceptance_length == 4.0)
+
+    def fresh(self, way: Way, stale: bool = False) -> float:
+        """1 where a drafter that has seen round after round proposes what one proposes that is told all at once, whatever was rejected in between."""
+        spy = Spy(way.make(), stale)
+        decoded(self.target, spy, PROMPTS, NEW_TOKENS, k=3)
+        found, last = spy.fresh(way.make(), 3), spy.proposals[-1][1]
+        same = found.tokens == last.tokens
+        if found.confidence is not None and last.confidence is not None:
+            same &= (found.confidence - last.confidence).abs() < _ROUNDING
+        if last.counts is not None:
+            same |= torch.arange(same.shape[1]) >= last.counts[:, None]
+        return float(same.all())
+
+
+def sampled(target: Any, way: Way, rule: engine.Rule, warp: Warp, expected: Tensor, samples: int, paced: bool = False, seed: int = 1) -> float:
+    """p value of sampled text, the first tokens after a prompt, each row with a seed of its own.
+
+    Args:
+        expected: [V] * 4, as `statistics.joint` gives it.
+        paced: the number of proposed tokens changes with what is accepted.
+    """
+    rows = []
+    for start in range(0, samples, _ROWS):
+        pace = Pace([1.0, 1.1, 1.2, 1.3]) if paced else None
+        rows += decoded(
+            target, way.make(), [SAMPLED_PROMPT] * _ROWS, _SAMPLED_TOKENS, seed + start, k=3, warp=warp, rule=rule, pace=pace
+        ).tokens  # fmt: skip
+    return agreement(torch.tensor(rows), expected)

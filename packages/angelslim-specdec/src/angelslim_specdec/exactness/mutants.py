@@ -1,0 +1,98 @@
+"""Wrong builds of the engine, which the checks must tell from the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import engine
+from ..cache import SlotCache
+from ..verification import draw, greedy, ratio, tree_greedy
+
+
+@contextmanager
+def replaced(where: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    """Inside, an attribute is another one."""
+    before = getattr(where, name)
+    setattr(where, name, value)
+    try:
+        yield
+    finally:
+        setattr(where, name, before)
+
+
+def _one_row_more(self: SlotCache, counts: Tensor, path: Tensor | None = None) -> None:
+    _COMMIT(self, torch.where(counts > 1, counts + 1, counts), path)
+
+
+_COMMIT = SlotCache.commit
+
+
+def _in_order(self: SlotCache, counts: Tensor, path: Tensor | None = None) -> None:
+    _COMMIT(self, counts)
+
+
+def _bonus_of_the_row_before(choices: Tensor, tokens: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    accepted, _ = greedy(choices, tokens, counts)
+    return accepted, choices.gather(1, (accepted - 1).clamp(min=0)[:, None])[:, 0]
+
+
+def _one_token_on_trust(choices: Tensor, tokens: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    accepted, _ = greedy(choices, tokens, counts)
+    accepted = accepted.clamp(min=min(1, tokens.shape[1]))
+    return accepted, choices.gather(1, accepted[:, None])[:, 0]
+
+
+def _no_stops(tokens: Tensor, counts: Tensor, remaining: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
+    return _CUT(tokens, counts, remaining, stops[:0])
+
+
+_CUT = engine.cut
+
+
+def _resampled(p: Tensor, tokens: Tensor, q: Tensor, columns: Tensor | None, uniforms: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    accepted, _ = ratio(p, tokens, q, columns, uniforms, counts)
+    return accepted, draw(p[torch.arange(len(p)), accepted], uniforms[:, -1])
+
+
+def _unnormalised(p: Tensor, tokens: Tensor, q: Tensor, columns: Tensor | None, uniforms: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    accepted, following = ratio(p, tokens, q, columns, uniforms, counts)
+    rows, last = torch.arange(len(p)), tokens.shape[1]
+    at = accepted.clamp(max=last - 1)
+    below = (p[rows, at] - q[rows, at]).clamp(min=0).cumsum(-1)
+    drawn = (below <= uniforms[:, -1:]).sum(-1).clamp(max=p.shape[-1] - 1)
+    return accepted, torch.where(accepted < last, drawn, following)
+
+
+def _one_draw_for_two(p: Tensor, tokens: Tensor, q: Tensor, columns: Tensor | None, uniforms: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return ratio(p, tokens, q, columns, uniforms[:, :1].expand_as(uniforms), counts)
+
+
+def _cut_by_confidence(p: Tensor, tokens: Tensor, q: Tensor, columns: Tensor | None, uniforms: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    sure = q.gather(2, tokens[..., None])[..., 0] > 0.3
+    return ratio(p, tokens, q, columns, uniforms, sure.long().cumprod(1).sum(1))
+
+
+def _tree_from_the_root(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, depth: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    return tree_greedy(draw(p[:, :1].expand_as(p), uniforms), tokens, parents, depth)
+
+
+# name -> what is replaced, where, by what; the check that has to notice is `kit`'s to choose
+GREEDY: Mapping[str, tuple[Any, str, Callable[..., Any]]] = {
+    "wrong KV trim: a rejected token's keys stay": (SlotCache, "commit", _one_row_more),
+    "bonus from the wrong row": (engine, "greedy", _bonus_of_the_row_before),
+    "first token accepted, whatever it is": (engine, "greedy", _one_token_on_trust),
+    "tree's accepted keys not moved": (SlotCache, "commit", _in_order),
+    "stop token missed": (engine, "cut", _no_stops),
+}
+SAMPLED: Mapping[str, tuple[Any, str, Callable[..., Any]]] = {
+    "resampled from p after a rejection": (engine, "ratio", _resampled),
+    "residual not renormalised": (engine, "ratio", _unnormalised),
+    "one draw for two decisions": (engine, "ratio", _one_draw_for_two),
+    "cut by the confidence of what is verified": (engine, "ratio", _cut_by_confidence),
+    "tree: draws from the wrong row": (engine, "tree_sample", _tree_from_the_root),
+}
