@@ -83,7 +83,7 @@ def command(
 
 def _complete(target: Target, batch: int, max_new_tokens: int) -> Complete:
     from ..drafters.base import Warp
-    from ..stream import stream
+    from ..streaming import stream
 
     def run(prompts: Sequence[tuple[int, list[int]]], temperature: float, seed: int) -> Iterator[tuple[int, list[int]]]:
         capacity = max(len(ids) for _, ids in prompts) + max_new_tokens

@@ -108,7 +108,7 @@ def train(
 
 def acceptance(draft: Draft, heads: Heads, target: Target, prompts: Sequence[Sequence[int]], k: int = 5) -> dict[str, Any]:
     """Acceptance of a draft, measured by decoding greedily: tokens a round, the target's own counted."""
-    from ..generate import generate
+    from ..generation import generate
 
     rounds = accepted = 0
     for start in range(0, len(prompts), _PROBE_ROWS):
