@@ -312,6 +312,7 @@ def test_the_command(to, drafts, model, tmp_path):
     assert document["schema_version"] == 1 and document["tensors"] == 15 and not document["warnings"] and str(tmp_path / "out") in document["serve"]
     config, weights = json.loads((tmp_path / "out/config.json").read_text()), load_file(tmp_path / "out/model.safetensors")
     assert tuple(weights["fc.weight"].shape) == (H, 3 * H) and weights["d2t"].dtype == torch.int64
+    assert ("layers.0." if to == "speculators" else "midlayer.") + "mlp.up_proj.weight" in weights
     if to == "speculators":
         assert config["speculators_model_type"] == "eagle3" and config["speculators_config"]["verifier"]["name_or_path"] == str(model)
         assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
