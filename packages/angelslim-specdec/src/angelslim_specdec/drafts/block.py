@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from angelslim_core.errors import UsageError
 
+from ..training.losses import teacher
 from .base import Batch, Draft, DraftConfig, Heads, Loss, TargetShape
 from .block_loss import Kind, Terms, Weighting, per_slot, terms
 from .block_mask import Sight, attention, choose_anchors
@@ -251,7 +252,8 @@ class BlockDraft(Draft):
         return self.block(ids, heads, self.rope(places.flatten(1)), attend).unflatten(1, (-1, config.block_size))
 
     def _terms(self, hidden: Tensor, before: Tensor, labels: Tensor, final: Tensor, sources: Tensor, heads: Heads) -> Terms:
-        """Terms [N, K]; sources [N K] are rows of final [B T, H], out of which the target drafts the same tokens."""
+        """Terms [N, K]; sources [N K] are rows of final [B T, H], out of which the target says the same tokens."""
+        config: BlockConfig = self.config
         head, tokens = self.head(heads), before.flatten()
 
         def logits(rows: Tensor, start: int, stop: int) -> Tensor:
@@ -261,16 +263,16 @@ class BlockDraft(Draft):
             out = rows @ head.to(rows.dtype).T
             return out + self.bias(known) if self.biases else out
 
-        teacher = None if self.config.loss == "ce" and not self.needs_target else lambda start, stop: heads.logits(final[sources[start:stop]])
-        of = terms(hidden.flatten(0, 1), labels.flatten(), logits, teacher, vocabulary_ids(self))
-        return Terms(*(value.view(labels.shape) for value in (of.cross, of.kl, of.overlap, of.hit)))
+        told = teacher(final, heads, vocabulary_ids(self)) if config.loss != "ce" or self.needs_target else None
+        of = terms(config.loss, hidden.flatten(0, 1), labels.flatten(), logits, told, sources, len(head))
+        return Terms(*(value.view(labels.shape) for value in (of.cross, of.apart, of.hit, of.accepted)))
 
     def _confidence_loss(self, hidden: Tensor, before: Tensor, of: Terms, weights: Tensor) -> Tensor:
         """[K]: binary cross entropy of `confidence` to the chance of being accepted, weighted as the rest; 0 without."""
         logits = self.confidence(hidden, before)
         if logits is None:
             return weights.new_zeros(weights.shape[1])
-        return (functional.binary_cross_entropy_with_logits(logits.float(), of.overlap.detach(), reduction="none") * weights).sum(0)
+        return (functional.binary_cross_entropy_with_logits(logits.float(), of.accepted, reduction="none") * weights).sum(0)
 
     def _draft_ids(self, ids: Tensor) -> Tensor:
         """The draft's number of each of the target's ids, -1 where it has none."""
