@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[Conversation]:
     found = []
     for number, row in read_objects(path):
         messages = [m for m in _messages(row, path, number) if m["role"] in ("system", "user")]
-        if messages and messages[-1]["role"] == "system" or not messages or any(m["role"] == "system" for m in messages[1:]):
+        if (messages and messages[-1]["role"] == "system") or not messages or any(m["role"] == "system" for m in messages[1:]):
             raise RecipeError(725, f"{path}:{number}", "holds no user turn, or a system turn that is not the first")
         found.append(Conversation(_id(row, number), [{"role": m["role"], "content": m["content"]} for m in messages]))
     return _checked(found, path)
