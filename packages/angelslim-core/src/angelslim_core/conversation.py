@@ -42,8 +42,7 @@ class Conversation:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "streamer": streamer}
         options.update({"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None})
         failure: list[BaseException] = []
-        self.turns.append({"role": "user", "content": prompt})
-        encoded = self._encode(prompt)
+        encoded = self.ask(prompt)
 
         def work() -> None:
             try:
@@ -63,9 +62,11 @@ class Conversation:
             raise failure[0]
         self.turns.append({"role": "assistant", "content": said})
 
-    def _encode(self, prompt: str) -> Any:
+    def ask(self, prompt: str) -> Any:
+        """One more user turn; what the tokenizer makes of the conversation so far: `input_ids`, `attention_mask`, [1, P]."""
         from .calibration.render import render_chats
 
+        self.turns.append({"role": "user", "content": prompt})
         if not self.template:
             return self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         special = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}

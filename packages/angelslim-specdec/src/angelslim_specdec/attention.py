@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME = "specdec"
+# what attends as a model was trained to; policies of other plugins do not, and would be left out
+_EXACT = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"})
 # what only a model's own eager attention computes
-_EAGER = ("s_aux", "sinks", "softcap")
+_EAGER = ("s_aux", "sinks", "softcap", "position_bias")
 
 
 @dataclass
@@ -109,10 +111,8 @@ def attend(
     if any(options.get(name) is not None for name in _EAGER):
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if eager is None:
-            raise ModelError(704, type(module).__name__, "attends with sinks or a cap on scores in a way that is not known")
+            raise ModelError(704, type(module).__name__, f"attends in a way that is not known here: with one of {', '.join(_EAGER)}")
         return eager(module, query, key, value, visible.bias(key.shape[2], sliding_window, query.dtype), scaling=scale, dropout=0.0, **options)  # type: ignore[no-any-return]
-    if options.get("position_bias") is not None:
-        raise ModelError(705, type(module).__name__, "attends with a bias for positions, which speculative decoding does not know")
     return VERIFY_ATTENTION(query, key, value, visible, scale, sliding_window).transpose(1, 2), None
 
 
@@ -128,12 +128,11 @@ class Coupling:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         inner = {m.layer_idx: m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int) and getattr(m, "is_causal", False)}
-        if missing := sorted(set(range(num_layers)) - inner.keys()):
-            raise ModelError(
-                706, type(model).__name__, f"layers {missing!r:.60} keep a state instead of keys and values, which cannot go back when a token is refused"
-            )
-        if not model._can_set_attn_implementation():
-            raise ModelError(707, type(model).__name__, "computes attention in a way of its own, not through transformers' interface")
+        missing = sorted(set(range(num_layers)) - inner.keys())
+        if missing or not model._can_set_attn_implementation():
+            what = f"layers {missing!r:.60} keep a state instead of keys and values, which cannot go back when a token is refused"
+            own = "computes attention in a way of its own, not through transformers' interface"
+            raise ModelError(705, type(model).__name__, what if missing else own)
         ids = {id(m.config) for m in inner.values()}
         # masks may be made by the config of any module around
         outer = [m.config for m in model.modules() if isinstance(m, PreTrainedModel) and any(id(getattr(n, "config", None)) in ids for n in m.modules())]
@@ -143,8 +142,14 @@ class Coupling:
 
     @contextmanager
     def __call__(self, visible: Visible) -> Iterator[None]:
-        """Inside, the model attends to what is visible."""
+        """Inside, the model attends to what is visible.
+
+        Raises:
+            ModelError: it attends by a policy that is not known here.
+        """
         before = [attention_of(config) for config in self._configs]
+        if other := set(before) - _EXACT:
+            raise ModelError(712, "attention", f"goes by {sorted(other)[0]!r:.50}, which speculative decoding would leave out", "detach that policy first")
         token = _CALL.set(visible)
         try:
             for config in self._configs:

@@ -47,7 +47,7 @@ class SlotCache:
             UsageError: there is no room.
         """
         if tokens + (self.bound or 0 if rows is None else 0) > self.capacity:
-            raise UsageError(708, "cache", f"{tokens} tokens more than {self.bound or 0} do not fit into {self.capacity} slots")
+            raise UsageError(707, "cache", f"{tokens} tokens more than {self.bound or 0} do not fit into {self.capacity} slots")
         self._prompts, self._new = rows, tokens
         if rows is None:
             one = self.bound is not None and len(self.lengths) == 1

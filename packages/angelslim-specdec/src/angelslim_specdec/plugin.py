@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from angelslim_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import click
     import pluggy
+
+    from angelslim_core.kernels import Kernel
+    from angelslim_core.passes import Pass
 
 ANGELSLIM_HOOKS = 1
 
@@ -21,7 +24,26 @@ def angelslim_addhooks(pluginmanager: pluggy.PluginManager) -> None:
 
 
 @hookimpl
+def angelslim_register_passes() -> list[type[Pass]]:
+    from .passes import PASSES
+
+    return [*PASSES]
+
+
+@hookimpl
+def angelslim_register_kernels() -> list[Kernel]:
+    from .kernels.verify_attention import VERIFY_ATTENTION
+
+    return [VERIFY_ATTENTION]
+
+
+@hookimpl
 def angelslim_register_commands(cli: click.Group) -> None:
     from .cli import add_commands
 
     add_commands(cli)
+
+
+@hookimpl
+def angelslim_default_steps() -> list[dict[str, Any]]:
+    return [{"use": "specdec.ngram"}]

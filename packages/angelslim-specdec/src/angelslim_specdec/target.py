@@ -75,7 +75,7 @@ class Target:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for module, what in ((embedding, "embedding"), (head, "head")):
             if not isinstance(getattr(module, "weight", None), Tensor):
-                raise ModelError(709, type(model).__name__, f"has no {what} of plain weights, which a draft would share")
+                raise ModelError(708, type(model).__name__, f"has no {what} of plain weights, which a draft would share")
         self._embedding, self._head = embedding, head
         names = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in names else "past_key_values"
@@ -215,7 +215,7 @@ class Target:
     def _tapped(self, layer_ids: Sequence[int], pick: Callable[[Tensor], Tensor] | None) -> Iterator[dict[Any, Tensor]]:
         """Inside, layers leave their outputs, and the head what it reads, of which it then gets what `pick` takes."""
         if bad := [i for i in layer_ids if not 0 <= i < len(self.layers)]:
-            raise UsageError(710, "layer ids", f"{bad} are not layers of this target, which has {len(self.layers)}", "they count from 0")
+            raise UsageError(709, "layer ids", f"{bad} are not layers of this target, which has {len(self.layers)}", "they count from 0")
         found: dict[Any, Tensor] = {}
 
         def keep(layer: int) -> Callable[..., None]:

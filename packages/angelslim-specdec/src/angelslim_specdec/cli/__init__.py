@@ -7,7 +7,7 @@ from importlib import import_module
 import click
 
 # command -> module here, which holds it as `command`
-COMMANDS: dict[str, str] = {"export": "export"}
+COMMANDS: dict[str, str] = {"decode": "decode", "export": "export"}
 
 
 def add_commands(group: click.Group) -> None:

@@ -67,7 +67,8 @@ class Drafter(ABC):
 
     Attributes:
         layer_ids: layers of the target whose outputs `observe` needs.
-        graphable: `observe` and `propose` are device work of fixed shape without host sync, so that CUDA graphs can hold them.
+        graphable: `observe` and `propose` are device work of fixed shape without host sync, on storage that `start` keeps where
+            it is while shapes stay the same, so that CUDA graphs can hold them.
         reads_host: `observe` reads tokens on the host; they come as CPU tensors.
     """
 
@@ -104,8 +105,13 @@ class Drafter(ABC):
         """Up to k tokens a row that may follow the last one observed.
 
         Args:
+            k: tokens of a chain, levels of a tree.
             uniforms: [B, k], fp32 in [0, 1), to draw with; None: the most probable.
         """
+
+    def size(self, k: int) -> int:
+        """Tokens a row that `propose(k)` gives: more than k where they are a tree."""
+        return k
 
     def keep(self, rows: Tensor) -> None:
         """Of the batch's rows these go on, in this order: [B'], int64. Only where the engine shrinks batches."""

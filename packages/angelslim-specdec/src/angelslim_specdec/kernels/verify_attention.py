@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def reference(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, window: int | None = None) -> Tensor:
     """[B, Hq, T, Dv] in q's dtype, softmax in fp32."""
     batch, heads, tokens, _ = q.shape
-    grouped = q.float().unflatten(1, (k.shape[1], -1))
+    grouped = q.float().reshape(batch, k.shape[1], -1, tokens, q.shape[-1])
     scores = torch.einsum("bhgtd,bhsd->bhgts", grouped, k.float()) * scale
     scores = scores.masked_fill(~visible.mask(k.shape[2], window)[:, None], -torch.inf)
     return torch.einsum("bhgts,bhsd->bhgtd", scores.softmax(-1), v.float()).reshape(batch, heads, tokens, -1).to(q.dtype)

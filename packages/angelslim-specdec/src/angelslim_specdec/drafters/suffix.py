@@ -1,0 +1,96 @@
+"""Proposes what most often followed the longest runs that the row has seen before; no model.
+
+Source: SuffixDecoding, arXiv:2411.04975.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Drafter, Proposal, Warp
+from .ngram import padded
+
+
+class _Node:
+    """A run of tokens: how often it came, and what followed."""
+
+    __slots__ = ("after", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.after: dict[int, _Node] = {}
+
+
+class _Trie:
+    """All runs of one row up to a depth, with the ones that its end is part of."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth, self._root = depth, _Node()
+        self._open: list[_Node] = []  # the node of each run that ends with the last token, the longest first
+
+    def add(self, token: int) -> None:
+        grown = []
+        for node in [*self._open, self._root]:
+            found = node.after.get(token)
+            if found is None:
+                found = node.after[token] = _Node()
+            found.count += 1
+            grown.append(found)
+        self._open = grown[-self._depth :]
+
+    def propose(self, k: int, factor: float, least: float) -> list[int]:
+        best: list[int] = []
+        best_score = 0.0
+        length = len(self._open)
+        for node in self._open:
+            if node.after:
+                found, score = self._follow(node, min(k, int(factor * length)), least)
+                if score > best_score:
+                    best, best_score = found, score
+            length -= 1
+        return best
+
+    @staticmethod
+    def _follow(node: _Node, most: int, least: float) -> tuple[list[int], float]:
+        """The likeliest tokens after a run while all of them together have probability `least`, and how many of them to expect."""
+        tokens: list[int] = []
+        score, probability = 0.0, 1.0
+        while len(tokens) < most and node.after:
+            total = sum(n.count for n in node.after.values())
+            token, following = max(node.after.items(), key=lambda item: item[1].count)
+            probability *= following.count / total
+            if probability < least:
+                break
+            tokens.append(token)
+            score += probability
+            node = following
+        return tokens, score
+
+
+class Suffix(Drafter):
+    """Of all runs that end the row and came before, follows the one that promises the most tokens.
+
+    Args:
+        depth: longest run that is kept.
+        factor: tokens proposed for each token that matches, at most.
+        least: probability of all proposed tokens together, counted from what followed before.
+    """
+
+    reads_host = True
+
+    def __init__(self, depth: int = 24, factor: float = 1.0, least: float = 0.1) -> None:
+        self._depth, self._factor, self._least = depth, factor, least
+        self._rows: list[_Trie] = []
+
+    def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
+        self._rows = [_Trie(self._depth) for _ in range(len(prompts))]
+        for row, first in zip(self._rows, prompts[:, 0].tolist(), strict=True):
+            row.add(first)
+
+    def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
+        for row, new, count in zip(self._rows, tokens.tolist(), counts.tolist(), strict=True):
+            for token in new[:count]:
+                row.add(token)
+
+    def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
+        return padded([row.propose(k, self._factor, self._least) for row in self._rows], k)

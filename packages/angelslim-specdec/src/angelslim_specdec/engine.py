@@ -1,0 +1,314 @@
+"""The decode loop: one engine for plain and for speculative decoding, on CPUs and, in CUDA graphs, on GPUs.
+
+A round lets the drafter propose, verifies in one forward pass of the target, keeps what the rule accepts and one token more,
+and tells the drafter. All of it is device work of fixed shape on tensors that stay in place; only drafters that read the
+host, and CPUs, have the host in between.
+
+Shapes: B rows, P longest prompt, K tokens of a chain or levels of a tree, N proposed tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from angelslim_core.errors import UsageError
+
+from .drafters.base import Drafter, Proposal, Warp
+from .graphs import Graph, Readout
+from .stops import cut
+from .target import Target
+from .uniforms import Uniforms
+from .verification import draw, greedy, match, ratio, tree_greedy, tree_sample
+
+Rule = Literal["auto", "ratio", "match"]
+# columns of what a round gives the host; then come its tokens
+ACCEPTED, KEPT, PROPOSED, GOES_ON, TOKENS = range(5)
+# salts of `Uniforms`
+_FIRST, _PROPOSE, _VERIFY = range(3)
+
+
+class Pacing(Protocol):
+    """Says how many tokens to propose, from what was accepted before."""
+
+    def next(self) -> int:
+        """Tokens to propose in the coming round, 0 to the engine's k."""
+
+    def saw(self, accepted: Sequence[int], drafted: Sequence[int]) -> None:
+        """What was accepted of what was proposed, for each row that took part in a round."""
+
+
+@dataclass
+class Decoded:
+    """What a batch became.
+
+    Args:
+        tokens: the new ones of each row, a stop token among them.
+        rounds: rounds of each row; the forward pass over its prompt is none.
+        accepted: proposed tokens that were accepted, of all rows, those behind a stop included.
+        drafted: proposed tokens, of all rows.
+        drafts: rounds of rows in which any were proposed.
+        by_position: how many were accepted at each position of a chain or level of a tree.
+        prompt_seconds: until the first token of every row.
+        seconds: from then on.
+    """
+
+    tokens: list[list[int]]
+    rounds: list[int]
+    accepted: int = 0
+    drafted: int = 0
+    drafts: int = 0
+    by_position: list[int] = field(default_factory=list)
+    prompt_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens a round of a row, the one that the target adds counted: 1 + accepted / rounds."""
+        return 1 + self.accepted / sum(self.rounds) if sum(self.rounds) else 1.0
+
+
+class Engine:
+    """Decodes batches of one shape. Keep it to decode several: graphs are captured once.
+
+    Args:
+        drafter: None is plain decoding.
+        batch: rows.
+        capacity: tokens a row may have in all, prompt and new ones.
+        k: tokens to propose a round, levels of a tree.
+        warp: temperature 0 is greedy.
+        rule: how sampled tokens are accepted: "ratio" accepts the most, "match" is lossless for any proposal, "auto" is "ratio".
+            Greedy decoding, and trees, have a rule of their own.
+        stops: tokens that end an answer.
+        pace: changes the number of tokens from round to round; k is the most.
+        static: fixed shapes; None: on a GPU.
+        runner: what makes of a round a thing to be called again and again; None: graphs on a GPU if shapes are fixed.
+
+    Attributes:
+        lag: rounds that the host may begin before it reads the results of one.
+
+    Raises:
+        UsageError: k is no number of tokens.
+    """
+
+    def __init__(
+        self, target: Target, drafter: Drafter | None, batch: int, capacity: int, *, k: int = 5, warp: Warp | None = None, rule: Rule = "auto",
+        stops: Sequence[int] = (), pace: Pacing | None = None, static: bool | None = None,
+        runner: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ) -> None:  # fmt: skip
+        if drafter is not None and k < 1:
+            raise UsageError(710, "k", f"{k} tokens cannot be proposed", "1 or more")
+        self.target, self.drafter, self.batch, self.capacity = target, drafter, batch, capacity
+        self.k, self.warp, self.rule, self.pace = 0 if drafter is None else k, warp or Warp(), rule, pace
+        device = target.device
+        self.static = device.type == "cuda" if static is None else static
+        self._size = 0 if drafter is None else drafter.size(k)
+        self.slots = capacity + self._size + 1
+        self.cache = target.new_cache(batch, self.slots, static=self.static)
+        self._layers = () if drafter is None else drafter.layer_ids
+        self._on_host = drafter is not None and drafter.reads_host
+        self._stops = torch.tensor(sorted(set(stops)), dtype=torch.int64, device=device)
+        self._last, self._remaining = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        self._uniforms = {salt: torch.zeros(batch, width, device=device) for salt, width in ((_PROPOSE, self.k), (_VERIFY, self._size + 1))}
+        self._out = torch.zeros(batch, TOKENS + self.k + 1, dtype=torch.int64, device=device)
+        # proposals of a drafter on the host, where shapes are fixed
+        self._tokens, self._counts = torch.zeros(batch, self._size, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
+        fits = self.static and (drafter is None or drafter.graphable or self._on_host)
+        self._runner = runner or (Graph if fits and device.type == "cuda" else lambda function: function)
+        # the host may run ahead where it has no part in a round
+        self.lag = 1 if fits and not self._on_host and device.type == "cuda" else 0
+        self._rounds: dict[int, Callable[[], None]] = {}
+        self._readout = Readout(self._out, self.lag + 1)
+
+    @torch.no_grad()
+    def decode(
+        self, prompts: Tensor, lengths: Tensor, max_new_tokens: int, seeds: Sequence[int] | None = None, tell: Callable[[list[list[int]]], None] | None = None
+    ) -> Decoded:  # fmt: skip
+        """Decode one batch to its end.
+
+        Args:
+            prompts: [B, P], int64, left-aligned; what follows a prompt is not read.
+            lengths: [B], int64, at least 1.
+            max_new_tokens: of each row.
+            seeds: of each row, to sample with; None: 0, 1...
+            tell: called after each round with its new tokens, row by row.
+
+        Raises:
+            UsageError: the batch is not of the engine's shape, or a prompt is empty or too long.
+        """
+        started = time.perf_counter()
+        draws = self.draws(range(self.batch) if seeds is None else seeds)
+        self.cache.clear()
+        aux, followers = self.admit(range(self.batch), prompts, lengths, max_new_tokens, draws)
+        results = [self._readout.send(self._out)()]
+        if tell is not None:
+            tell(rows_of(results[0]))
+        read = time.perf_counter()
+        if goes_on := bool(results[0][:, GOES_ON].any()):
+            self._start(prompts, lengths, followers, aux)
+        pending: deque[Callable[[], Tensor]] = deque()
+        while goes_on:
+            pending.append(self.next_round(draws))
+            if len(pending) <= self.lag:
+                continue
+            results.append(pending.popleft()())
+            goes_on = self._saw(results[-1])
+            if tell is not None:
+                tell(rows_of(results[-1]))
+        decoded = _decoded(torch.stack(results), self.k)
+        return replace(decoded, prompt_seconds=read - started, seconds=time.perf_counter() - read)
+
+    def admit(
+        self, rows: Sequence[int], prompts: Tensor, lengths: Tensor, max_new_tokens: int, draws: dict[int, Uniforms]
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        """Read prompts into rows, whatever these held, and find the token after each.
+
+        Args:
+            rows: G of them.
+            prompts: [G, P], int64, left-aligned.
+            lengths: [G], int64.
+
+        Returns:
+            features of the prompts [G, P, n H], and their tokens but the first, with the new one: [G, P].
+
+        Raises:
+            UsageError: a prompt is empty or does not fit, or no tokens are wanted.
+        """
+        shortest, longest, rows = int(lengths.min()), int(lengths.max()), list(rows)
+        if len(prompts) != len(rows) or not 0 < shortest <= longest <= min(self.capacity - max_new_tokens, prompts.shape[1]) or max_new_tokens < 1:
+            what = f"{len(prompts)} of {shortest} to {longest} tokens, with {max_new_tokens} new ones, do not fit into {len(rows)} rows of {self.capacity}"
+            raise UsageError(711, "prompts", what, "prompts and answers have at least one token")
+        device = self.target.device
+        prompts, lengths, at = prompts[:, :longest].to(device), lengths.to(device), torch.tensor(rows, device=device)
+        step = self.target.prefill(prompts, lengths, self.cache, self._layers, at)
+        logits = step.logits[:, 0]
+        first = draw(self.warp(logits), draws[_FIRST].take(1)[at.cpu(), 0].to(device)) if draws else logits.argmax(-1)
+        kept, ended = cut(first[:, None], torch.ones_like(first), torch.full_like(first, max_new_tokens), self._stops)
+        self._last[at] = first
+        self._remaining[at] = torch.where(ended, 0, max_new_tokens - kept)
+        self._out[at, : TOKENS + 1] = torch.stack([torch.zeros_like(first), kept, torch.zeros_like(first), (~ended).long(), first], 1)
+        return step.aux, torch.cat([prompts[:, 1:], first[:, None]], 1).scatter(1, lengths[:, None] - 1, first[:, None])
+
+    def results(self, rows: Sequence[int]) -> Tensor:
+        """What the last round, or `admit`, says of rows [G]: [G, `TOKENS` and the tokens], on the host."""
+        return self._out[torch.tensor(list(rows), device=self._out.device)].cpu()
+
+    def draws(self, seeds: Sequence[int]) -> dict[int, Uniforms]:
+        """Random numbers for rows of these seeds; none where nothing is sampled."""
+        return {salt: Uniforms(seeds, salt) for salt in (_FIRST, _PROPOSE, _VERIFY)} if self.warp.temperature > 0 else {}
+
+    def _start(self, prompts: Tensor, lengths: Tensor, followers: Tensor, aux: Tensor | None) -> None:
+        if self.drafter is None:
+            return
+        where = "cpu" if self._on_host else self.target.device
+        prompts, lengths, followers = prompts[:, : followers.shape[1]].to(where), lengths.to(where), followers.to(where)
+        self.drafter.start(prompts, lengths, self.slots, self.warp)
+        self.drafter.observe(followers, aux, lengths)
+
+    def next_round(self, draws: dict[int, Uniforms]) -> Callable[[], Tensor]:
+        """Begin a round; what is returned waits for its results."""
+        k = self.k if self.pace is None else min(self.pace.next(), self.k)
+        for salt, buffer in self._uniforms.items() if draws else ():
+            buffer.copy_(draws[salt].take(buffer.shape[1]))
+        if self._on_host and not self.static:
+            self._round(k)
+        else:
+            if self._on_host and k:
+                assert self.drafter is not None
+                proposal = self.drafter.propose(k)
+                self._tokens[:, : proposal.tokens.shape[1]].copy_(proposal.tokens)
+                self._counts.copy_(torch.full((self.batch,), k) if proposal.counts is None else proposal.counts)
+            if k not in self._rounds:
+                self._rounds[k] = self._runner(lambda: self._round(k))
+            self._rounds[k]()
+        return self._readout.send(self._out)
+
+    def _saw(self, result: Tensor) -> bool:
+        """Take note of a round's results [B, ...] on the host; whether any row goes on."""
+        if self._on_host and self.drafter is not None:
+            self.drafter.observe(result[:, TOKENS:], None, result[:, KEPT])
+        if self.pace is not None:
+            took_part = result[result[:, KEPT] > 0]
+            self.pace.saw(took_part[:, ACCEPTED].tolist(), took_part[:, PROPOSED].clamp(max=self.k).tolist())
+        return bool(result[:, GOES_ON].any())
+
+    def _round(self, k: int) -> None:
+        proposal = self._proposal(k)
+        ids = torch.cat([self._last[:, None], proposal.tokens.clamp(min=0)], 1)
+        step = self.target.forward(ids, self.cache, self._layers, proposal.parents)
+        emitted, accepted, path = self._accept(step.logits, proposal, k)
+        kept, ended = cut(emitted, accepted + 1, self._remaining, self._stops)
+        self.cache.commit(kept, path)
+        self._remaining.copy_(torch.where(ended, 0, self._remaining - kept))
+        self._last.copy_(emitted.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0])
+        proposed = torch.full_like(kept, proposal.tokens.shape[1]) if proposal.counts is None else proposal.counts
+        self._out[:, :TOKENS] = torch.stack([accepted, kept, proposed, (~ended).long()], 1)
+        self._out[:, TOKENS : TOKENS + emitted.shape[1]] = emitted
+        if self.drafter is not None and not self._on_host:
+            aux = step.aux
+            if aux is not None and path is not None:
+                rows = torch.nn.functional.pad(path.clamp(min=-1) + 1, (1, 0))
+                aux = aux.gather(1, rows[..., None].expand(-1, -1, aux.shape[2]))
+            self.drafter.observe(emitted, aux, kept)
+
+    def _proposal(self, k: int) -> Proposal:
+        if self.drafter is None or k == 0:
+            return Proposal(self._tokens[:, :0])
+        if not self._on_host:
+            # only the ratio rule wants drawn tokens; the others accept more of the most probable ones
+            drawn = self.warp.temperature > 0 and self.rule != "match" and self._size == self.k
+            return self.drafter.propose(k, self._uniforms[_PROPOSE][:, :k] if drawn else None)
+        if self.static:
+            return Proposal(self._tokens[:, :k], counts=self._counts)
+        found = self.drafter.propose(k)
+        if found.counts is None:
+            return found
+        most = int(found.counts.max())  # nothing is verified that no row proposed
+        return replace(found, tokens=found.tokens[:, :most])
+
+    def _accept(self, logits: Tensor, proposal: Proposal, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens of the round [B, N + 1] or [B, K + 1], how many of the proposed ones are accepted [B], and which of a tree's."""
+        tokens, sampled = proposal.tokens, self.warp.temperature > 0
+        p = self.warp(logits) if sampled else logits
+        uniforms = self._uniforms[_VERIFY]
+        if proposal.parents is not None:
+            if sampled:
+                path, accepted, following = tree_sample(p, tokens, proposal.parents, uniforms[:, : tokens.shape[1] + 1], k)
+            else:
+                path, accepted, following = tree_greedy(p.argmax(-1), tokens, proposal.parents, k)
+            tokens = tokens.gather(1, path.clamp(min=0))
+        else:
+            path, size = None, tokens.shape[1]
+            if not sampled:
+                accepted, following = greedy(p.argmax(-1), tokens, proposal.counts)
+            elif self.rule == "match":
+                accepted, following = match(p, tokens, uniforms[:, : size + 1], proposal.counts)
+            else:  # the last draw is the same one, however many are proposed
+                own = torch.cat([uniforms[:, :size], uniforms[:, -1:]], 1)
+                accepted, following = ratio(p, tokens, proposal.q, proposal.columns, own, proposal.counts)
+        number = torch.arange(tokens.shape[1] + 1, device=tokens.device)
+        emitted = torch.where(number < accepted[:, None], torch.nn.functional.pad(tokens, (0, 1)), following[:, None])
+        return emitted, accepted, path
+
+
+def rows_of(result: Tensor) -> list[list[int]]:
+    """The new tokens of each row of a round's results."""
+    return [tokens[:kept] for kept, tokens in zip(result[:, KEPT].tolist(), result[:, TOKENS:].tolist(), strict=True)]
+
+
+def _decoded(results: Tensor, k: int) -> Decoded:
+    """Of results [R, B, ...], the first being of prompts."""
+    width = torch.arange(results.shape[2] - TOKENS)
+    real = width < results[..., KEPT, None]
+    tokens = [results[:, b, TOKENS:][real[:, b]].tolist() for b in range(results.shape[1])]
+    rounds = results[1:]
+    took_part = rounds[..., KEPT] > 0
+    accepted, proposed = rounds[..., ACCEPTED] * took_part, rounds[..., PROPOSED] * took_part
+    values: dict[str, Any] = {"accepted": int(accepted.sum()), "drafted": int(proposed.sum()), "drafts": int((proposed > 0).sum())}
+    return Decoded(tokens, took_part.sum(0).tolist(), **values, by_position=[int((accepted > i).sum()) for i in range(k)])

@@ -1,0 +1,63 @@
+"""Rounds of decoding as CUDA graphs: the device works through a round without the host in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_WARM_UP = 2
+
+
+class Graph:
+    """Calls a function for real at first, then captures it, and replays it from then on.
+
+    The function takes and returns nothing: it reads and writes tensors that stay where they are. The first calls let kernels
+    be compiled and libraries get their workspaces, which may not happen while capturing; being rounds like any other they
+    leave nothing to be undone. Capturing itself runs nothing.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function, self._calls = function, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self._graph is None and self._calls < _WARM_UP:
+            self._calls += 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._function()
+            torch.cuda.current_stream().wait_stream(side)
+            return
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._function()
+            self._graph = graph
+        self._graph.replay()
+
+
+class Readout:
+    """Copies of a round's results on the host, without waiting for them until they are read."""
+
+    def __init__(self, like: torch.Tensor, depth: int) -> None:
+        self._hosts = [torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda) for _ in range(depth)]
+        self._events: list[torch.cuda.Event | None] = [torch.cuda.Event() if like.is_cuda else None for _ in range(depth)]
+        self._sent = 0
+
+    def send(self, results: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin a copy; calling what is returned waits for it and gives a tensor of the host's own."""
+        slot = self._sent % len(self._hosts)
+        self._sent += 1
+        host, event = self._hosts[slot], self._events[slot]
+        host.copy_(results, non_blocking=True)
+        if event is not None:
+            event.record()
+
+        def wait() -> torch.Tensor:
+            if event is not None:
+                event.synchronize()
+            return host.clone()
+
+        return wait
