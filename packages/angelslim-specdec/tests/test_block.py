@@ -346,8 +346,6 @@ def test_nothing_to_learn_is_no_nan():
 def test_a_text_is_learned(draft):
     torch.manual_seed(0)
     draft = draft.from_target(SHAPE, num_hidden_layers=2, block_size=4, mask_token_id=3, draft_vocab_size=None)
-    draft.begin(HEADS, torch.full((H,), 0.5))
-    assert (draft.norm.weight == 0.5).all()
     batch = text(draft, [[24]] * 4)
     batch.final = 20 * functional.normalize(functional.pad(HEADS.head[batch.ids[:, 1:]], (0, 0, 0, 1)), dim=-1)  # the target is sure of the text
     optimizer = torch.optim.AdamW(draft.parameters(), 6e-3, weight_decay=0.0)

@@ -160,10 +160,6 @@ class BlockDraft(Draft):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=small if name.endswith(("o_proj", "down_proj")) else 0.02)
 
-    def begin(self, heads: Heads, norm: Tensor | None = None) -> None:
-        if norm is not None:
-            self.norm.weight.data.copy_(norm)
-
     @abstractmethod
     def contexts(self, aux: Tensor) -> Tensor:
         """What each layer's keys and values are made of.
