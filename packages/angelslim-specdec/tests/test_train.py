@@ -13,7 +13,7 @@ from angelslim_core.loading import load_model
 from angelslim_core.parallel import Group
 from angelslim_core.training import TrainingOptions
 from angelslim_specdec import registry
-from angelslim_specdec.data.packing import Order, cut, pack, stack
+from angelslim_specdec.data.packing import Order, cut, pack
 from angelslim_specdec.data.spans import Document
 from angelslim_specdec.drafts.base import Draft, DraftConfig, Loss
 from angelslim_specdec.folder import load_draft

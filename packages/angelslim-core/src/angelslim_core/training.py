@@ -37,15 +37,15 @@ class TrainingOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(ge=1)
-    lr: float = Field(1e-4, gt=0, description="highest learning rate")
-    warmup: float = Field(0.015, ge=0, le=1, description="share of the steps in which the rate rises to it; the first is above zero")
-    final_lr: float = Field(0.0, ge=0, le=1, description="share of the rate at the end of the cosine")
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    clip: float = Field(0.5, gt=0, description="most that the norm of all gradients may be")
-    accumulate: int = Field(1, ge=1, description="batches a step, each of which counts alike")
-    seed: int = Field(0, ge=0)
+    lr: float = Field(default=1e-4, gt=0, description="highest learning rate")
+    warmup: float = Field(default=0.015, ge=0, le=1, description="share of the steps in which the rate rises to it; the first is above zero")
+    final_lr: float = Field(default=0.0, ge=0, le=1, description="share of the rate at the end of the cosine")
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    clip: float = Field(default=0.5, gt=0, description="most that the norm of all gradients may be")
+    accumulate: int = Field(default=1, ge=1, description="batches a step, each of which counts alike")
+    seed: int = Field(default=0, ge=0)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, from 0."""

@@ -85,6 +85,7 @@ def command(
     Several GPUs: torchrun --nproc-per-node N -m angelslim_core specdec train ... A stopped or killed training goes on when the same
     command is run again.
     """
+    from angelslim_core.context import silent
     from angelslim_core.device import pick_device
     from angelslim_core.parallel import is_first, joined
 
@@ -93,7 +94,7 @@ def command(
     arguments = dict(locals())
     where = pick_device(device)
     with joined(where) as group, stoppable() as stop_requested, progress("training") as report:
-        document = _run(arguments, where, group, report, stop_requested)
+        document = _run(arguments, where, group, report if is_first() else silent, stop_requested)
     if not is_first():
         return
     if as_json:

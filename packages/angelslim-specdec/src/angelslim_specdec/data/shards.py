@@ -59,8 +59,8 @@ class Manifest(BaseModel):
     length: int
     turns: str
     seed: int
-    tokens: int = Field(0, ge=0)
-    rows: int = Field(0, ge=0)
+    tokens: int = Field(default=0, ge=0)
+    rows: int = Field(default=0, ge=0)
     shards: list[Shard] = Field(default_factory=list)
 
 
@@ -132,7 +132,7 @@ class Shards:
             )
         infos = read_header(path)
         width, n, dtype = self.manifest.hidden_size, shard.tokens, self.manifest.dtype
-        shapes = {name: ("BOOL" if name == "loss_mask" else "I64", (n,)) for name in TOKENS}
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {name: ("BOOL" if name == "loss_mask" else "I64", (n,)) for name in TOKENS}
         shapes |= {"aux": (dtype, (n, width * len(self.manifest.layer_ids))), "final": (dtype, (n, width)), "lengths": ("I64", (shard.rows,))}
         if {name: (info.dtype, info.shape) for name, info in infos.items()} != shapes:
             raise ModelError(738, str(path), "does not hold the tensors that the manifest says")

@@ -6,7 +6,6 @@ Shapes: B rows, T tokens, n tapped layers, H hidden of the target.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -80,22 +79,9 @@ def computed(target: Target, rows: Sequence[Row], layer_ids: Sequence[int]) -> C
     return read
 
 
-def stored(shards: Shards, coming: Callable[[Sequence[int]], Sequence[int]] | None = None) -> Callable[[Sequence[int]], list[Features]]:
-    """What reads rows' features from shards.
-
-    Args:
-        coming: coming(numbers) -> those probably asked for next, which are read meanwhile.
-    """
-    pool = ThreadPoolExecutor(1)
-    ahead: dict[int, Future[Features]] = {}
-
-    def read(numbers: Sequence[int]) -> list[Features]:
-        found = [ahead.pop(i).result() if i in ahead else shards.features(i) for i in numbers]
-        ahead.clear()
-        ahead.update({i: pool.submit(shards.features, i) for i in (coming(numbers) if coming else ())})
-        return found
-
-    return read
+def stored(shards: Shards) -> Callable[[Sequence[int]], list[Features]]:
+    """What reads rows' features from shards, in the dtype they were written in."""
+    return lambda numbers: [shards.features(i) for i in numbers]
 
 
 def where_to_keep(rows: Sequence[Row], width: int, dtype: torch.dtype, device: torch.device) -> tuple[Where, int]:
