@@ -105,8 +105,8 @@ def main() -> None:
 
     ours, theirs = environment(given.threads), engine_environment(given.python, given.threads)
     rows = {
-        "ours, plain": answered(sys.executable, "angelslim_specdec.py", ours, given.model, str(asked)),
-        "ours, draft": answered(sys.executable, "angelslim_specdec.py", ours, given.model, str(asked), "--draft", str(draft), "--k", str(given.k)),
+        "ours, plain": answered(sys.executable, "angelslim_decode.py", ours, given.model, str(asked)),
+        "ours, draft": answered(sys.executable, "angelslim_decode.py", ours, given.model, str(asked), "--draft", str(draft), "--k", str(given.k)),
         "vllm, plain": answered(given.python, "vllm_specdec.py", theirs, given.model, str(asked)),
     }
     for layout in LAYOUTS:

@@ -23,18 +23,12 @@ from angelslim_specdec.exporters import LAYOUTS, Given, Served
 from angelslim_specdec.exporters.base import Fields
 from angelslim_specdec.exporters.traps import TRAPS
 from angelslim_specdec.folder import open_draft, save_draft
-from angelslim_specdec.registry import add_draft
 from angelslim_specdec.vocabulary import Vocabulary
 
 LAYERS, H, V = 8, 32, 256
 ROPE = {"rope_type": "default", "rope_theta": 250000.0}
 TARGET = TargetShape(H, 48, LAYERS, 4, 2, 8, V, 1e-5, ROPE, 4096, model_type="llama")
 SMALL = {"num_hidden_layers": 2, "aux_hidden_state_layer_ids": (1, 3, 6)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def known():
-    add_draft(Eagle3, "specdec")
 
 
 def drafted(kind, **options):

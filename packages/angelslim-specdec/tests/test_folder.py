@@ -16,15 +16,9 @@ from angelslim_specdec.drafts.base import TargetShape
 from angelslim_specdec.drafts.dspark import DSpark
 from angelslim_specdec.drafts.eagle3 import Eagle3
 from angelslim_specdec.folder import load_draft, open_draft, save_draft
-from angelslim_specdec.registry import add_draft
 from angelslim_specdec.vocabulary import Vocabulary
 
 TARGET = TargetShape(32, 48, 6, 4, 2, 8, 64, 1e-6, {"rope_type": "default", "rope_theta": 10000.0}, 256, fingerprint="abc")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def known():
-    add_draft(Eagle3, "specdec")
 
 
 def eagle3(**options):

@@ -1,6 +1,6 @@
 """Greedy answers in our engine, with a draft or without; run by specdec_vllm.py.
 
-python angelslim_specdec.py MODEL REQUESTS.json [--draft FOLDER] [--k 4]
+python angelslim_decode.py MODEL REQUESTS.json [--draft FOLDER] [--k 4]
 """
 
 from __future__ import annotations
