@@ -39,16 +39,16 @@ def run(samples: int = 4096, progress: Progress = silent) -> dict[str, Any]:
     jobs = _greedy_jobs(greedy, everyone) + _sampled_jobs(target, everyone, samples)
     mutants = _mutants(target, greedy, everyone, samples)
     checks, caught = [], []
-    for number, (name, detail, job) in enumerate(jobs):
-        progress(number, len(jobs) + len(mutants), name)
+    for number, (name, detail, job) in enumerate(jobs, 1):
         p = job()
         least = 1.0 if detail == _EQUAL else LEAST_P
         checks.append({"name": name, "ok": p >= least, "detail": detail if detail == _EQUAL else f"{detail}: p = {p:.3g}"})
-    for number, (name, context, job) in enumerate(mutants, len(jobs)):
         progress(number, len(jobs) + len(mutants), name)
+    for number, (name, context, job) in enumerate(mutants, len(jobs) + 1):
         with context:
             p = job()
         caught.append({"name": name, "caught": p < CAUGHT_P, "p": p})
+        progress(number, len(jobs) + len(mutants), name)
     return {"ok": all(c["ok"] for c in checks) and all(m["caught"] for m in caught), "checks": checks, "mutants": caught}
 
 
@@ -84,8 +84,8 @@ def _mutants(target: Target, greedy: Greedy, everyone: list[Way], samples: int) 
     by_name = {way.name: way for way in greedy.oracles()}
     chain, tree = by_name["chain that is wrong at every third token"], by_name["tree that is wrong at every third token"]
     subjects = {"first token accepted, whatever it is": by_name["chain that is never right"], "tree's accepted keys not moved": tree}
-    table, warp, sharp = bigrams(target), WARPS["temperature 1.2"], Warp(0.7)
-    expected, at_sharp = (joint(target.model, SAMPLED_PROMPT, 4, w) for w in (warp, sharp))
+    table, warp, flat = bigrams(target), WARPS["temperature 1.2"], Warp(2.0)
+    expected, at_flat = (joint(target.model, SAMPLED_PROMPT, 4, w) for w in (warp, flat))
     drawn, branching = Way("table", lambda: Table(table), samples=True), Way("tree", lambda: Table(table, tree=True), tree=True)
     found: list[tuple[str, AbstractContextManager[None], Callable[[], float]]] = []
     for name, what in GREEDY.items():
@@ -95,6 +95,6 @@ def _mutants(target: Target, greedy: Greedy, everyone: list[Way], samples: int) 
         way = branching if what[1] == "tree_sample" else drawn
         found.append((name, replaced(*what), partial(sampled, target, way, "ratio", warp, expected, samples)))
     untempered = Way("q stated without its temperature", lambda: Table(table, stated=1.0), samples=True)
-    found.append(("q not tempered", nullcontext(), partial(sampled, target, untempered, "ratio", sharp, at_sharp, samples)))
+    found.append(("q not tempered", nullcontext(), partial(sampled, target, untempered, "ratio", flat, at_flat, samples)))
     reading = next(way for way in everyone if way.make().layer_ids)
     return [*found, (f"stale draft rows, {reading.name}", nullcontext(), partial(greedy.fresh, reading, stale=True))]

@@ -32,11 +32,10 @@ def check_pair(
     """
     options: dict[str, Any] = {"stops": target.stop_ids}
     plain, drafted = [], []
-    for number, prompt in enumerate(prompts):
-        progress(number, len(prompts) + 1, "with the draft and without")
+    for number, prompt in enumerate(prompts, 1):
         plain += decoded(target, None, [prompt], max_new_tokens, **options).tokens
         drafted += decoded(target, make(), [prompt], max_new_tokens, k=k, **options).tokens
-    progress(len(prompts), len(prompts) + 1, "control: batches")
+        progress(number, len(prompts), "with the draft and without")
     control = [
         row
         for at in range(0, len(prompts), _CONTROL_BATCH)
