@@ -33,11 +33,11 @@ def test_distribution_of_continuations(target):
 
 def test_p_values_are_uniform_where_nothing_is_wrong_and_small_where_something_is():
     generator = torch.Generator().manual_seed(0)
-    p = torch.softmax(2 * torch.randn(6**4, generator=generator), 0).double().view(6, 6, 6, 6)
+    p = torch.softmax(2 * torch.randn(4**4, generator=generator), 0).double().view(4, 4, 4, 4)
 
     def samples(weights):
         drawn = draw(weights.flatten().float().expand(3000, -1), torch.rand(3000, generator=generator))
-        return torch.stack(torch.unravel_index(drawn, (6,) * 4), 1)
+        return torch.stack(torch.unravel_index(drawn, (4,) * 4), 1)
 
     values = torch.tensor([chi_square(samples(p), p) for _ in range(100)])
     assert 0.02 < float((values < 0.1).float().mean()) < 0.2 and 0.35 < float((values < 0.5).float().mean()) < 0.65
@@ -103,9 +103,10 @@ def test_pair_that_parts_for_no_reason(target, monkeypatch):
 
 
 def test_command(monkeypatch, tiny):
-    few = kit._sampled_jobs
+    few, mutants = kit._sampled_jobs, kit._mutants
     monkeypatch.setattr(kit, "ways", lambda target: [w for w in ways(target) if w.name in ("ngram", "dflash")])
     monkeypatch.setattr(kit, "_sampled_jobs", lambda *arguments: few(*arguments)[:1])
+    monkeypatch.setattr(kit, "_mutants", lambda *arguments: mutants(*arguments)[:2])
     model = str(tiny("llama", dtype="float32", max_position_embeddings=512))
     done = CliRunner().invoke(
         cli, ["specdec", "check", "--samples", "2048", "--model", model, "--draft", "ngram", "--max-new-tokens", "8", "--device", "cpu", "--json"]
