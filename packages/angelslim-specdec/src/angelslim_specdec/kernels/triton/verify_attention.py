@@ -24,8 +24,8 @@ class Config(NamedTuple):
         keys: the fewest that a program takes of a row whose keys are shared.
         alone: keys up to which a row's are not shared: one program then needs no one to wait for.
         programs: wanted on each multiprocessor.
-        tile_bytes: of keys and values that a program reads at a time.
-        warps, stages: of a program; stages are tiles on their way.
+        tile_bytes: of keys and values that a program reads at a time; half of it in FP32.
+        warps, stages: of a program, but for FP32; stages are tiles on their way.
     """
 
     keys: int = 256
@@ -145,9 +145,11 @@ def verify_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: f
     kv_heads, slots, v_width = k.shape[1], k.shape[2], v.shape[3]
     group = heads // kv_heads
     wide_d, wide_v = (max(16, triton.next_power_of_2(n)) for n in (width, v_width))
-    rows = min(64, max(16, triton.next_power_of_2(group * tokens)))
+    full = q.dtype == torch.float32  # without tensor cores tiles lie in registers
+    rows = min(64 if not full else 16 if wide_d > 128 else 32, max(16, triton.next_power_of_2(group * tokens)))
     heads_and_tiles = kv_heads * triton.cdiv(group * tokens, rows)
-    tile = min(128, max(16, triton.next_power_of_2(config.tile_bytes // ((wide_d + wide_v) * q.element_size()) + 1) // 2))
+    tile_bytes = config.tile_bytes // 2 if full else config.tile_bytes
+    tile = min(128, max(16, triton.next_power_of_2(tile_bytes // ((wide_d + wide_v) * q.element_size()) + 1) // 2))
     places = config.programs * _multiprocessors(q) // (batch * heads_and_tiles)
     splits = 1 if slots <= config.alone else max(1, min(places, triton.cdiv(slots, config.keys)))
     out = q.new_empty(batch, tokens, heads, v_width)
@@ -161,9 +163,9 @@ def verify_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: f
             tokens if tree is None else tree.shape[2], slots, window or 0, width, v_width,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], depths.stride(0) if depths.dim() == 2 else 0, *((0, 0, 0) if tree is None else tree.stride()),
             GROUP=group, SPLITS=splits, KEYS=config.keys, ALONE=config.alone, TREE=tree is not None, WINDOW=window is not None,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PRECISION="ieee" if full else "tf32",
             BM=rows, BN=tile, BA=1 if tree is None else triton.next_power_of_2(tree.shape[2]), BD=wide_d, BV=wide_v,
-            num_warps=config.warps, num_stages=config.stages,
+            num_warps=8 if full else config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out.transpose(1, 2)
 
