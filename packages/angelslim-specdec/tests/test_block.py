@@ -158,17 +158,17 @@ def test_samples_are_drawn_from_the_q_that_is_told(draft):
     drafter = draft.drafter(HEADS)
     feed(drafter, batch, [9, 6], 2)
     drafter.warp = Warp(temperature=1.3, top_k=5)
-    counts = torch.zeros(2, 12)
-    for seed in range(400):
-        proposal = drafter.propose(3, torch.rand(2, 3, generator=torch.Generator().manual_seed(seed)))
-        drawn = (proposal.tokens[..., None] == proposal.columns).int().argmax(-1)
-        assert (proposal.columns[drawn] == proposal.tokens).all() and (proposal.q.gather(-1, drawn[..., None]) > 0).all()
-        counts[torch.arange(2), drawn[:, 0]] += 1
-        if seed == 0:
-            first = proposal.q[:, 0]
-    torch.testing.assert_close(proposal.q.sum(-1), torch.ones(2, 3))
-    assert ((counts - 400 * first).square() / (400 * first)).nan_to_num().sum(-1).max() < 25  # chi-square of 4 degrees
-    assert (proposal.q > 0).sum(-1).max() == 5
+    drafter.keep(torch.zeros(4000, dtype=torch.int64))
+    proposal = drafter.propose(3, torch.rand(4000, 3))
+    drawn = (proposal.tokens[..., None] == proposal.columns).int().argmax(-1)
+    assert (proposal.columns[drawn] == proposal.tokens).all() and (proposal.q.gather(-1, drawn[..., None]) > 0).all()
+    torch.testing.assert_close(proposal.q.sum(-1), torch.ones(4000, 3))
+    assert ((proposal.q > 0).sum(-1) == 5).all()
+    for slot in range(3):  # of DFly and DSpark, later slots' q are of what was drawn before
+        expected = proposal.q[:, slot].sum(0)
+        seen = torch.bincount(drawn[:, slot], minlength=12)
+        assert ((seen - expected).square() / expected).nan_to_num().sum() < 40
+    assert draft.corrects or draft.biases or torch.equal(proposal.q[0], proposal.q[1])
 
 
 def test_memory_stays_where_it_is():
@@ -346,17 +346,15 @@ def test_nothing_to_learn_is_no_nan():
 def test_a_text_is_learned(draft):
     torch.manual_seed(0)
     draft = draft.from_target(SHAPE, num_hidden_layers=2, block_size=4, mask_token_id=3, draft_vocab_size=None)
-    draft.begin(HEADS, torch.full((H,), 0.5))
-    assert (draft.norm.weight == 0.5).all()
     batch = text(draft, [[24]] * 4)
     batch.final = 20 * functional.normalize(functional.pad(HEADS.head[batch.ids[:, 1:]], (0, 0, 0, 1)), dim=-1)  # the target is sure of the text
-    optimizer = torch.optim.AdamW(draft.parameters(), 3e-3, weight_decay=0.0)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(draft.parameters(), 6e-3, weight_decay=0.0)
+    for _ in range(80):
         loss = draft.train_loss(batch, HEADS)
         total(loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert (loss.hits / loss.asked).min() > 0.95, (loss.hits, loss.asked)
+    assert (loss.hits / loss.asked).min() > 0.9, (loss.hits, loss.asked)
     k = draft.config.num_tokens
     proposal = feed(draft.drafter(HEADS), batch, [15, 9, 12, 5], 2, k)
     assert (proposal.tokens == torch.stack([batch.ids[row, end + 1 : end + 1 + k] for row, end in enumerate([15, 9, 12, 5])])).float().mean() > 0.9

@@ -56,8 +56,8 @@ class BlockDrafter(Drafter):
     @torch.no_grad()
     def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
         assert aux is not None
-        places = self._places(tokens.shape[1])
-        self._write(slice(None), places, *self.draft.context(aux, self.draft.rope(places), self.weights))
+        slots, turn = self._places(tokens.shape[1])
+        self._write(slice(None), slots, *self.draft.context(aux, turn, self.weights))
         final = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self.last.copy_(torch.where(counts > 0, final, self.last))
         self.lengths.add_(counts)
@@ -84,8 +84,8 @@ class BlockDrafter(Drafter):
     def _hidden(self) -> Tensor:
         """[B, R, H] of the block that follows each row's last token."""
         config = self.draft.config
-        places = self._places(config.block_size)
-        ids = torch.cat((self.last[:, None], torch.full_like(places[:, 1:], config.mask_token_id)), 1)
+        slots, turn = self._places(config.block_size)
+        ids = torch.cat((self.last[:, None], self.last.new_full((len(self.last), config.block_size - 1), config.mask_token_id)), 1)
         ends = self.lengths + config.block_size
         # the host may look at lengths where there is no device to wait for
         bound = int(ends.max()) if ends.device.type == "cpu" else self.keys.shape[3]
@@ -93,12 +93,12 @@ class BlockDrafter(Drafter):
         visible = Visible(self.lengths, torch.arange(config.block_size, device=ends.device), everything)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, places, k, v)
+            self._write(layer, slots, k, v)
             keys, values = self.keys[layer, :, :, :bound], self.values[layer, :, :, :bound]
             found: Tensor = VERIFY_ATTENTION(q, keys, values, visible, q.shape[3] ** -0.5)
             return found
 
-        return self.draft.block(ids, self.heads, self.draft.rope(places), attend)
+        return self.draft.block(ids, self.heads, turn, attend)
 
     def _in_turn(self, hidden: Tensor, logits: Tensor | None, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Slots one after another, each knowing the token before it."""
@@ -131,12 +131,14 @@ class BlockDrafter(Drafter):
     def _ids(self, chosen: Tensor) -> Tensor:
         return chosen if self.columns is None else self.columns[chosen]
 
-    def _places(self, count: int) -> Tensor:
-        """[B, count]: the positions after the confirmed ones, which are also their slots."""
-        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+    def _places(self, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Slots [B, 1, count, 1] of the positions after the confirmed ones, those of padding beyond the last one being the last one, and their turns."""
+        places = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        cos, sin = self.draft.rope(places)
+        return places.clamp(max=self.keys.shape[3] - 1)[:, None, :, None], (cos.to(self.keys.dtype), sin.to(self.keys.dtype))
 
-    def _write(self, layers: Any, places: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keys and values [.., B, g, W, D] go to their slots, those of padding beyond the last one to the last one."""
-        slots = places.clamp(max=self.keys.shape[3] - 1)[:, None, :, None].expand(k.shape)
-        self.keys[layers].scatter_(-2, slots, k.to(self.keys.dtype))
-        self.values[layers].scatter_(-2, slots, v.to(self.values.dtype))
+    def _write(self, layers: Any, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keys and values [.., B, g, W, D] go to their slots."""
+        slots = slots.expand(k.shape)
+        self.keys[layers].scatter_(-2, slots, k)
+        self.values[layers].scatter_(-2, slots, v)

@@ -160,10 +160,6 @@ class BlockDraft(Draft):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=small if name.endswith(("o_proj", "down_proj")) else 0.02)
 
-    def begin(self, heads: Heads, norm: Tensor | None = None) -> None:
-        if norm is not None:
-            self.norm.weight.data.copy_(norm)
-
     @abstractmethod
     def contexts(self, aux: Tensor) -> Tensor:
         """What each layer's keys and values are made of.
@@ -189,7 +185,7 @@ class BlockDraft(Draft):
     def context(self, aux: Tensor, turn: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values of the context, [L, B, g, T, D] each, of aux [B, T, n H] and `context_weights`."""
         projection, norms = weights
-        made = self.contexts(self._cast(aux))
+        made = self.contexts(aux.to(projection.dtype))
         shape = (len(projection), *made.shape[1:3], 2, -1, self.config.head_dim)
         k, v = (made.flatten(1, 2) @ projection).view(shape).permute(3, 0, 1, 4, 2, 5)
         return rotate(functional.rms_norm(k, k.shape[-1:], None, self.config.rms_norm_eps) * norms.to(k.dtype), turn), v
@@ -280,10 +276,6 @@ class BlockDraft(Draft):
             return ids
         t2d: Any = self.t2d
         return torch.where(t2d[ids], (t2d.cumsum(0) - 1)[ids], -1)
-
-    def _cast(self, x: Tensor) -> Tensor:
-        """In the weights' dtype, unless autocast sees to that."""
-        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.norm.weight.dtype)
 
     def drafter(self, heads: Heads) -> Drafter:
         from ..drafters.block import BlockDrafter

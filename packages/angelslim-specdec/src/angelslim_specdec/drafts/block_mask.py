@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from .base import Batch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -85,6 +87,8 @@ class Sight:
 
     def flex(self) -> BlockMask:
         """The same for FlexAttention."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
         batch, rows, keys = self.shape
         device = self.anchors.device
         make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
@@ -94,6 +98,8 @@ class Sight:
 def attention(sight: Sight) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Attention of q [B, h, R, D] over k and v [B, g, T + R, D]: FlexAttention on GPUs, elsewhere a dense mask."""
     if sight.anchors.device.type == "cuda":
+        from torch.nn.attention.flex_attention import flex_attention
+
         mask = sight.flex()
         return lambda q, k, v: _compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     dense = sight.dense()[:, None]

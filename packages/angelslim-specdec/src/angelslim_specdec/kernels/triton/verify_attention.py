@@ -109,7 +109,7 @@ def _kernel(
 
         here = tl.program_id(1) + b.to(tl.int64) * tl.num_programs(1)
         whole = live == 1
-        if SPLITS > 1:
+        if SPLITS > 1:  # noqa: SIM102 (known when it is compiled)
             if live > 1:
                 at = (here * SPLITS + split) * BM + tl.arange(0, BM)
                 tl.store(part + at[:, None] * BV + e[None, :], acc)
@@ -124,9 +124,7 @@ def _kernel(
                     for other in range(live):  # in order, whoever came last
                         at = (here * SPLITS + other) * BM + tl.arange(0, BM)
                         y = tl.load(part + at[:, None] * BV + e[None, :], cache_modifier=".cg")
-                        m, total, acc = _fold(
-                            m, total, acc, tl.load(lse + at * 2, cache_modifier=".cg"), tl.load(lse + at * 2 + 1, cache_modifier=".cg"), y
-                        )
+                        m, total, acc = _fold(m, total, acc, tl.load(lse + at * 2, cache_modifier=".cg"), tl.load(lse + at * 2 + 1, cache_modifier=".cg"), y)
                     tl.store(done + here, 0)  # for the next launch
         if whole:
             heads = tl.num_programs(1) // tiles * GROUP
