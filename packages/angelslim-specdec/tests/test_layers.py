@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from angelslim_core.errors import ModelError
-from angelslim_specdec.drafts.layers import MLP, Attention, RMSNorm, Rope, add_vocabulary, attend, draft_rope, vocabulary_ids
+from angelslim_specdec.drafts.layers import MLP, Attention, RMSNorm, Rope, add_vocabulary, draft_rope, vocabulary_ids
 
 SCALED = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -26,7 +26,10 @@ def test_a_layer_of_these_parts_is_llamas_own(rope):
     turn = Rope(8, rope, 256)(positions)
     n = parts["input_layernorm"](x)
     attention = parts["self_attn"]
-    h = x + attention.out(attend(attention.queries(n, turn), attention.keys(n, turn), attention.values(n), seen))
+    attended = nn.functional.scaled_dot_product_attention(
+        attention.queries(n, turn), attention.keys(n, turn), attention.values(n), seen[:, None], enable_gqa=True
+    )
+    h = x + attention.out(attended)
     h = h + parts["mlp"](parts["post_attention_layernorm"](h))
     mask = torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(~seen[:, None], -torch.inf)
     want = theirs(x, attention_mask=mask, position_embeddings=LlamaRotaryEmbedding(config)(x, positions))

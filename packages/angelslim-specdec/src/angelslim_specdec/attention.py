@@ -6,11 +6,11 @@ Shapes: B rows, T tokens of this call, S slots of the cache.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .kernels.verify_attention import VERIFY_ATTENTION
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_Made = TypeVar("_Made")
 _NAME = "specdec"
 # what attends as a model was trained to; policies of other plugins do not, and would be left out
 _EXACT = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"})
@@ -38,7 +39,7 @@ class Visible:
         lengths: [B], int64: slots that are confirmed, the new tokens being in those after them; None: there is no cache,
             and the keys are the tokens themselves.
         depths: [T] or [B, T], int64: position of each new token, counted from `lengths`.
-        ancestors: [B, T, T], bool: which new tokens each one sees, itself included; None: all up to itself.
+        ancestors: [B, T, A], bool: which of the A slots after `lengths` each one sees; None: all up to its own, there being T.
         documents: [B, T], int64: tokens see their own document only; without a cache.
     """
 
@@ -46,7 +47,7 @@ class Visible:
     depths: Tensor
     ancestors: Tensor | None = None
     documents: Tensor | None = None
-    _made: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def is_causal(self, window: int | None) -> bool:
         """Whether every token simply sees all keys up to itself."""
@@ -58,18 +59,22 @@ class Visible:
         Args:
             window: positions a token sees, its own included.
         """
-        if (keys, window) not in self._made:
-            self._made[keys, window] = self._own(window) if self.lengths is None else self._slots(self.lengths, keys, window)
-        return self._made[keys, window]
+        return self.once((keys, window), lambda: self._own(window) if self.lengths is None else self._slots(self.lengths, keys, window))
 
     def bias(self, keys: int, window: int | None, dtype: torch.dtype, groups: int = 1) -> Tensor:
         """`mask` as what is added to scores, once for each of the groups of queries: [B or 1, 1, groups T, S]."""
-        key = (keys, window, dtype, groups)
-        if key not in self._made:
+
+        def make() -> Tensor:
             mask = self.mask(keys, window)
-            bias = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-            self._made[key] = bias.repeat(1, 1, groups, 1)
-        return self._made[key]
+            return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf).repeat(1, 1, groups, 1)
+
+        return self.once((keys, window, dtype, groups), make)
+
+    def once(self, key: Any, make: Callable[[], _Made]) -> _Made:
+        """What `make` gives, made by the first layer that asks."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[no-any-return]
 
     def _own(self, window: int | None) -> Tensor:
         number = torch.arange(self.depths.shape[-1], device=self.depths.device)
@@ -86,8 +91,9 @@ class Visible:
         if self.ancestors is None:
             seen = new[:, None] <= torch.arange(tokens, device=lengths.device)[:, None]
         else:
-            among = self.ancestors.gather(2, new.clamp(0, tokens - 1)[:, None].expand(-1, tokens, -1))
-            seen = (new < 0)[:, None] | (among & (new < tokens)[:, None])
+            slots = self.ancestors.shape[2]
+            among = self.ancestors.gather(2, new.clamp(0, slots - 1)[:, None].expand(-1, tokens, -1))
+            seen = (new < 0)[:, None] | (among & (new < slots)[:, None])
         if window is not None:
             depths = self.depths.expand(len(lengths), -1)
             depth = torch.where(new < 0, new, depths.gather(1, new.clamp(0, tokens - 1)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..drafts.layers import attend, rotate, vocabulary_ids
+from ..drafts.layers import rotate, vocabulary_ids
 from ..verification.draws import draw
 from .base import Drafter, Proposal, Warp
 from .draft_cache import DraftCache
@@ -100,7 +100,7 @@ class Autoregressive(Drafter):
         residual = residual.gather(1, last.expand(-1, -1, residual.shape[2]))
         q = q.gather(2, last[:, None].expand(-1, q.shape[1], -1, q.shape[3]))
         some = (counts > 0)[:, None, None]
-        for kept, new in zip((self._carried, self._read), self._attended(residual, q, *cache.seen(0)), strict=True):
+        for kept, new in zip((self._carried, self._read), self._attended(residual, q, 0), strict=True):
             kept.copy_(torch.where(some, new, kept))
 
     @torch.no_grad()
@@ -174,11 +174,7 @@ class Autoregressive(Drafter):
         residual, x = self._mixed(tokens, carried)
         q, k, v = self._project(x, (cache.lengths[:, None] + (ahead - 1)).expand(-1, count))
         cache.write(offset, k, v)
-        keys, values, mask = cache.seen(offset + count)
-        if visible is not None:
-            slots = cache.lengths[:, None] + torch.arange(offset + count, device=tokens.device)
-            mask = mask.repeat(1, count, 1).scatter_(2, slots[:, None].expand(-1, count, -1), visible)
-        return self._attended(residual, q, keys, values, mask)
+        return self._attended(residual, q, offset + count, visible)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, h, T, D], keys and values [B, g, T, D] of x [B, T, inputs] at positions [B, T]."""
@@ -189,8 +185,9 @@ class Autoregressive(Drafter):
         turned = rotate(parts[:, : heads + kv_heads], (cos, sin))
         return turned[:, :heads], turned[:, heads:], parts[:, heads + kv_heads :]
 
-    def _attended(self, residual: Tensor, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.draft.finish(residual + self.draft.attention.out(attend(q, keys, values, mask)))
+    def _attended(self, residual: Tensor, q: Tensor, ahead: int, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert self._cache is not None
+        return self.draft.finish(residual + self.draft.attention.out(self._cache.attend(q, ahead, visible)))
 
     def _mixed(self, tokens: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         return self.draft.mix(self.heads.embed(tokens).to(carried.dtype), carried)

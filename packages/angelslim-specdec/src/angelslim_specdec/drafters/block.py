@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..attention import Visible
 from ..drafts.layers import vocabulary_ids
+from ..kernels.verify_attention import VERIFY_ATTENTION
 from .base import Drafter, Proposal, Warp
 
 if TYPE_CHECKING:
@@ -87,14 +89,14 @@ class BlockDrafter(Drafter):
         ends = self.lengths + config.block_size
         # the host may look at lengths where there is no device to wait for
         bound = int(ends.max()) if ends.device.type == "cpu" else self.keys.shape[3]
-        seen = torch.arange(bound, device=ends.device) < ends[:, None, None, None]  # [B, 1, 1, S]: alike for all rows of the block
+        everything = ends.new_ones(1, 1, 1, dtype=torch.bool).expand(len(ends), config.block_size, config.block_size)
+        visible = Visible(self.lengths, torch.arange(config.block_size, device=ends.device), everything)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self._write(layer, slots, k, v)
-            share = q.shape[1] // k.shape[1]
-            grouped = q.unflatten(1, (-1, share)).flatten(2, 3)  # [B, g, share R, D]
-            out = functional.scaled_dot_product_attention(grouped, self.keys[layer, :, :, :bound], self.values[layer, :, :, :bound], seen)
-            return out.unflatten(2, (share, -1)).flatten(1, 2)
+            keys, values = self.keys[layer, :, :, :bound], self.values[layer, :, :, :bound]
+            found: Tensor = VERIFY_ATTENTION(q, keys, values, visible, q.shape[3] ** -0.5)
+            return found
 
         return self.draft.block(ids, self.heads, turn, attend)
 

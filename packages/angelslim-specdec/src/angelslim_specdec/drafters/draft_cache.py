@@ -1,12 +1,15 @@
 """Keys and values of a draft of one layer, of which only those made from the target's features last.
 
-Shapes: B rows, S slots, T tokens, g heads of keys and values, D of a head.
+Shapes: B rows, S slots, T tokens, h heads of queries, g of keys and values, D of a head.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..attention import Visible
+from ..kernels.verify_attention import VERIFY_ATTENTION
 
 
 class DraftCache:
@@ -38,10 +41,17 @@ class DraftCache:
         self._keys[self._rows, :, slots] = keys.transpose(1, 2)
         self._values[self._rows, :, slots] = values.transpose(1, 2)
 
-    def seen(self, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, g, S', D] and which of these slots lie before `lengths + ahead`, [B, 1, S']."""
+    def attend(self, q: Tensor, ahead: int, among: Tensor | None = None) -> Tensor:
+        """What queries [B, h, T, D] find in the slots before `lengths + ahead`, [B, h, T, D].
+
+        Args:
+            among: [B, T, ahead], bool: which of the slots from `lengths` on each sees; None: all, there being one query.
+        """
+        assert among is not None or q.shape[2] == 1
         stop = self.shape[2] if self._bound is None else self._bound + ahead
-        return self._keys[:, :, :stop], self._values[:, :, :stop], (self._slots[:stop] < self.lengths[:, None] + ahead)[:, None]
+        visible = Visible(self.lengths + (ahead - 1) if among is None else self.lengths, self._slots[: q.shape[2]], among)
+        found: Tensor = VERIFY_ATTENTION(q, self._keys[:, :, :stop], self._values[:, :, :stop], visible, q.shape[3] ** -0.5)
+        return found
 
     def confirm(self, counts: Tensor) -> None:
         """The first of those written at offset 0 are certain, [B], int64."""

@@ -86,7 +86,7 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention, which `attend` or an attention of the draft's own stands between.
+    """Projections of grouped-query attention, which an attention stands between.
 
     Args:
         inputs: width of what is projected; H comes out.
@@ -122,23 +122,6 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         x = x.unflatten(-1, (-1, self.head_dim))
         return (x if norm is None else norm(x)).transpose(1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention of few queries, without repeating keys for the heads that share them.
-
-    Args:
-        q: [B, h, T, D].
-        k, v: [B, g, S, D].
-        mask: [B, T, S], bool: what is seen; every row must see something.
-
-    Returns:
-        [B, h, T, D].
-    """
-    share = q.shape[1] // k.shape[1]
-    grouped = q.unflatten(1, (-1, share)).flatten(2, 3)  # [B, g, share * T, D]
-    out = functional.scaled_dot_product_attention(grouped, k, v, mask[:, None].repeat(1, 1, share, 1))
-    return out.unflatten(2, (share, -1)).flatten(1, 2)
 
 
 def draft_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:

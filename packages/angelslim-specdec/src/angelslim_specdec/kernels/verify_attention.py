@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from angelslim_core.kernels import Implementation, Kernel
+from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
 if TYPE_CHECKING:
     from ..attention import Visible
+
+# a program keeps what a token sees of them in 64 bits
+MOST_TOKENS = 64
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, window: int | None = None) -> Tensor:
@@ -40,4 +43,37 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, windo
     return out.reshape(batch, heads, tokens, -1)
 
 
-VERIFY_ATTENTION = Kernel("specdec.verify_attention", reference, (Implementation("torch", _sdpa),))
+def _triton(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, window: int | None = None) -> Tensor:
+    from .triton.verify_attention import verify_attention
+
+    return verify_attention(q, k, v, visible, scale, window)
+
+
+def on_cpu(first: Tensor, *_: object, **__: object) -> tuple[bool, str]:
+    """Where the torch forms run."""
+    return first.device.type == "cpu", "tensors on the CPU"
+
+
+def on_gpu(first: Tensor) -> tuple[bool, str]:
+    """Where Triton's do: on the CPU in its interpreter."""
+    import triton
+
+    return first.is_cuda or bool(triton.knobs.runtime.interpret), "tensors on a GPU, or TRITON_INTERPRET=1 before Triton is imported"
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float, window: int | None = None) -> tuple[bool, str]:
+    if visible.lengths is None:
+        return False, "keys in slots, behind which the tokens lie"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return False, "no gradients"
+    new = q.shape[2] if visible.ancestors is None else visible.ancestors.shape[2]
+    if new > MOST_TOKENS or max(q.shape[3], v.shape[3]) > 256:
+        return False, f"up to {MOST_TOKENS} tokens, and heads up to 256 wide"
+    return on_gpu(q)
+
+
+VERIFY_ATTENTION = Kernel(
+    "specdec.verify_attention",
+    reference,
+    (Implementation("torch", _sdpa, on_cpu), Implementation("triton", _triton, _fits, triton_runs), Implementation("sdpa", _sdpa)),
+)
