@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..drafts.layers import attend, vocabulary_ids
+from ..drafts.layers import attend, rotate, vocabulary_ids
 from ..verification.draws import draw
 from .base import Drafter, Proposal, Warp
 from .draft_cache import DraftCache
@@ -50,6 +50,8 @@ class Tree:
 class Autoregressive(Drafter):
     """Confirmed positions are run once, with the target's features; only the last one goes through attention and head, to propose from.
 
+    Some weights are joined when it is made, so that a draft that was trained further needs a new one.
+
     Args:
         tree: what to propose instead of a chain.
         static: shapes never depend on lengths; None: on GPUs.
@@ -60,43 +62,45 @@ class Autoregressive(Drafter):
     def __init__(self, draft: Stepwise, heads: Heads, tree: Tree | None = None, *, static: bool | None = None) -> None:
         self.draft, self.heads, self.tree, self.warp = draft, heads, tree, Warp()
         self.layer_ids = tuple(draft.config.aux_hidden_state_layer_ids)
-        weight = draft.attention.q_proj.weight
+        attention = draft.attention
+        weight = attention.q_proj.weight
         with torch.no_grad():
+            self._projections = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
             self._head, self._columns = draft.head_weight(heads).detach().to(weight.dtype), vocabulary_ids(draft)
         if tree is not None:
             assert tree.top_k <= len(self._head)
         self._static = weight.device.type != "cpu" if static is None else static
         self._cache: DraftCache | None = None
-        # what the last confirmed position put out: for the next step, and for the head
-        self._carried = self._read = weight.new_empty(0)
+        # what the last confirmed position put out: for the next step, and for the head; cosine and sine of each position
+        self._carried = self._read = self._turns = self._projections[:0]
 
     @torch.no_grad()
     def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
-        config, weight = self.draft.config, self.draft.attention.q_proj.weight
+        config, like = self.draft.config, self._projections
         self.warp = warp
         room = capacity + (0 if self.tree is None else (self.tree.depth - 1) * self.tree.top_k)
         shape = (len(prompts), config.num_key_value_heads, room + 1, config.head_dim)
         if self._cache is not None and self._cache.shape == shape:  # graphs go on with the same memory
             self._cache.clear()
             return
-        self._cache = DraftCache(len(prompts), config.num_key_value_heads, room, config.head_dim, weight.detach(), static=self._static)
-        self._carried, self._read = (weight.new_zeros(len(prompts), 1, config.hidden_size, requires_grad=False) for _ in range(2))
+        self._cache = DraftCache(len(prompts), config.num_key_value_heads, room, config.head_dim, like, static=self._static)
+        self._carried, self._read = (like.new_zeros(len(prompts), 1, config.hidden_size) for _ in range(2))
+        self._turns = torch.cat(self.draft.rope(torch.arange(room + 1, device=like.device)[None]), -1)[0, 0].to(like.dtype)
 
     @torch.no_grad()
     def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
         assert aux is not None and self._cache is not None
-        cache, attention = self._cache, self.draft.attention
+        cache = self._cache
         residual, x = self._mixed(tokens, self.draft.features(aux))
-        positions = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = self.draft.rope(positions)
-        cache.write(0, attention.keys(x, (cos, sin)), attention.values(x))
+        places = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        q, k, v = self._project(x, places.clamp(max=len(self._turns) - 1))
+        cache.write(0, k, v)
         cache.confirm(counts)
         last = (counts - 1).clamp(min=0)[:, None, None]
-        residual, x = (part.gather(1, last.expand(-1, -1, part.shape[2])) for part in (residual, x))
-        cos, sin = (part.gather(2, last[:, None].expand(-1, -1, -1, part.shape[3])) for part in (cos, sin))
-        out = attend(attention.queries(x, (cos, sin)), *cache.seen(0))
+        residual = residual.gather(1, last.expand(-1, -1, residual.shape[2]))
+        q = q.gather(2, last[:, None].expand(-1, q.shape[1], -1, q.shape[3]))
         some = (counts > 0)[:, None, None]
-        for kept, new in zip((self._carried, self._read), self.draft.finish(residual + attention.out(out)), strict=True):
+        for kept, new in zip((self._carried, self._read), self._attended(residual, q, *cache.seen(0)), strict=True):
             kept.copy_(torch.where(some, new, kept))
 
     @torch.no_grad()
@@ -121,9 +125,8 @@ class Autoregressive(Drafter):
                 carried, read = self._step(tokens[-1][:, None], carried, i, i - 1, None)
             logits = functional.linear(read[:, 0], self._head)
             if uniforms is None:
-                logits = logits.float()
-                best, chosen = logits.max(-1)
-                sure.append((best - logits.logsumexp(-1)).exp())
+                best, chosen = logits.softmax(-1, dtype=torch.float32).max(-1)
+                sure.append(best)
             else:
                 q = self.warp(logits)
                 chosen = draw(q, uniforms[:, i])
@@ -167,15 +170,27 @@ class Autoregressive(Drafter):
             visible: [B, T, offset + T], bool: which of the steps' own positions each sees; None: all.
         """
         assert self._cache is not None
-        cache, attention, count = self._cache, self.draft.attention, tokens.shape[1]
+        cache, count = self._cache, tokens.shape[1]
         residual, x = self._mixed(tokens, carried)
-        turn = self.draft.rope((cache.lengths[:, None] + (ahead - 1)).expand(-1, count))
-        cache.write(offset, attention.keys(x, turn), attention.values(x))
+        q, k, v = self._project(x, (cache.lengths[:, None] + (ahead - 1)).expand(-1, count))
+        cache.write(offset, k, v)
         keys, values, mask = cache.seen(offset + count)
         if visible is not None:
             slots = cache.lengths[:, None] + torch.arange(offset + count, device=tokens.device)
             mask = mask.repeat(1, count, 1).scatter_(2, slots[:, None].expand(-1, count, -1), visible)
-        return self.draft.finish(residual + attention.out(attend(attention.queries(x, turn), keys, values, mask)))
+        return self._attended(residual, q, keys, values, mask)
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, h, T, D], keys and values [B, g, T, D] of x [B, T, inputs] at positions [B, T]."""
+        config = self.draft.config
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        cos, sin = functional.embedding(positions, self._turns)[:, None].chunk(2, -1)
+        parts = functional.linear(x, self._projections).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+        turned = rotate(parts[:, : heads + kv_heads], (cos, sin))
+        return turned[:, :heads], turned[:, heads:], parts[:, heads + kv_heads :]
+
+    def _attended(self, residual: Tensor, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.draft.finish(residual + self.draft.attention.out(attend(q, keys, values, mask)))
 
     def _mixed(self, tokens: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         return self.draft.mix(self.heads.embed(tokens).to(carried.dtype), carried)

@@ -6,5 +6,6 @@ from .dflash import DFlash
 from .dfly import DFly
 from .dspark import DSpark
 from .eagle3 import Eagle3
+from .mtp import MTP
 
-DRAFTS: tuple[type[Draft], ...] = (Eagle3, DFlash, DFlare, DFly, DSpark)
+DRAFTS: tuple[type[Draft], ...] = (Eagle3, DFlash, DFlare, DFly, DSpark, MTP)

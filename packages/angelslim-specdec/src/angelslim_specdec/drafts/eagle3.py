@@ -62,12 +62,12 @@ class Eagle3(Stepwise):
 
     @torch.no_grad()
     def begin(self, heads: Heads, norm: Tensor | None = None) -> None:
-        """Head and last norm are the target's own, where sizes allow it."""
+        """The head points where the target's does, which has its last norm within, but is as short as a fresh one: a sure guess costs most at first."""
         ids = vocabulary_ids(self)
-        if heads.head.shape[1] == self.lm_head.in_features:
-            self.lm_head.weight.copy_(heads.head if ids is None else heads.head[ids])
-            if norm is not None:
-                self.norm.weight.copy_(norm)
+        rows = (heads.head if ids is None else heads.head[ids]).float()
+        if rows.shape[1] == self.lm_head.in_features:
+            rows = rows if norm is None else rows * norm.float()
+            self.lm_head.weight.copy_(rows * (3 * rows.shape[1]) ** -0.5 / rows.std())
 
     def features(self, aux: Tensor) -> Tensor:
         aux = aux.to(self.fc.weight.dtype)

@@ -10,7 +10,6 @@ Source: EAGLE-3, arXiv:2503.01840 (training-time test).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,7 +32,7 @@ class StepwiseConfig(DraftConfig):
     ttt_decay: float = Field(0.8, gt=0, le=1, description="weight of each step, of the one before")
     loss: Divergence = Field("ce", description="what is lowered; ce and kl skip tokens whose first choice the draft's vocabulary lacks")
     mask_align: Literal["predicted", "input"] = Field(
-        "predicted", description="a token counts if what it predicts is an answer's, or as the original has it, if what came before its target's input is"
+        "predicted", description="a step counts where the token it predicts is an answer's, or, as the original has it, where the one two before that is"
     )
     on_policy: bool = Field(False, description="later steps embed the draft's own first choice instead of the text")
 
@@ -136,7 +135,7 @@ class Stepwise(Draft):
         sums, counts, hits = [], [], []
         for k in range(steps):
             if k == 1 and later_rows is not None:
-                carried, positions = carried[:, later_rows], positions[:, later_rows]
+                carried, positions = carried.index_select(1, later_rows), positions[:, later_rows]
             live = later_rows if k else None
             embedding = heads.embed((inputs if live is None else inputs[live]).view(carried.shape[:-1]))
             residual, x = self.mix(embedding.to(carried.dtype), carried)
@@ -147,7 +146,7 @@ class Stepwise(Draft):
 
             at, place = chosen[k], chosen[k] if live is None else torch.searchsorted(live, chosen[k])
             which = number[at + 1 + k]
-            losses, best = token_losses(read.flatten(0, 1)[place], weight, told, which, config.loss)
+            losses, best = token_losses(read.flatten(0, 1).index_select(0, place), weight, told, which, config.loss)
             own = best if vocabulary is None else vocabulary[best]
             sums.append((losses * known[which]).sum())
             counts.append(known[which].sum())
@@ -161,13 +160,12 @@ class Stepwise(Draft):
 
 
 def layer_parts(config: Any, inputs: int) -> dict[str, nn.Module]:
-    """Attention that reads `inputs` features, and what follows it, as a decoder layer names them; at first the layer adds little."""
-    parts: dict[str, nn.Module] = {
+    """Attention that reads `inputs` features, and what follows it, as a decoder layer names them."""
+    return {
         "self_attn": Attention(inputs, config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim),
         "post_attention_layernorm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         "mlp": MLP(config.hidden_size, config.intermediate_size),
     }
-    return parts
 
 
 def _ahead(x: Tensor, by: int, fill: int | bool) -> Tensor:
@@ -187,5 +185,5 @@ def _told(batch: Batch, segment: Tensor, predicted: bool) -> Tensor:
 
 def _known(best: Tensor, draft: nn.Module, loss: str) -> Tensor:
     """Which of the target's first choices [N] make a token count."""
-    marks: Sequence[Any] | Tensor | None = getattr(draft, "t2d", None)
+    marks = getattr(draft, "t2d", None)
     return marks[best] if isinstance(marks, Tensor) and loss in ("ce", "kl") else torch.ones_like(best, dtype=torch.bool)

@@ -102,7 +102,8 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, slopes = ctx.saved_tensors
         slopes = slopes * upstream[0][:, None].to(slopes.dtype)
-        return (slopes @ weight.to(slopes.dtype)).to(hidden.dtype), (slopes.T @ hidden.to(slopes.dtype)).to(weight.dtype), None, None, None, None
+        to_head = (slopes.T @ hidden.to(slopes.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return (slopes @ weight.to(slopes.dtype)).to(hidden.dtype), to_head, None, None, None, None
 
 
 def token_losses(hidden: Tensor, weight: Tensor, told: Teacher, rows: Tensor, kind: str) -> tuple[Tensor, Tensor]:
