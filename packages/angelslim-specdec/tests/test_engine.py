@@ -233,7 +233,20 @@ def test_a_stream_gives_what_each_prompt_gives_alone(model, static, temperature)
         for i, ids in enumerate(prompts)
     }  # fmt: skip
     assert len({len(tokens) for tokens in alone.values()}) > 2
-    made = list(stream(Target(model), enumerate(prompts), 3, 40, 20, warp=Warp(temperature), stops=range(0, 256, 12), seed=40, static=static))
+    made = list(
+        stream(
+            Target(model),
+            enumerate(prompts),
+            3,
+            40,
+            20,
+            warp=Warp(temperature),
+            stops=range(0, 256, 12),
+            seed=40,
+            static=static,
+            runner=InPlace if static else None,
+        )
+    )
     assert dict(made) == alone and len(made) == len(prompts)
     assert list(stream(Target(model), [], 3, 40, 20)) == []
 
@@ -276,7 +289,7 @@ def test_wrong_use(model):
         Engine(target, None, 1, 10).decode(ids_of(1, 6), torch.tensor([6]), 5)
     with pytest.raises(UsageError, match="do not fit"):
         Engine(target, None, 1, 10).decode(ids_of(1, 6), torch.tensor([0]), 5)
-    with pytest.raises(UsageError, match="made for 2"):
+    with pytest.raises(UsageError, match="into 2 rows of 10"):
         Engine(target, None, 2, 10).decode(ids_of(1, 6), torch.tensor([6]), 2)
     with pytest.raises(UsageError, match="cannot be proposed"):
         generate(model, ids_of(1, 3), "ngram", 4, k=0)

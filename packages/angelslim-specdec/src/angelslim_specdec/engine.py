@@ -28,6 +28,8 @@ from .uniforms import Uniforms
 from .verification import draw, greedy, match, ratio, tree_greedy, tree_sample
 
 Rule = Literal["auto", "ratio", "match"]
+# makes of a round what is called again and again
+Runner = Callable[[Callable[[], None]], Callable[[], None]]
 # columns of what a round gives the host; then come its tokens
 ACCEPTED, KEPT, PROPOSED, GOES_ON, TOKENS = range(5)
 # salts of `Uniforms`
@@ -88,7 +90,7 @@ class Engine:
         stops: tokens that end an answer.
         pace: changes the number of tokens from round to round; k is the most.
         static: fixed shapes; None: on a GPU.
-        runner: what makes of a round a thing to be called again and again; None: graphs on a GPU if shapes are fixed.
+        runner: how rounds run; None: as graphs on a GPU, if shapes are fixed. The host runs ahead of one that is given.
 
     Attributes:
         lag: rounds that the host may begin before it reads the results of one.
@@ -100,7 +102,7 @@ class Engine:
     def __init__(
         self, target: Target, drafter: Drafter | None, batch: int, capacity: int, *, k: int = 5, warp: Warp | None = None, rule: Rule = "auto",
         stops: Sequence[int] = (), pace: Pacing | None = None, static: bool | None = None,
-        runner: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+        runner: Runner | None = None,
     ) -> None:  # fmt: skip
         if drafter is not None and k < 1:
             raise UsageError(710, "k", f"{k} tokens cannot be proposed", "1 or more")
@@ -120,9 +122,10 @@ class Engine:
         # proposals of a drafter on the host, where shapes are fixed
         self._tokens, self._counts = torch.zeros(batch, self._size, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
         fits = self.static and (drafter is None or drafter.graphable or self._on_host)
-        self._runner = runner or (Graph if fits and device.type == "cuda" else lambda function: function)
+        graphs = Graph if fits and device.type == "cuda" else runner
+        self._runner = runner or graphs or (lambda function: function)
         # the host may run ahead where it has no part in a round
-        self.lag = 1 if fits and not self._on_host and device.type == "cuda" else 0
+        self.lag = 1 if graphs is not None and not self._on_host else 0
         self._rounds: dict[int, Callable[[], None]] = {}
         self._readout = Readout(self._out, self.lag + 1)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .drafters.base import Warp
-from .engine import GOES_ON, Engine, rows_of
+from .engine import GOES_ON, Engine, Runner, rows_of
 from .target import Target
 
 Key = TypeVar("Key")
@@ -22,6 +22,7 @@ _TOGETHER = 32
 def stream(
     target: Target, requests: Iterable[tuple[Key, Sequence[int]]], batch: int, capacity: int, max_new_tokens: int, *,
     warp: Warp | None = None, stops: Sequence[int] = (), seed: int = 0, static: bool | None = None,
+    runner: Runner | None = None,
 ) -> Iterator[tuple[Key, list[int]]]:  # fmt: skip
     """Answers to many prompts, in the order in which they end; plain decoding that keeps all rows busy.
 
@@ -33,7 +34,7 @@ def stream(
         capacity: tokens a row may have in all.
         stops: tokens that end an answer.
         seed: of the first request, the next one's being greater by one.
-        static: as for `Engine`.
+        static, runner: as for `Engine`.
 
     Yields:
         (as given, new tokens, a stop token among them).
@@ -41,7 +42,7 @@ def stream(
     Raises:
         UsageError: a prompt is empty or does not fit.
     """
-    engine = Engine(target, None, batch, capacity, warp=warp, stops=stops, static=static)
+    engine = Engine(target, None, batch, capacity, warp=warp, stops=stops, static=static, runner=runner)
     waiting, seeds = iter(requests), count(seed)
     draws = engine.draws([0] * batch)
     running: dict[int, tuple[Key, list[int]]] = {}
