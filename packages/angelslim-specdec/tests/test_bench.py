@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from angelslim_core.cli.main import cli
 from angelslim_core.errors import UsageError
-from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means
+from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means, questions
 
 
 def test_acceptance_length_counts_the_token_that_follows():
@@ -125,6 +125,18 @@ def test_bench_of_a_model(model, prompts, tmp_path):
     assert len(found["transformers"]) == 4 and json.loads((tmp_path / "bench.json").read_text()) == found
     page = (tmp_path / "bench.html").read_text()
     assert page.count("<svg") == 2 and "suffix, adaptive" in page and "<script" not in page
+
+
+def test_first_questions(tmp_path):
+    file = tmp_path / "p.jsonl"
+    says = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": says}, {"turns": ["d", "e"]}, {"prompt": "f"})))
+    assert [[m["content"] for m in chat] for chat in questions(file, 2)] == [["be brief", "a"], ["d"]]
 
 
 def test_bench_prints_a_table(model, prompts):

@@ -100,6 +100,18 @@ def maker(draft: str, target: Target) -> Callable[[], Drafter]:
     return lambda: loaded.drafter(target.heads())
 
 
+def questions(file: Path, most: int) -> list[list[dict[str, Any]]]:
+    """What users say first in each of a file's rows, system turns before it included.
+
+    Raises:
+        RecipeError: as `read_prompts`.
+    """
+    from .data.chats import read_prompts
+
+    chats = [c.messages for c in read_prompts(file)[:most]]
+    return [chat[: 1 + next(i for i, m in enumerate(chat) if m["role"] == "user")] for chat in chats]
+
+
 class _Fixed:
     """A pace of one length."""
 

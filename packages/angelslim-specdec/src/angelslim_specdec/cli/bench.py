@@ -39,7 +39,6 @@ def command(
     n-gram lookup runs beside every draft, and transformers' own `generate` at batch 1.
     """
     from .. import bench as measuring
-    from ..data.chats import read_prompts
     from ..data.spans import Renderer
 
     sizes, lengths = _numbers(batch, "--batch", int), _numbers(k, "--k", int)
@@ -49,7 +48,7 @@ def command(
     for given, option in ((names, "--draft"), (stems, "--prompts")):
         if len(set(given)) < len(given):
             raise UsageError(764, option, f"two of {', '.join(given)} have one name, by which results go")
-    chats = {stem: [c.messages[:1] for c in read_prompts(Path(file))[:samples]] for stem, file in zip(stems, files, strict=True)}
+    chats = {stem: measuring.questions(Path(file), samples) for stem, file in zip(stems, files, strict=True)}
     target = open_target(model, device, dtype, plugins)
     renderer = Renderer(target.tokenizer, model)
     sets = {stem: renderer.prompts(rows) for stem, rows in chats.items()}

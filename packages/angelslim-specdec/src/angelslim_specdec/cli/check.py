@@ -71,12 +71,11 @@ def command(
 def _pair(
     model: str, draft: str, prompts: str | None, limit: int, k: int, max_new_tokens: int, device: str, dtype: str, plugins: list[str], report: Progress
 ) -> dict[str, Any]:  # fmt: skip
-    from ..bench import maker
-    from ..data.chats import read_prompts
+    from ..bench import maker, questions
     from ..data.spans import Renderer
     from ..exactness.pair import check_pair
 
     target = open_target(model, device, dtype, plugins)
-    chats = [c.messages[:1] for c in read_prompts(Path(prompts))[:limit]] if prompts else [[{"role": "user", "content": text}] for text in _PROMPTS]
+    chats = questions(Path(prompts), limit) if prompts else [[{"role": "user", "content": text}] for text in _PROMPTS]
     ids = Renderer(target.tokenizer, model).prompts(chats)
     return check_pair(target, maker(draft, target), ids, k=k, max_new_tokens=max_new_tokens, progress=report)

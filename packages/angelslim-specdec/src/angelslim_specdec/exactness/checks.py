@@ -94,7 +94,7 @@ def sampled(target: Target, way: Way, rule: engine.Rule, warp: Warp, expected: T
     """
     rows = []
     for start in range(0, samples, _ROWS):
-        pace = Pace([1.0, 1.1, 1.2, 1.3]) if paced else None
+        pace = Pace([1.0, 1.3, 1.6, 2.2]) if paced else None
         rows += decoded(
             target, way.make(), [SAMPLED_PROMPT] * _ROWS, _SAMPLED_TOKENS, seed + start, k=3, warp=warp, rule=rule, pace=pace
         ).tokens  # fmt: skip
