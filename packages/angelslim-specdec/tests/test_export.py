@@ -27,7 +27,7 @@ from angelslim_specdec.vocabulary import Vocabulary
 
 LAYERS, H, V = 8, 32, 256
 ROPE = {"rope_type": "default", "rope_theta": 250000.0}
-TARGET = TargetShape(H, 48, LAYERS, 4, 2, 8, V, 1e-5, ROPE, 4096, model_type="llama")
+TARGET = TargetShape(H, 48, LAYERS, 4, 2, 8, V, 1e-5, ROPE, 4096)
 SMALL = {"num_hidden_layers": 2, "aux_hidden_state_layer_ids": (1, 3, 6)}
 
 

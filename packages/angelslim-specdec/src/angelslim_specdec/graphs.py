@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,10 +34,23 @@ class Graph:
             return
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with _nothing_freed(), torch.cuda.graph(graph):
                 self._function()
             self._graph = graph
         self._graph.replay()
+
+
+@contextmanager
+def _nothing_freed() -> Iterator[None]:
+    """Without garbage collection: another engine's graph, freed while one is captured, would end the capture."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 class Readout:

@@ -37,7 +37,6 @@ _IDENTITY = (
     "head_dim",
     "vocab_size",
     "rms_norm_eps",
-    "model_type",
 )
 
 
@@ -102,7 +101,7 @@ class Target:
             "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             "vocab_size": self._head.weight.shape[0], "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
-            "rope_parameters": dict(rope), "max_position_embeddings": config.max_position_embeddings, "model_type": config.model_type,
+            "rope_parameters": dict(rope), "max_position_embeddings": config.max_position_embeddings,
         }  # fmt: skip
         return TargetShape(**values, fingerprint=self._fingerprint(values), special_ids=sorted(special | set(self.stop_ids)))
 

@@ -40,7 +40,6 @@ class DraftConfig(BaseModel):
     target_hidden_size: int = Field(ge=1)
     num_target_layers: int = Field(ge=1)
     aux_hidden_state_layer_ids: tuple[int, ...] = Field((), description="layers of the target whose outputs are read")
-    target_model_type: str = Field("", description="as the target's config says; only for engines that ask")
     target_fingerprint: str = Field("", description="sha256 of the target's config and tensor headers; empty: any target of this shape")
 
 
@@ -58,7 +57,6 @@ class TargetShape:
     rms_norm_eps: float
     rope_parameters: Mapping[str, Any]
     max_position_embeddings: int
-    model_type: str = ""
     fingerprint: str = ""
     special_ids: Sequence[int] = field(default_factory=tuple)
 

@@ -140,7 +140,7 @@ class BlockDraft(Draft):
             "rope_parameters": draft_rope(target.rope_parameters), "max_position_embeddings": target.max_position_embeddings,
             "target_hidden_size": target.hidden_size, "num_target_layers": target.num_layers, "mask_token_id": target.vocab_size - 1,
             "aux_hidden_state_layer_ids": feature_layers(target.num_layers, cls.num_features),
-            "target_model_type": target.model_type, "target_fingerprint": target.fingerprint,
+            "target_fingerprint": target.fingerprint,
         }  # fmt: skip
         try:
             config = cls.Config(**{**values, **options})

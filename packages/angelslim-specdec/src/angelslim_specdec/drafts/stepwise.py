@@ -56,7 +56,7 @@ class Stepwise(Draft):
             "draft_vocab_size": min(draft_vocab_size or cls.default_vocabulary(target), target.vocab_size), "rms_norm_eps": target.rms_norm_eps,
             "rope_parameters": draft_rope(target.rope_parameters), "max_position_embeddings": target.max_position_embeddings,
             "target_hidden_size": target.hidden_size, "num_target_layers": target.num_layers, "aux_hidden_state_layer_ids": cls.tapped(target.num_layers),
-            "target_model_type": target.model_type, "target_fingerprint": target.fingerprint,
+            "target_fingerprint": target.fingerprint,
         }  # fmt: skip
         try:
             config = cls.Config(**{**fields, **options})
