@@ -1,8 +1,13 @@
-"""What the bench makes of counters."""
+"""What the bench makes of counters, and of a tiny model."""
+
+import json
 
 import pytest
+from click.testing import CliRunner
 
-from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means
+from angelslim_core.cli.main import cli
+from angelslim_core.errors import UsageError
+from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means, questions
 
 
 def test_acceptance_length_counts_the_token_that_follows():
@@ -67,3 +72,90 @@ def test_means_of_unlike_widths():
     row = {"batch": 1, "temperature": 0.0, "drafter": "d", "k": 2, "tokens_per_s": 1.0}
     (mean,) = means([{**row, "rates": [0.5, 0.5]}, {**row, "rates": [0.5]}])
     assert mean["rates"] == [0.5, 0.25] and "speedup" not in mean
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return str(tiny("llama", dtype="float32", max_position_embeddings=512))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    files = []
+    for name in ("poems", "sums"):
+        file = tmp_path_factory.mktemp("prompts") / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"turns": [f"{name} {n}, {n}, {n} and so on", "more"]}) + "\n" for n in range(3)))
+        files += ["--prompts", str(file)]
+    return files
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["specdec", "bench", *arguments])
+
+
+def test_bench_of_a_model(model, prompts, tmp_path):
+    options = [
+        "--batch",
+        "1,2",
+        "--temperature",
+        "0,1",
+        "--k",
+        "2,3",
+        "--max-new-tokens",
+        "12",
+        "--repeats",
+        "1",
+        "--adaptive",
+        "--samples",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = run("--model", model, "--draft", "suffix", *prompts, *options, "--out", str(tmp_path), "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    ways = ["plain", "suffix", "suffix", "suffix, adaptive", "ngram"]
+    assert [r["drafter"] for r in found["rows"]] == ways * 8 and [r["drafter"] for r in found["means"]] == ways * 4
+    for row in found["rows"]:
+        assert row["tokens_per_s"] > 0 and row["tokens"] > 0
+        if row["drafter"] != PLAIN:
+            assert 1 <= row["acceptance_length"] <= 1 + row["k"] and len(row["rates"]) == row["k"]
+            assert row["acceptance_length"] == pytest.approx(1 + sum(row["rates"]))
+            assert row["temperature"] or row["same_text"] == 1.0
+    assert len(found["transformers"]) == 4 and json.loads((tmp_path / "bench.json").read_text()) == found
+    page = (tmp_path / "bench.html").read_text()
+    assert page.count("<svg") == 2 and "suffix, adaptive" in page and "<script" not in page
+
+
+def test_first_questions(tmp_path):
+    file = tmp_path / "p.jsonl"
+    says = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": says}, {"turns": ["d", "e"]}, {"prompt": "f"})))
+    assert [[m["content"] for m in chat] for chat in questions(file, 2)] == [["be brief", "a"], ["d"]]
+
+
+def test_bench_prints_a_table(model, prompts):
+    done = run("--model", model, "--draft", "ngram", *prompts[:2], "--max-new-tokens", "4", "--repeats", "1", "--samples", "1", "--device", "cpu")
+    assert done.exit_code == 0 and "acceptance length" in done.stdout and "ngram" in done.stdout and "1 + accepted / rounds" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number"),
+    [
+        (["--batch", "many"], 766),
+        (["--batch", "0"], 767),
+        (["--k", "4,4"], 767),
+        (["--temperature", "-1"], 767),
+        (["--draft", "elsewhere/suffix"], 764),
+        (["--max-new-tokens", "600"], 765),
+    ],
+    ids=str,
+)
+def test_bench_refuses(arguments, number, model, prompts):
+    done = run("--model", model, "--draft", "suffix", *prompts[:2], "--device", "cpu", *arguments)
+    assert isinstance(done.exception, UsageError) and done.exception.number == number

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from angelslim_core.context import Progress, silent
+
+from .adaptive import Pace
+from .drafters.base import Drafter, Warp
+from .engine import Engine, Rule
+
+if TYPE_CHECKING:
+    from .target import Target
 
 PLAIN = "plain"
 NOTE = "Acceptance length counts the token that follows the accepted ones: 1 + accepted / rounds. Times hold prompts, too."
@@ -18,10 +27,14 @@ NOTE = "Acceptance length counts the token that follows the accepted ones: 1 + a
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to decode: a drafter's name, PLAIN being none, and how many tokens it proposes."""
+    """A way to decode: a drafter's name, PLAIN being none, how many tokens it proposes, and whether that is the most, set as `adaptive.Pace` says."""
 
     name: str
     k: int = 0
+    adaptive: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}{', adaptive' if self.adaptive else ''}"
 
 
 @dataclass
@@ -30,7 +43,7 @@ class Counts:
 
     Args:
         tokens: emitted.
-        rounds: of each row, those that had a proposal.
+        rounds: of rows, verifications by the target; one without a proposal, which a lookup may not have, is one too.
         accepted_at: rounds in which the proposed token of each position was accepted.
     """
 
@@ -59,6 +72,101 @@ class Decode(Protocol):
     """Decodes one batch; returns each row's new tokens, stop token included, and the counts."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], contender: Contender, temperature: float, seed: int) -> tuple[list[list[int]], Counts]: ...
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where it was measured: device, threads, versions of libraries and of this package."""
+    from angelslim_core.artifact import versions
+    from angelslim_core.device import device_name
+
+    from . import __version__
+
+    return {"device": device_name(device), "threads": torch.get_num_threads(), "versions": {"angelslim-specdec": __version__, **versions()}}
+
+
+def maker(draft: str, target: Target) -> Callable[[], Drafter]:
+    """Makes drafters of a registered name, or of a folder that is read once; each holds the state of one batch.
+
+    Raises:
+        ModelError: as `folder.load_draft`.
+    """
+    from .registry import drafters
+
+    if draft in (known := drafters()):
+        return known[draft]
+    from .folder import load_draft
+
+    loaded = load_draft(Path(draft), target.shape).to(target.device, target.dtype).eval()
+    return lambda: loaded.drafter(target.heads())
+
+
+def questions(file: Path, most: int) -> list[list[dict[str, Any]]]:
+    """What users say first in each of a file's rows, system turns before it included.
+
+    Raises:
+        RecipeError: as `read_prompts`.
+    """
+    from .data.chats import read_prompts
+
+    chats = [c.messages for c in read_prompts(file)[:most]]
+    return [chat[: 1 + next(i for i, m in enumerate(chat) if m["role"] == "user")] for chat in chats]
+
+
+class _Fixed:
+    """A pace of one length."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def next(self) -> int:
+        return self.k
+
+    def saw(self, accepted: Sequence[int], drafted: Sequence[int]) -> None:
+        """What was accepted changes nothing."""
+
+
+class Decoder:
+    """Decodes by engines that are kept, with their graphs, while batch size and temperature stay the same.
+
+    Args:
+        makers: by contenders' names.
+        capacity: tokens a row may have.
+    """
+
+    def __init__(self, target: Target, makers: Mapping[str, Callable[[], Drafter]], capacity: int, max_new_tokens: int, rule: Rule = "auto") -> None:
+        self._target, self._makers, self._capacity, self._max_new_tokens, self._rule = target, makers, capacity, max_new_tokens, rule
+        self._engines: dict[Contender, Engine] = {}
+        self._of: tuple[int, float] | None = None
+
+    def __call__(self, prompts: Sequence[Sequence[int]], contender: Contender, temperature: float, seed: int) -> tuple[list[list[int]], Counts]:
+        """As `Decode`."""
+        if self._of != (len(prompts), temperature):
+            self._engines.clear()
+            self._of = (len(prompts), temperature)
+        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(list(prompt))
+        lengths = torch.tensor([len(p) for p in prompts])
+        if contender not in self._engines:
+            self._engines[contender] = self._engine(contender, ids, lengths, temperature)
+        seeds = range(seed * len(prompts), (seed + 1) * len(prompts))
+        found = self._engines[contender].decode(ids, lengths, self._max_new_tokens, seeds)
+        return found.tokens, Counts(sum(map(len, found.tokens)), sum(found.rounds), found.by_position)
+
+    def _engine(self, contender: Contender, ids: Tensor, lengths: Tensor, temperature: float) -> Engine:
+        drafter = None if contender.name == PLAIN else self._makers[contender.name]()
+        engine = Engine(
+            self._target, drafter, len(ids), self._capacity, k=contender.k or 1, warp=Warp(temperature), rule=self._rule, stops=self._target.stop_ids
+        )  # fmt: skip
+        if contender.adaptive:
+            ms = []
+            for k in range(contender.k + 1):  # what a round of each length takes, on the first batch
+                engine.pace = _Fixed(k)
+                for _ in range(2):  # the second time graphs are there
+                    found = engine.decode(ids, lengths, min(64, self._max_new_tokens))
+                ms.append(1e3 * found.seconds / max(1, max(found.rounds)))
+            engine.pace = Pace(ms)
+        return engine
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[Sequence[int]]]:
@@ -92,7 +200,7 @@ def bench(
             for contender in everyone if turn % 2 == 0 else everyone[::-1]:
                 runs[contender].append(_run(parts, contender, temperature, decode, device))
                 done += 1
-                progress(done, total, f"{name}, batch {batch}, temperature {temperature:g}, {contender.name} {contender.k or ''}")
+                progress(done, total, f"{name}, batch {batch}, temperature {temperature:g}, {contender} {contender.k or ''}")
         rows += _rows(runs, {"set": name, "batch": batch, "temperature": temperature, "prompts": len(sets[name])})
     return {"rows": rows, "means": means(rows)}
 
@@ -134,7 +242,7 @@ def _rows(runs: Mapping[Contender, Sequence[_Run]], where: Mapping[str, Any]) ->
         counts, texts = found[0].counts, found[0].texts
         speed = median(r.speed for r in found)
         row: dict[str, Any] = {
-            **where, "drafter": contender.name, "k": contender.k, "tokens": counts.tokens, "tokens_per_s": speed,
+            **where, "drafter": str(contender), "k": contender.k, "tokens": counts.tokens, "tokens_per_s": speed,
             "spread": [min(r.speed for r in found), max(r.speed for r in found)], "peak_bytes": found[0].peak_bytes,
         }  # fmt: skip
         if contender.name != PLAIN:

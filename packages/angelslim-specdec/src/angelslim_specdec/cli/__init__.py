@@ -7,7 +7,9 @@ from importlib import import_module
 import click
 
 # command -> module here, which holds it as `command`
-COMMANDS: dict[str, str] = {"regen": "regen", "vocab": "vocab", "train": "train", "decode": "decode", "export": "export"}
+COMMANDS: dict[str, str] = {
+    "regen": "regen", "vocab": "vocab", "train": "train", "decode": "decode", "export": "export", "check": "check", "bench": "bench",
+}  # fmt: skip
 
 
 def add_commands(group: click.Group) -> None:

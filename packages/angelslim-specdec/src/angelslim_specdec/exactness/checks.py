@@ -6,6 +6,7 @@ Shapes: S samples, N new tokens of each, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import engine
 from ..adaptive import Pace
 from ..drafters.base import Drafter, Warp
+from ..target import Target
 from .drafters import Oracle, Spy
 from .statistics import agreement
 from .subject import NEW_TOKENS, PROMPTS, SAMPLED_PROMPT, VOCABULARY, Way, continuation
@@ -23,7 +25,7 @@ _ROWS, _SAMPLED_TOKENS = 512, 4
 _ROUNDING = 1e-4  # between the same sums in another order
 
 
-def decoded(target: Any, drafter: Drafter | None, prompts: Sequence[Sequence[int]], tokens: int, seed: int = 0, **options: Any) -> engine.Decoded:
+def decoded(target: Target, drafter: Drafter | None, prompts: Sequence[Sequence[int]], tokens: int, seed: int = 0, **options: Any) -> engine.Decoded:
     """Prompts decoded in one batch by the engine."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -36,23 +38,24 @@ def decoded(target: Any, drafter: Drafter | None, prompts: Sequence[Sequence[int
 class Greedy:
     """Greedy decoding against the target's own continuations, made without a cache."""
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Target) -> None:
         self.target = target
-        self.wanted = {p: continuation(target, p, NEW_TOKENS) for p in PROMPTS}
+        self.wanted: dict[tuple[int, ...], list[int]] = {p: continuation(target, p, NEW_TOKENS) for p in PROMPTS}
 
     def oracles(self) -> list[Way]:
         """Drafters that are always right, never, or now and then, as chains and as trees."""
         kinds = {"right": 0, "never right": 1, "wrong at every third token": 3}
         return [
-            Way(f"{'tree' if tree else 'chain'} that is {name}", lambda wrong=wrong, tree=tree: Oracle(self.wanted, VOCABULARY, wrong, tree), tree=tree)
+            Way(f"{'tree' if tree else 'chain'} that is {name}", partial(Oracle, self.wanted, VOCABULARY, wrong, tree), tree=tree)
             for tree in (False, True)
             for name, wrong in kinds.items()
         ]
 
-    def same(self, way: Way, k: int, prompts: Sequence[tuple[int, ...]] = PROMPTS, **options: Any) -> float:
-        """1 where all tokens are the target's own, else 0."""
-        found = decoded(self.target, way.make(), prompts, NEW_TOKENS, k=k, **options)
-        return float(found.tokens == [self.wanted[p] for p in prompts])
+    def alike(self, way: Way, lengths: Sequence[int], prompts: Sequence[tuple[int, ...]] | None = None) -> float:
+        """1 where all tokens are the target's own with each number of proposed tokens, prompts in one batch or, None, one by one; else 0."""
+        groups = [[prompt] for prompt in PROMPTS] if prompts is None else [list(prompts)]
+        found = [decoded(self.target, way.make(), group, NEW_TOKENS, k=k).tokens == [self.wanted[p] for p in group] for k in lengths for group in groups]
+        return float(all(found))
 
     def stops(self, way: Way) -> float:
         """The same with a stop token that each prompt's answer has in its middle: the answer ends with it."""
@@ -82,7 +85,7 @@ class Greedy:
         return float(same.all())
 
 
-def sampled(target: Any, way: Way, rule: engine.Rule, warp: Warp, expected: Tensor, samples: int, paced: bool = False, seed: int = 1) -> float:
+def sampled(target: Target, way: Way, rule: engine.Rule, warp: Warp, expected: Tensor, samples: int, paced: bool = False, seed: int = 1) -> float:
     """p value of sampled text, the first tokens after a prompt, each row with a seed of its own.
 
     Args:
@@ -91,7 +94,7 @@ def sampled(target: Any, way: Way, rule: engine.Rule, warp: Warp, expected: Tens
     """
     rows = []
     for start in range(0, samples, _ROWS):
-        pace = Pace([1.0, 1.1, 1.2, 1.3]) if paced else None
+        pace = Pace([1.0, 1.3, 1.6, 2.2]) if paced else None
         rows += decoded(
             target, way.make(), [SAMPLED_PROMPT] * _ROWS, _SAMPLED_TOKENS, seed + start, k=3, warp=warp, rule=rule, pace=pace
         ).tokens  # fmt: skip

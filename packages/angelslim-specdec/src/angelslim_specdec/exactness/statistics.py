@@ -26,7 +26,7 @@ def joint(model: PreTrainedModel, prompt: Sequence[int], tokens: int, warp: Call
         prefixes = torch.cartesian_prod(*[torch.arange(vocabulary)] * length).view(-1, length) if length else torch.zeros(1, 0, dtype=torch.int64)
         ids = torch.cat([torch.tensor([list(prompt)]).expand(len(prefixes), -1), prefixes], 1)
         with torch.no_grad():
-            parts = [warp(model(input_ids=part).logits[:, -1]).double() for part in ids.split(_AT_ONCE)]
+            parts = [warp(model(input_ids=part).logits[:, -1]).double() for part in torch.split(ids, _AT_ONCE)]
         found = found[..., None] * torch.cat(parts).view(*[vocabulary] * (length + 1))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 
 from angelslim_core.model import auto_class
 
+from ..drafters.autoregressive import Tree
 from ..drafters.base import Drafter
+from ..drafts.stepwise import Stepwise
 from ..registry import drafters, drafts
 from ..target import Target
 from .drafters import Table
 
 VOCABULARY, DRAFT_VOCABULARY = 12, 8
+_TREE = Tree(depth=3, top_k=3, total=8)
 NEW_TOKENS = 24
 # of different lengths, the shortest possible among them, one that repeats itself
-PROMPTS = ((5,), (3, 4, 9, 3, 4, 9, 3, 4), (7, 10, 2, 6, 8))
+PROMPTS: tuple[tuple[int, ...], ...] = ((5,), (3, 4, 9, 3, 4, 9, 3, 4), (7, 10, 2, 6, 8))
 SAMPLED_PROMPT = (3, 4, 9, 3, 4, 9, 3, 4)
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -89,7 +93,9 @@ def ways(target: Target) -> list[Way]:
                 for weight in (p for p in made.parameters() if p.dim() > 1):  # what starts near zero would not notice what it reads
                     weight.data.normal_(std=_SHAPE["initializer_range"])
             label = name if size == VOCABULARY else f"{name}, {size} of {VOCABULARY} tokens"
-            found.append(Way(label, lambda made=made: made.drafter(heads), samples=True, pruned=size < VOCABULARY))
+            found.append(Way(label, partial(made.drafter, heads), samples=True, pruned=size < VOCABULARY))
+            if isinstance(made, Stepwise):
+                found.append(Way(f"tree of {label}", partial(made.drafter, heads, _TREE), tree=True, pruned=size < VOCABULARY))
     table, subset = bigrams(target), torch.tensor([1, 3, 4, 6, 7, 9, 10, 11])
     found.append(Way("table", lambda: Table(table), samples=True))
     found.append(Way("table, 8 of 12 tokens", lambda: Table(table[:, subset], subset), samples=True, pruned=True))
