@@ -124,7 +124,7 @@ def test_command_says_not_ok(monkeypatch):
     monkeypatch.setattr(kit, "ways", lambda target: [w for w in ways(target) if w.name in ("ngram", "dflash")])
     monkeypatch.setattr(kit, "_sampled_jobs", lambda *_: [])
     monkeypatch.setattr(kit, "_mutants", lambda *_: [])
-    monkeypatch.setattr(engine, "greedy", mutants._bonus_of_the_row_before)
+    monkeypatch.setattr(*mutants.GREEDY["bonus from the wrong row"])
     done = CliRunner().invoke(cli, ["specdec", "check"])
     assert done.exit_code == 8 and "NOT OK" in done.stdout and done.stdout.endswith("not ok\n")
 

@@ -1,12 +1,14 @@
 """Attention of tokens under verification: Triton's kernel (interpreted where there is no GPU) against the reference."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from angelslim_core.errors import EngineError
 from angelslim_specdec.attention import Visible
 from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
-from angelslim_specdec.target import ancestors_of
+from angelslim_specdec.target import Target, ancestors_of
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,3 +111,24 @@ def test_says_what_it_does_not_take():
     refused("up to 256 wide", width=257)
     refused("keys in slots", lengths=False)
     refused("no gradients", gradients=True)
+
+
+@torch.no_grad()
+def test_a_model_attends_by_it(tiny, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from angelslim_specdec import attention
+
+    said = {}
+    for executor in ("reference", "triton"):
+        target = Target(AutoModelForCausalLM.from_pretrained(tiny("mistral", dtype="float32", sliding_window=5)).eval().to(DEVICE))
+        cache = target.new_cache(2, 32, static=True)
+        ids = torch.randint(3, 256, (2, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        target.prefill(ids, torch.tensor([12, 4], device=DEVICE), cache)
+        monkeypatch.setattr(attention, "VERIFY_ATTENTION", partial(VERIFY_ATTENTION, executor=executor))
+        chain = target.forward(ids[:, :4], cache).logits
+        cache.commit(torch.tensor([4, 1], device=DEVICE))
+        said[executor] = chain, target.forward(ids[:, :6], cache, parents=tree_of(2, 5)).logits
+        monkeypatch.undo()
+    for found, wanted in zip(said["triton"], said["reference"], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

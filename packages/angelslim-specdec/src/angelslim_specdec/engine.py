@@ -22,10 +22,11 @@ from angelslim_core.errors import UsageError
 
 from .drafters.base import Drafter, Proposal, Warp
 from .graphs import Graph, Readout
+from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
 from .stops import cut
 from .target import Target
 from .uniforms import Uniforms
-from .verification import draw, greedy, match, ratio, tree_greedy, tree_sample
+from .verification import draw, match, tree_greedy, tree_sample
 
 Rule = Literal["auto", "ratio", "match"]
 # makes of a round what is called again and again
@@ -278,23 +279,22 @@ class Engine:
     def _accept(self, logits: Tensor, proposal: Proposal, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens of the round [B, N + 1] or [B, K + 1], how many of the proposed ones are accepted [B], and which of a tree's."""
         tokens, sampled = proposal.tokens, self.warp.temperature > 0
-        p = self.warp(logits) if sampled else logits
         uniforms = self._uniforms[_VERIFY]
         if proposal.parents is not None:
             if sampled:
-                path, accepted, following = tree_sample(p, tokens, proposal.parents, uniforms[:, : tokens.shape[1] + 1], k)
+                path, accepted, following = tree_sample(self.warp(logits), tokens, proposal.parents, uniforms[:, : tokens.shape[1] + 1], k)
             else:
-                path, accepted, following = tree_greedy(p.argmax(-1), tokens, proposal.parents, k)
+                path, accepted, following = tree_greedy(logits.argmax(-1), tokens, proposal.parents, k)
             tokens = tokens.gather(1, path.clamp(min=0))
         else:
             path, size = None, tokens.shape[1]
             if not sampled:
-                accepted, following = greedy(p.argmax(-1), tokens, proposal.counts)
+                accepted, following = ACCEPT_GREEDY(logits, tokens, proposal.counts)
             elif self.rule == "match":
-                accepted, following = match(p, tokens, uniforms[:, : size + 1], proposal.counts)
+                accepted, following = match(self.warp(logits), tokens, uniforms[:, : size + 1], proposal.counts)
             else:  # the last draw is the same one, however many are proposed
                 own = torch.cat([uniforms[:, :size], uniforms[:, -1:]], 1)
-                accepted, following = ratio(p, tokens, proposal.q, proposal.columns, own, proposal.counts)
+                accepted, following = ACCEPT_RATIO(logits, self.warp, tokens, proposal.q, proposal.columns, own, proposal.counts)
         number = torch.arange(tokens.shape[1] + 1, device=tokens.device)
         emitted = torch.where(number < accepted[:, None], torch.nn.functional.pad(tokens, (0, 1)), following[:, None])
         return emitted, accepted, path

@@ -32,9 +32,10 @@ def angelslim_register_passes() -> list[type[Pass]]:
 
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
+    from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
     from .kernels.verify_attention import VERIFY_ATTENTION
 
-    return [VERIFY_ATTENTION]
+    return [VERIFY_ATTENTION, ACCEPT_GREEDY, ACCEPT_RATIO]
 
 
 @hookimpl

@@ -81,18 +81,26 @@ def _tree_from_the_root(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Te
     return tree_greedy(draw(p[:, :1].expand_as(p), uniforms), tokens, parents, depth)
 
 
+def _of_choices(rule: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda logits, tokens, counts=None: rule(logits.argmax(-1), tokens, counts)
+
+
+def _of_probabilities(rule: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda logits, warp, *rest: rule(warp(logits), *rest)
+
+
 # name -> what is replaced, where, by what; the check that has to notice is `kit`'s to choose
 GREEDY: Mapping[str, tuple[Any, str, Callable[..., Any]]] = {
     "wrong KV trim: a rejected token's keys stay": (SlotCache, "commit", _one_row_more),
-    "bonus from the wrong row": (engine, "greedy", _bonus_of_the_row_before),
-    "first token accepted, whatever it is": (engine, "greedy", _one_token_on_trust),
+    "bonus from the wrong row": (engine, "ACCEPT_GREEDY", _of_choices(_bonus_of_the_row_before)),
+    "first token accepted, whatever it is": (engine, "ACCEPT_GREEDY", _of_choices(_one_token_on_trust)),
     "tree's accepted keys not moved": (SlotCache, "commit", _in_order),
     "stop token missed": (engine, "cut", _no_stops),
 }
 SAMPLED: Mapping[str, tuple[Any, str, Callable[..., Any]]] = {
-    "resampled from p after a rejection": (engine, "ratio", _resampled),
-    "residual not renormalised": (engine, "ratio", _unnormalised),
-    "one draw for two decisions": (engine, "ratio", _one_draw_for_two),
-    "cut by the confidence of what is verified": (engine, "ratio", _cut_by_confidence),
+    "resampled from p after a rejection": (engine, "ACCEPT_RATIO", _of_probabilities(_resampled)),
+    "residual not renormalised": (engine, "ACCEPT_RATIO", _of_probabilities(_unnormalised)),
+    "one draw for two decisions": (engine, "ACCEPT_RATIO", _of_probabilities(_one_draw_for_two)),
+    "cut by the confidence of what is verified": (engine, "ACCEPT_RATIO", _of_probabilities(_cut_by_confidence)),
     "tree: draws from the wrong row": (engine, "tree_sample", _tree_from_the_root),
 }

@@ -1,0 +1,92 @@
+"""Kernels on a GPU: sizes that the interpreter has no time for, programs that run at once, and CUDA graphs."""
+
+import pytest
+import torch
+
+from angelslim_specdec.attention import Visible
+from angelslim_specdec.drafters.base import Warp
+from angelslim_specdec.kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
+from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
+from angelslim_specdec.target import ancestors_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
+
+
+def case(batch, tokens, slots, heads, kv_heads, width, dtype, tree=False, seed=0):
+    """q, k, v, and what is visible: rows of all lengths."""
+    q = normal(batch, tokens, heads, width, seed=seed, dtype=dtype).transpose(1, 2)
+    k, v = (normal(batch, kv_heads, slots, width, seed=seed + n, dtype=dtype) for n in (1, 2))
+    lengths = torch.linspace(slots - tokens, 1, batch, device="cuda").long()
+    if not tree:
+        return q, k, v, Visible(lengths, torch.arange(tokens, device="cuda"))
+    parents = (torch.rand(batch, tokens - 1, device="cuda") * torch.arange(1, tokens, device="cuda")).long() - 1
+    ancestors = ancestors_of(parents)
+    return q, k, v, Visible(lengths, ancestors.sum(-1) - 1, ancestors)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize("shape", [(1, 6, 2048, 9, 3, 64), (5, 8, 1500, 9, 3, 64), (2, 60, 5000, 32, 8, 128), (1, 1, 32768, 32, 8, 128), (3, 17, 900, 8, 4, 256), (64, 4, 700, 9, 3, 64)], ids=str)  # fmt: skip
+def test_attention(shape, tree, window, dtype):
+    q, k, v, visible = case(*shape, dtype, tree and shape[1] > 1)
+    found = VERIFY_ATTENTION(q, k, v, visible, shape[-1] ** -0.5, window, executor="triton")
+    wanted = VERIFY_ATTENTION(q.double(), k.double(), v.double(), visible, shape[-1] ** -0.5, window, executor="reference")
+    assert (found.double() - wanted).norm() / wanted.norm() < TOLERANCE[dtype]
+    for _ in range(20):  # whoever finishes last
+        assert torch.equal(found, VERIFY_ATTENTION(q, k, v, visible, shape[-1] ** -0.5, window, executor="triton"))
+
+
+def test_auto_takes_triton():
+    q, k, v, visible = case(1, 4, 600, 9, 3, 64, torch.bfloat16)
+    assert VERIFY_ATTENTION.choose(q, k, v, visible, 0.125).name == "triton"
+    assert ACCEPT_GREEDY.choose(normal(1, 3, 100), torch.zeros(1, 2, device="cuda")).name == "triton"
+
+
+def test_attention_in_a_graph_follows_lengths():
+    q, k, v, visible = case(2, 5, 2048, 9, 3, 64, torch.bfloat16)
+    assert visible.lengths is not None
+    out = torch.empty_like(q)
+
+    def step():
+        fresh = Visible(visible.lengths, visible.depths)  # as every forward pass makes one
+        for _ in range(3):  # layers, which share memory
+            out.copy_(VERIFY_ATTENTION(q, k, v, fresh, 0.125, executor="triton"))
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for lengths in ((2000, 3), (511, 513), (1, 1024)):
+        visible.lengths.copy_(torch.tensor(lengths))
+        graph.replay()
+        wanted = VERIFY_ATTENTION(q, k, v, Visible(visible.lengths, visible.depths), 0.125, executor="reference")
+        torch.testing.assert_close(out, wanted, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("vocabulary", [49152, 152064])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_acceptance(vocabulary, batch):
+    proposed, warp = 5, Warp(0.8)
+    logits = 3 * normal(batch, proposed + 1, vocabulary, dtype=torch.bfloat16)
+    tokens = logits[:, :proposed].argmax(-1)
+    tokens[:, 3] += 1
+    for a, b in zip(ACCEPT_GREEDY(logits, tokens, executor="triton"), ACCEPT_GREEDY(logits, tokens, executor="reference"), strict=True):
+        assert torch.equal(a, b)
+    columns = torch.arange(0, vocabulary, 6, device="cuda")
+    near = logits[:, :proposed].float() + 0.2 * normal(batch, proposed, vocabulary, seed=1)
+    for ids in (None, columns):
+        q = warp(near if ids is None else near[..., ids])
+        drawn = torch.multinomial(q.flatten(0, 1), 1).view(batch, proposed)
+        uniforms = torch.rand(batch, proposed + 1, device="cuda")
+        args = logits, warp, drawn if ids is None else ids[drawn], q, ids, uniforms
+        found, wanted = ACCEPT_RATIO(*args, executor="triton"), ACCEPT_RATIO(*args, executor="reference")
+        # rounding may turn a decision, or a draw to the token beside
+        assert (found[0] == wanted[0]).float().mean() > 0.98 and (found[1] == wanted[1]).float().mean() > 0.95
