@@ -42,6 +42,12 @@ def close(s, found, wanted, atol=1e-5):
     assert torch.allclose(found[seen], wanted[seen], atol=atol, rtol=1e-4)
 
 
+def mass_tiles():
+    from angelslim_sparseattn.kernels.triton import mass
+
+    return list(mass.CONFIGS)
+
+
 def cells_of(s, lists):
     return to_cells(lists, s.rows, s.columns)
 
@@ -80,12 +86,15 @@ def test_antidiagonal_masses(size, owners, monkeypatch):
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(512, 1024), (301, 707)])
-def test_antidiagonal_masses_by_whole_tiles(queries, keys):
+@pytest.mark.parametrize("name", mass_tiles())
+def test_antidiagonal_masses_by_whole_tiles(name, queries, keys):
+    from angelslim_sparseattn.kernels.triton import mass
+
     s = prefill(queries, keys, 32, 2, 1, 16 if DEVICE == "cpu" else 64, torch.bfloat16)
     wide = replace(s, q=s.q.float(), k=s.k.float())
     for owners in (False, True):
         wanted = ANTIDIAGONAL_MASS(wide, 2, owners, executor="reference")
-        close(s, ANTIDIAGONAL_MASS(s, 2, owners, executor="triton"), wanted, 1e-4)
+        close(s, mass.antidiagonal_mass(s, 2, owners, mass.CONFIGS[name]), wanted, 1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -1,12 +1,14 @@
 """Estimated attention of blocks, without N x N scores in memory: what a block's row comes to is all that is written."""
 
 import math
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...prefill import Prefill
 
@@ -23,26 +25,43 @@ class Tiles(NamedTuple):
         rows, columns: groups of queries and of keys of a program.
         width: of queries and keys that are multiplied at a time, at most.
         warps, stages: of a program; stages are tiles on their way.
+        beside: tiles of queries that meet the same keys side by side, so that both stay in the L2 cache.
+        tma: whether whole tiles come by the tensor memory accelerator, where it is there and their layout allows it.
+        warpgroups: of `hopper_mass`, which is used where it `takes` the call; 0: it is not. Rows and warps are not its.
     """
 
     rows: int = 128
     columns: int = 256
     width: int = 64
     warps: int = 8
-    stages: int = 3
+    stages: int = 4
+    beside: int = 16
+    tma: bool = True
+    warpgroups: int = 0
 
 
-# tiles of queries that meet the same keys side by side, so that both stay in the L2 cache
-BESIDE = 16
+CONFIGS = {
+    "hopper, 2 warpgroups": Tiles(warpgroups=2),
+    "hopper, 3 warpgroups": Tiles(stages=3, warpgroups=3),
+    "tma": Tiles(),
+    "tma, 3 stages": Tiles(stages=3),
+    "tma, 8 beside": Tiles(beside=8),
+    "tma, high": Tiles(rows=256, columns=128, beside=8),
+    "tma, square": Tiles(columns=128, warps=4, stages=3),
+    "pointers": Tiles(stages=3, tma=False),
+}
+FASTEST = "hopper, 2 warpgroups"
+# where there is no TMA; shared memory of an A100 holds its tiles
+PLAIN = CONFIGS["pointers"]
 # FP32 has no tensor cores: a wide tile is more than the registers hold
-EXACT = Tiles(64, 64, 64, 4, 3)
+EXACT = Tiles(64, 64, 64, 4, 3, 16, False)
 
 
 @triton.jit(do_not_specialize=["row", "groups", "columns", "q_len", "kv_len", "off", "row_tiles", "column_tiles"])
 def _antidiagonal(
-    q, k, out, row, groups, columns, q_len, kv_len, off, width, factor, qs_h, qs_t, ks_h, ks_t, row_tiles, column_tiles,
-    GROUP: tl.constexpr, STRIDE: tl.constexpr, PARTS: tl.constexpr, HIGHEST: tl.constexpr, BESIDE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, q_box, k_box, out, row, groups, columns, q_len, kv_len, off, width, factor, qs_h, qs_t, ks_h, ks_t, row_tiles, column_tiles,
+    GROUP: tl.constexpr, STRIDE: tl.constexpr, PARTS: tl.constexpr, HIGHEST: tl.constexpr, BESIDE: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # KV head by KV head; of its queries, BESIDE rows of tiles after the other, by columns
     of_head = GROUP * row_tiles * column_tiles
@@ -58,16 +77,22 @@ def _antidiagonal(
         d = tl.arange(0, BD)
         q_at = q + h.to(tl.int64) * qs_h + (a * STRIDE).to(tl.int64)[:, None] * qs_t + d[None, :]
         k_at = k + kv.to(tl.int64) * ks_h + (e * STRIDE).to(tl.int64)[:, None] * ks_t + d[None, :]
-        if EVEN and ((row + m + BM) * STRIDE <= q_len) & ((n + BN) * STRIDE <= kv_len):  # masks cost a tenth
+        if TMA and ((row + m + BM) * STRIDE <= q_len) & ((n + BN) * STRIDE <= kv_len):
             for i in range(STRIDE * STEPS):
                 t, first = i // STEPS, i % STEPS * BD
-                x = tl.dot(tl.load(q_at + ((STRIDE - 1 - t) * qs_t + first)), tl.trans(tl.load(k_at + (t * ks_t + first))), x, input_precision=PRECISION)
+                qx = q_box.load([h, STRIDE - 1 - t, row + m, first]).reshape(BM, BD)
+                kx = k_box.load([kv, t, n, first]).reshape(BN, BD)
+                x = tl.dot(qx, tl.trans(kx), x, input_precision=PRECISION)
         else:
             for i in range(STRIDE * STEPS):
                 t, first = i // STEPS, i % STEPS * BD
-                has = (first + d < width)[None, :]
-                qx = tl.load(q_at + ((STRIDE - 1 - t) * qs_t + first), (a * STRIDE + (STRIDE - 1 - t) < q_len)[:, None] & has, 0.0)
-                kx = tl.load(k_at + (t * ks_t + first), (e * STRIDE + t < kv_len)[:, None] & has, 0.0)
+                qp, kp = q_at + ((STRIDE - 1 - t) * qs_t + first), k_at + (t * ks_t + first)
+                if WHOLE:
+                    qx, kx = tl.load(qp), tl.load(kp)
+                else:
+                    has = (first + d < width)[None, :]
+                    qx = tl.load(qp, (a * STRIDE + (STRIDE - 1 - t) < q_len)[:, None] & has, 0.0)
+                    kx = tl.load(kp, (e * STRIDE + t < kv_len)[:, None] & has, 0.0)
                 x = tl.dot(qx, tl.trans(kx), x, input_precision=PRECISION)
         x *= factor
         if ((n + BN - 1) * STRIDE >= kv_len) | ((n + BN - 1) * STRIDE > off + (row + m + 1) * STRIDE - 1):
@@ -150,10 +175,39 @@ def _inputs(s: Prefill) -> tuple[Tensor, Tensor, str]:
     return q, k, "ieee" if q.dtype == torch.float32 else "tf32"
 
 
-def antidiagonal_mass(s: Prefill, stride: int, owners: bool) -> Tensor:
+def strided(x: Tensor, stride: int) -> tuple[list[int], list[int]]:
+    """Shape and strides of [H, T, D] as [H, stride, whole groups, D]: of each group, the token of one place."""
+    heads, tokens, width = x.shape
+    return [heads, stride, max(1, tokens // stride), width], [x.stride(0), x.stride(1), x.stride(1) * stride, 1]
+
+
+def _has_boxes(q: Tensor, k: Tensor) -> bool:
+    """Whether TMA is there and takes this layout: everything a multiple of 16 bytes."""
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] < 9:
+        return False
+    return all(x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2]) for x in (q, k))
+
+
+def _on_hopper(q: Tensor, k: Tensor, stride: int, parts: int, tiles: Tiles) -> bool:
+    """Whether `hopper_mass` computes the call: whole groups of 16-bit tokens, and blocks that a warpgroup holds."""
+    return (
+        tiles.warpgroups > 0
+        and q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype != torch.float32
+        and (q.shape[1] % stride, k.shape[1] % stride, q.shape[2] % tiles.width) == (0, 0, 0)
+        and parts <= 64
+        and find_spec("triton.experimental") is not None
+        and find_spec("triton.experimental.gluon") is not None
+    )
+
+
+def antidiagonal_mass(s: Prefill, stride: int, owners: bool, tiles: Tiles | None = None) -> Tensor:
     """As the reference, but for what comes after a row's last position: that holds anything."""
     q, k, precision = _inputs(s)
-    tiles = EXACT if q.dtype == torch.float32 else Tiles()
+    tiles = tiles or (EXACT if q.dtype == torch.float32 else CONFIGS[FASTEST])
+    if tiles.tma and not _has_boxes(q, k):
+        tiles = PLAIN
     heads, _, width = q.shape
     groups, parts = s.groups, s.block // stride
     # a block is within a tile, so that all of its rows have the same columns written
@@ -161,17 +215,28 @@ def antidiagonal_mass(s: Prefill, stride: int, owners: bool) -> Tensor:
     out = torch.empty(heads, s.rows, s.columns, dtype=torch.float32, device=q.device)
     step = max(1, min(s.rows, MEMORY // (4 * heads * parts * s.columns)))
     sums = torch.empty(heads, step * parts, s.columns, dtype=torch.float32, device=q.device)
+    boxes = [TensorDescriptor(x, *strided(x, stride), [1, 1, n, tile_d]) if tiles.tma else None for x, n in ((q, tile_m), (k, tile_n))]
+    whole = not tiles.tma and (s.q_len % (stride * tile_m), step * parts % tile_m, s.kv_len % (stride * tile_n), width % tile_d) == (0, 0, 0, 0)
+    hopper, factor = tiles.tma and _on_hopper(q, k, stride, parts, tiles), s.scale / stride / math.log(2)
     with torch.cuda.device_of(q):
         for first in range(0, s.rows, step):
             rows = min(step, s.rows - first)
             seen = min(s.kv_len, s.off + (first + rows) * s.block)
-            row_tiles, column_tiles = triton.cdiv(rows * parts, tile_m), triton.cdiv(seen, stride * tile_n)
-            _antidiagonal[(heads * row_tiles * column_tiles,)](
-                q, k, sums, first * parts, step * parts, s.columns, s.q_len, s.kv_len, s.off, width, s.scale / stride / math.log(2),
-                *q.stride()[:2], *k.stride()[:2], row_tiles, column_tiles, GROUP=groups, STRIDE=stride, PARTS=parts, HIGHEST=owners,
-                BESIDE=max(1, BESIDE // groups), BM=tile_m, BN=tile_n, BD=tile_d, STEPS=triton.cdiv(width, tile_d),
-                EVEN=width % tile_d == 0, PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages,
-            )  # fmt: skip
+            if hopper:
+                from .hopper_mass import antidiagonal
+
+                antidiagonal(
+                    q, k, sums, first * parts, rows * parts, s.columns, seen, s.kv_len, s.off, factor, stride, parts, owners,
+                    tile_n, tile_d, tiles.warpgroups, tiles.stages, tiles.beside,
+                )  # fmt: skip
+            else:
+                row_tiles, column_tiles = triton.cdiv(rows * parts, tile_m), triton.cdiv(seen, stride * tile_n)
+                _antidiagonal[(heads * row_tiles * column_tiles,)](
+                    q, k, *boxes, sums, first * parts, step * parts, s.columns, s.q_len, s.kv_len, s.off, width, factor,
+                    *q.stride()[:2], *k.stride()[:2], row_tiles, column_tiles, GROUP=groups, STRIDE=stride, PARTS=parts, HIGHEST=owners,
+                    BESIDE=max(1, tiles.beside // groups), TMA=tiles.tma, BM=tile_m, BN=tile_n, BD=tile_d, STEPS=triton.cdiv(width, tile_d),
+                    WHOLE=whole, PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages,
+                )  # fmt: skip
             _mass[(rows, heads)](
                 sums, out, first * parts, step * parts, s.columns, s.q_len, s.off, *out.stride()[:2],
                 STRIDE=stride, PARTS=parts, OWNERS=owners, BLOCK=s.block, BC=max(16, 2048 // parts), num_warps=4,
