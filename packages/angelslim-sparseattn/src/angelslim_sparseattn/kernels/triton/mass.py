@@ -41,16 +41,12 @@ class Tiles(NamedTuple):
 
 
 CONFIGS = {
-    "hopper, 2 warpgroups": Tiles(warpgroups=2),
+    "hopper": Tiles(warpgroups=2),
     "hopper, 3 warpgroups": Tiles(stages=3, warpgroups=3),
-    "tma": Tiles(),
-    "tma, 3 stages": Tiles(stages=3),
-    "tma, 8 beside": Tiles(beside=8),
-    "tma, high": Tiles(rows=256, columns=128, beside=8),
-    "tma, square": Tiles(columns=128, warps=4, stages=3),
+    "tma": Tiles(stages=3),
     "pointers": Tiles(stages=3, tma=False),
 }
-FASTEST = "hopper, 2 warpgroups"
+FASTEST = "hopper"
 # where there is no TMA; shared memory of an A100 holds its tiles
 PLAIN = CONFIGS["pointers"]
 # FP32 has no tensor cores: a wide tile is more than the registers hold
