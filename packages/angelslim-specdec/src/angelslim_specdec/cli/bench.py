@@ -67,6 +67,8 @@ def command(
     decode = measuring.Decoder(target, makers, longest, max_new_tokens, rule=rule)
     with progress("measuring") as report:
         document |= measuring.bench(sets, contenders, decode, sizes=sizes, temperatures=temperatures, repeats=repeats, device=where, progress=report)
+        if out is not None:  # what is measured is not lost with what is slow
+            _publish(document, Path(out))
         document["transformers"] = measuring.transformers_speed(target.model, sets, temperatures, max_new_tokens, progress=report)
     if out is not None:
         _publish(document, Path(out))
