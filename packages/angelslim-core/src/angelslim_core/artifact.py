@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ import yaml
 from .adapters import loaded_names
 from .io.writer import write_index, write_json, write_text
 from .model import sanitized
-from .passes import WeightPass
+from .passes import RuntimePass, WeightPass
 from .recipe import to_yaml
 from .records import RECORDS
 from .transforms import transform_config
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .adapters.base import Layout
     from .context import Context
     from .exporters import Exporter
-    from .plan import Plan
+    from .plan import Plan, Step
     from .plugins import PluginHost
     from .schemes import Scheme
     from .source import Source
@@ -135,16 +135,33 @@ def ledger(plan: Plan) -> dict[str, Any]:
     return fate
 
 
-def write_records(artifact: Artifact, host: PluginHost, before: int, after: int, start: float) -> dict[str, Any]:
-    """Write everything but the weights into the stage; returns the evaluation's numbers, if the recipe asks for one."""
-    stage, plan = artifact.path, artifact.plan
-    checkpoint = plan.source.checkpoint
+def complete(stage: Path, plan: Plan, host: PluginHost, context: Context, run: Callable[[Step, Callable[[], Any]], Any]) -> dict[int, dict[str, Any]]:
+    """Make of the weights in the stage a folder that loads, then let runtime passes make the files of their policies.
+
+    Args:
+        run: runs a step, as the pipeline does.
+
+    Returns:
+        what the steps report, by their numbers.
+    """
     write_index(stage, [{n: s for i in shard for n, s in plan.units[i].outputs.items()} for shard in plan.shards])
     write_json(stage / "config.json", output_config(plan))
-    for companion in checkpoint.companions:
+    for companion in plan.source.checkpoint.companions:
         shutil.copyfile(companion, stage / companion.name)
     for name, content in (plan.exporter.files(plan.schemes, plan.ignore) if plan.exporter else {}).items():
         write_json(stage / name, content)
+    makers = [(step, step.pass_) for step in plan.steps if isinstance(step.pass_, RuntimePass) and step.pass_.makes]
+    if not makers:
+        return {}
+    from .loading import load_model
+
+    loaded = load_model(stage, context.device, host=host)
+    return {step.index: dict(run(step, lambda pass_=pass_: pass_.make(loaded, stage, context))) for step, pass_ in makers}  # type: ignore[misc]
+
+
+def write_records(artifact: Artifact, host: PluginHost, before: int, after: int, start: float) -> dict[str, Any]:
+    """Write records and card into a complete stage; returns the evaluation's numbers, if the recipe asks for one."""
+    stage, plan = artifact.path, artifact.plan
     records = stage / RECORDS
     records.mkdir(exist_ok=True)
     write_text(records / "recipe.yaml", to_yaml(plan.recipe))
@@ -160,7 +177,7 @@ def write_records(artifact: Artifact, host: PluginHost, before: int, after: int,
         from .evaluation import evaluate
 
         e = plan.recipe.eval
-        evaluation = evaluate(stage, checkpoint.folder, text=e.text, windows=e.windows, length=e.length, device=artifact.context.device, host=host)
+        evaluation = evaluate(stage, plan.source.checkpoint.folder, text=e.text, windows=e.windows, length=e.length, device=artifact.context.device, host=host)
     write_json(
         records / "metrics.json",
         {

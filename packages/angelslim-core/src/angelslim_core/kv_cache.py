@@ -106,7 +106,8 @@ def _by_taps(original: str) -> str:
         return attend(query, key, value) if found is None else found(query, key, value, attend)
 
     ALL_ATTENTION_FUNCTIONS.register(_PREFIX + original, attention_by_tap)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    if original in ALL_MASK_ATTENTION_FUNCTIONS:  # for others transformers makes no masks
+        ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
     return _PREFIX + original
 
 

@@ -300,6 +300,6 @@ def _install(folder: Path, model: PreTrainedModel, host: PluginHost) -> list[str
         pass_class = host.registry.find_pass(pass_id, f"{record.name}: {pass_id}")
         if not issubclass(pass_class, RuntimePass):
             raise ModelError(93, record.name, f"{pass_id} is no runtime pass")
-        pass_class.install(model, entry.get("policy") or {})
+        pass_class.install_from(folder, model, entry.get("policy") or {})
         installed.append(pass_id)
     return installed

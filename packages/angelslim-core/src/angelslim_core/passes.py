@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, field_serializer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .adapters.base import Description, Site
     from .context import Context
     from .layer import Layer
+    from .loading import Loaded
     from .schemes import CacheScheme, Quantized, Scheme
     from .source import Source
 
@@ -40,7 +41,11 @@ class PassConfig(BaseModel):
     A field of type `Path` is a file: a relative one counts from the recipe, and records hold its name only.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), json_encoders={Path: lambda path: path.name})
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_serializer("*", mode="wrap", when_used="json")
+    def _by_name(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        return value.name if isinstance(value, Path) else handler(value)
 
 
 class Pass(ABC):
@@ -243,7 +248,30 @@ class RuntimePass(Pass):
     def policy(self, context: Context) -> Mapping[str, Any]:
         """The policy, JSON only."""
 
+    def make(self, loaded: Loaded, folder: Path, context: Context) -> Mapping[str, Any]:
+        """Make files that the policy names; nothing by default. Called in the first process only, once the weights are written.
+
+        Args:
+            loaded: the output as it will be served, but for runtime policies: quantized linears and KV cache round as engines do.
+            folder: the output, not yet published. What takes long is kept under `context.workdir / "measured"` until it is
+                done, where a resumed run finds it.
+
+        Returns:
+            numbers for the report.
+        """
+        return {}
+
+    @property
+    def makes(self) -> bool:
+        """Whether it has a `make` of its own."""
+        return type(self).make is not RuntimePass.make
+
     @classmethod
     @abstractmethod
     def install(cls, model: Module, policy: Mapping[str, Any]) -> None:
         """Make a loaded model follow a policy read from an artifact (hostile input: validate it)."""
+
+    @classmethod
+    def install_from(cls, folder: Path, model: Module, policy: Mapping[str, Any]) -> None:
+        """`install`, where the policy names files of the artifact in `folder` (both are hostile input)."""
+        cls.install(model, policy)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description
 from .analysis import merged_reports, summarized, summary, warnings_of
-from .artifact import Artifact, fingerprint, write_records
+from .artifact import Artifact, complete, fingerprint, write_records
 from .context import Context, Progress, never, silent
 from .device import device_name, free_ram_bytes, peak_ram_bytes, pick_device, release_ram
 from .errors import ModelError, UsageError
@@ -232,6 +232,7 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
             if isinstance(step.pass_, WeightPass):
                 own = {s.name: metrics[s.name] for s in step.sites if s.name in metrics}
                 timer.reports[step.index] = {**timer.reports.get(step.index, {}), **step.pass_.findings(own)}
+        timer.reports.update(complete(workdir.stage, plan, host, context, timer.run))
         passes = [timer.entry(s, metrics) for s in plan.steps]
         after = sum(p.stat().st_size for p in workdir.stage.glob("*.safetensors"))
         before = sum({i.file: i.file.stat().st_size for i in prepared.source.checkpoint.tensors.values()}.values())

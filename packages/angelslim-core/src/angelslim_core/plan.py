@@ -395,6 +395,6 @@ def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
         hidden = streams * calibration.samples * calibration.tokens * text["hidden_size"] * DTYPES[plan.description.sites[0].dtype][0] // 8
         spills = device == "cpu" or max(peak, resident + hidden) > (plan.recipe.runtime.max_ram_bytes or free_ram_bytes())
         peak = max(peak, resident + (0 if spills else hidden))
-    if any(step.pass_.kind is Kind.MODEL for step in plan.steps):
+    if any(step.pass_.kind is Kind.MODEL or (isinstance(step.pass_, RuntimePass) and step.pass_.makes) for step in plan.steps):
         peak = max(peak, BASE_RAM + MODEL_RAM + 4 * plan.bytes_before)
     return peak, spills

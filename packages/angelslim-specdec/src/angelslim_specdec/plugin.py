@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from angelslim_core.kernels import Kernel
     from angelslim_core.passes import Pass
+    from angelslim_core.plan import Plan
 
 ANGELSLIM_HOOKS = 1
 
@@ -43,6 +44,13 @@ def angelslim_register_commands(cli: click.Group) -> None:
     from .cli import add_commands
 
     add_commands(cli)
+
+
+@hookimpl
+def angelslim_modify_plan(plan: Plan) -> None:
+    from .passes.fits import check
+
+    check(plan)
 
 
 @hookimpl

@@ -26,11 +26,11 @@ class Speculative:
 
     Args:
         model: its `generate` is replaced.
-        drafter: makes a drafter for a call.
+        drafter: makes a drafter for a call, given the model.
         k: tokens to propose a round.
     """
 
-    def __init__(self, model: Any, drafter: Callable[[], Drafter], k: int) -> None:
+    def __init__(self, model: Any, drafter: Callable[[Target], Drafter], k: int) -> None:
         self._model, self._own, self._drafter, self._k = model, model.generate, drafter, k
         self._target: Target | None = None
         model.generate = self
@@ -46,7 +46,7 @@ class Speculative:
             streamer.put(ids.cpu())
         sampling = self._value(options, "do_sample", False)
         made = generate(
-            self._target, ids, self._drafter(), options["max_new_tokens"], float(self._value(options, "temperature", 1.0)) if sampling else 0.0,
+            self._target, ids, self._drafter(self._target), options["max_new_tokens"], float(self._value(options, "temperature", 1.0)) if sampling else 0.0,
             top_k=int(self._value(options, "top_k", _DEFAULT_TOP_K)), top_p=float(self._value(options, "top_p", 1.0)), k=self._k,
             seed=int(torch.randint(1 << 31, ())), stop_ids=None if stops is None else [stops] if isinstance(stops, int) else list(stops),
             attention_mask=options.get("attention_mask"), tell=None if streamer is None else lambda rows: streamer.put(torch.tensor(rows[0])),

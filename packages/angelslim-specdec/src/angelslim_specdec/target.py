@@ -90,19 +90,8 @@ class Target:
     @cached_property
     def shape(self) -> TargetShape:
         """What a draft must know of it."""
-        config = self.config
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope and all(isinstance(value, Mapping) for value in rope.values()):  # one for each kind of layer
-            rope = rope.get("full_attention") or next(iter(rope.values()))
+        values = sizes_of(self.config, self._head.weight.shape[0])
         special = {i for i in (self.tokenizer.all_special_ids if self.tokenizer is not None else []) if isinstance(i, int)}
-        values: dict[str, Any] = {
-            "hidden_size": config.hidden_size, "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            "num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            "vocab_size": self._head.weight.shape[0], "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
-            "rope_parameters": dict(rope), "max_position_embeddings": config.max_position_embeddings,
-        }  # fmt: skip
         return TargetShape(**values, fingerprint=self._fingerprint(values), special_ids=sorted(special | set(self.stop_ids)))
 
     def _fingerprint(self, values: Mapping[str, Any]) -> str:
@@ -232,6 +221,21 @@ class Target:
                 stack.callback(self.layers[layer].register_forward_hook(keep(layer)).remove)
             stack.callback(self._head.register_forward_pre_hook(before_head).remove)
             yield found
+
+
+def sizes_of(config: Any, vocab_size: int) -> dict[str, Any]:
+    """Fields of a `TargetShape` that a text config of transformers tells."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope and all(isinstance(value, Mapping) for value in rope.values()):  # one for each kind of layer
+        rope = rope.get("full_attention") or next(iter(rope.values()))
+    return {
+        "hidden_size": config.hidden_size, "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "vocab_size": vocab_size, "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+        "rope_parameters": dict(rope), "max_position_embeddings": config.max_position_embeddings,
+    }  # fmt: skip
 
 
 def ancestors_of(parents: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -118,49 +117,14 @@ def command(
 
 
 def _run(given: dict[str, Any], where: str, group: Any, report: Any, stop_requested: Any) -> dict[str, Any]:
-    import math
-
     import torch
 
-    from angelslim_core.training import TrainingOptions
-    from angelslim_core.workdir import sha256
+    from ..training.whole import train_draft
 
-    from ..data.packing import Order
-    from ..drafts.base import Heads
-    from ..training.inputs import from_conversations, from_shards
-    from ..training.prepare import new_draft
-    from ..training.run import Plan, train
-    from ..training.selection import read_selection
-
-    offline = given["features"] is not None
-    target = open_target(given["model"], "cpu" if offline and not given["probe"] else where, given["dtype"], given["plugins"])
+    target = open_target(given["model"], "cpu" if given["features"] is not None and not given["probe"] else where, given["dtype"], given["plugins"])
     device = torch.device("cuda", torch.cuda.current_device()) if where == "cuda" else torch.device("cpu")
-    inputs = from_shards(given, target) if offline else from_conversations(given, target)
-    vocabulary = read_selection(Path(given["vocab"]), target.shape.vocab_size) if given["vocab"] else None
-    draft, coverage = new_draft(
-        given["draft"], target, inputs.rows, device, vocabulary=vocabulary, size=given["draft_vocab"], options=options_of(given["settings"]), seed=given["seed"]
-    )  # fmt: skip
-    batch = given["batch"] or (4 if where == "cuda" else 1)
-    per_epoch = len(inputs.rows) / (Order(len(inputs.rows), batch, 0).batch * given["accumulate"])
-    options = TrainingOptions(
-        steps=given["steps"] or math.ceil(given["epochs"] * per_epoch), lr=given["lr"], warmup=given["warmup"], weight_decay=given["weight_decay"],
-        clip=given["clip"], accumulate=given["accumulate"], seed=given["seed"],
-    )  # fmt: skip
-    source, validation = inputs.sources(draft, device, target.dtype, given["keep"])
-    heads = target.heads()
-    heads = Heads(heads.embedding.to(device), heads.head.to(device), heads.scale)
-    known = {
-        "model": target.shape.fingerprint, "data": inputs.data, "template": inputs.template, "length": inputs.length, "turns": inputs.turns,
-        "validation": inputs.share, "vocabulary": sha256(Path(given["vocab"])) if given["vocab"] else "", "dtype": str(target.dtype).removeprefix("torch."),
-    }  # fmt: skip
-    plan = Plan(draft, heads, source, validation, options, batch, inputs.prompts[: given["probe"]], known, given["every"], given["export_every"])
-    found = train(
-        plan, target if given["probe"] else None, Path(given["out"]), replace=given["replace"], group=group, progress=report, stop_requested=stop_requested
-    )  # fmt: skip
-    return {
-        **found, "conversations": inputs.documents, "dropped": inputs.dropped, "rows": len(inputs.rows), "tokens": sum(map(len, inputs.rows)),
-        "vocabulary_coverage": coverage, "features": source.keep,
-    }  # fmt: skip
+    given["settings"] = options_of(given["settings"])
+    return train_draft(given, target, device, group=group, progress=report, stop_requested=stop_requested)
 
 
 def options_of(settings: tuple[str, ...]) -> dict[str, Any]:

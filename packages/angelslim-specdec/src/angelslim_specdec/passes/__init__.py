@@ -2,7 +2,8 @@
 
 from .ngram import Ngram
 from .suffix import Suffix
+from .trained import TRAINED
 
-PASSES = (Ngram, Suffix)
+PASSES = (Ngram, Suffix, *TRAINED)
 
-__all__ = ["PASSES", "Ngram", "Suffix"]
+__all__ = ["PASSES", "TRAINED", "Ngram", "Suffix"]

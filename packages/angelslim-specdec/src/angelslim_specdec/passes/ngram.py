@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from .base import Drafting, TrainingFree
+from .base import Drafting, TrainingFree, others
 
 if TYPE_CHECKING:
     from ..drafters.base import Drafter
@@ -16,7 +16,7 @@ class Ngram(TrainingFree):
     """Speculative decoding without a draft model: proposes what followed the last time the same few tokens stood there."""
 
     id = "specdec.ngram"
-    conflicts = frozenset({"specdec.suffix"})
+    conflicts = others("ngram")
 
     class Config(Drafting):
         longest: int = Field(5, ge=1, le=32, description="tokens that are compared at most")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from .base import Drafting, TrainingFree
+from .base import Drafting, TrainingFree, others
 
 if TYPE_CHECKING:
     from ..drafters.base import Drafter
@@ -16,7 +16,7 @@ class Suffix(TrainingFree):
     """Speculative decoding without a draft model: proposes what most often followed the longest runs seen before."""
 
     id = "specdec.suffix"
-    conflicts = frozenset({"specdec.ngram"})
+    conflicts = others("suffix")
 
     class Config(Drafting):
         depth: int = Field(24, ge=2, le=128, description="longest run that is kept, tokens")
