@@ -118,7 +118,6 @@ def test_command(monkeypatch, tiny):
 
 
 def test_command_says_not_ok(monkeypatch):
-    from angelslim_specdec import engine
     from angelslim_specdec.exactness import mutants
 
     monkeypatch.setattr(kit, "ways", lambda target: [w for w in ways(target) if w.name in ("ngram", "dflash")])
