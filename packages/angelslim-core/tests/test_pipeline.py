@@ -293,7 +293,7 @@ def test_a_runtime_pass_makes_files_from_the_output_and_finds_them_again(tiny, t
 )
 def test_clashes_are_found_before_work(tiny, tmp_path, use, error, says):
     with pytest.raises(error, match=says):
-        run(model, tmp_path / "o", *use)
+        run(tiny(), tmp_path / "o", *use)
     assert not list(tmp_path.iterdir())
 
 
