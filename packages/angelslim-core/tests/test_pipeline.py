@@ -103,6 +103,29 @@ class Bias(RuntimePass):
         model.get_output_embeddings().register_forward_hook(lambda module, args, out: out * factor)
 
 
+class Noted(Bias):
+    """Multiplies logits by what a file in the artifact says."""
+
+    id = "toy.noted"
+
+    class Config(PassConfig):
+        note: Path = Field(description="A file.")
+
+    def policy(self, context):
+        return {"file": "made/factor"}
+
+    def make(self, loaded, folder, context):
+        assert loaded.policies == [] and not folder.name.endswith("o") and loaded.tokenizer is not None
+        (folder / "made").mkdir()
+        (folder / "made/factor").write_text(self.config.note.read_text())
+        with torch.no_grad():
+            return {"first": float(loaded.model(torch.tensor([[5]])).logits[0, 0, 0])}
+
+    @classmethod
+    def install_from(cls, folder, model, policy):
+        cls.install(model, {"factor": (folder / policy["file"]).read_text()})
+
+
 class Claims(Double):
     """Claims the weight."""
 
@@ -126,7 +149,7 @@ class Clashes(Double):
 
 @hookimpl
 def angelslim_register_passes():
-    return [Double, Toward, Scale, Train, Bias, Claims, Needs, Clashes]
+    return [Double, Toward, Scale, Train, Bias, Noted, Claims, Needs, Clashes]
 
 
 def toys(**hooks):
@@ -238,6 +261,23 @@ def test_runtime_policies_are_left_and_installed(tiny, tmp_path):
         assert torch.allclose(loaded.model(ids).logits, load(tiny())[0](ids).logits * 3)
     with pytest.raises(ModelError, match=r"toy\.bias"):  # a stranger's policy is not loaded unasked
         load(tmp_path / "o")
+
+
+def test_a_runtime_pass_makes_files_from_the_output_and_finds_them_again(tiny, tmp_path):
+    from angelslim_core.loading import load_model
+
+    (tmp_path / "note").write_text("2.5")
+    model = tiny(dtype="float32")
+    recipe = {"steps": [{"use": "toy.noted", "with": {"note": str(tmp_path / "note")}}, {"use": "quant.int8_dynamic"}]}
+    result = compress(model, out=tmp_path / "o", recipe=recipe, plugins=["toy", "quant"], host=toys())
+    written = tmp_path / "o/angelslim"
+    assert "made/factor" in (written / "SHA256SUMS").read_text() and not any(str(tmp_path) in p.read_text() for p in written.iterdir())
+    ids = torch.tensor([[5]])
+    with torch.no_grad():
+        found = load_model(tmp_path / "o", host=toys()).model(ids).logits[0, 0, 0]
+        source = load(model)[0](ids).logits[0, 0, 0]
+    first = result.passes[0]["metrics"]["first"]
+    assert float(found) == pytest.approx(2.5 * first, rel=1e-4) and first != float(source)
 
 
 @pytest.mark.parametrize(
