@@ -98,7 +98,8 @@ class Target:
         """sha256 of what the config says and of some rows of the embedding, which quantization leaves as they are and fine-tuning does not."""
         rows = torch.linspace(0, values["vocab_size"] - 1, 64).long().to(self.device)
         content = self._embedding.weight.detach()[rows].to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes()
-        known = json.dumps({**{key: values[key] for key in _IDENTITY}, "rope": values["rope_parameters"]}, sort_keys=True, default=str)
+        sizes = {key: values[key] for key in _IDENTITY}
+        known = json.dumps({**sizes, "rope": values["rope_parameters"], "config": type(self.config).__name__}, sort_keys=True, default=str)
         return hashlib.sha256(known.encode() + content).hexdigest()
 
     @property

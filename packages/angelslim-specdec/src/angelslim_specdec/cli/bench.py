@@ -63,6 +63,7 @@ def command(
     document: dict[str, Any] = {
         "machine": measuring.machine(where), "model": Path(model).name, "dtype": str(target.dtype).removeprefix("torch."), "drafts": names, "rule": rule,
         "max_new_tokens": max_new_tokens, "samples": samples, "repeats": repeats, "note": measuring.NOTE,
+        "transformers": [],
     }  # fmt: skip
     decode = measuring.Decoder(target, makers, longest, max_new_tokens, rule=rule)
     with progress("measuring") as report:
