@@ -23,6 +23,7 @@ from angelslim_core.model import decoder_layers
 from .attention import Coupling, Visible
 from .cache import SlotCache
 from .drafts.base import Heads, TargetShape
+from .narrow import Narrow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,6 +72,7 @@ class Target:
         self.config: Any = model.config.get_text_config()
         _, self.layers = decoder_layers(model, self.config.num_hidden_layers)
         self._couple = Coupling(model, self.config.num_hidden_layers)
+        self._narrow = Narrow(model)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for module, what in ((embedding, "embedding"), (head, "head")):
             if not isinstance(getattr(module, "weight", None), Tensor):
@@ -195,7 +197,7 @@ class Target:
         self, ids: Tensor, visible: Visible, positions: Tensor, layer_ids: Sequence[int], pick: Callable[[Tensor], Tensor] | None, cache: SlotCache | None = None
     ) -> Step:  # fmt: skip
         held = {} if cache is None else {self._cache_name: cache}
-        with self._tapped(layer_ids, pick) as taps, self._couple(visible):
+        with self._tapped(layer_ids, pick) as taps, self._couple(visible), self._narrow(ids.numel()):
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=cache is not None, **held).logits
         aux = [taps[layer] for layer in layer_ids]
         return Step(logits, aux[0] if len(aux) == 1 else torch.cat(aux, -1) if aux else None, taps["final"])
