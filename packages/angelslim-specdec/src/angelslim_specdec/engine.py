@@ -112,7 +112,7 @@ class Engine:
         device = target.device
         self.static = device.type == "cuda" if static is None else static
         self._size = 0 if drafter is None else drafter.size(k)
-        self.slots = capacity + self._size + 1
+        self.slots = capacity + max(self._size, self.k) + 1
         self.cache = target.new_cache(batch, self.slots, static=self.static)
         self._layers = () if drafter is None else drafter.layer_ids
         self._on_host = drafter is not None and drafter.reads_host

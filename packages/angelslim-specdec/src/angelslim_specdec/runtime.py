@@ -72,7 +72,11 @@ class Speculative:
         if unknown := settings - _OPTIONS - _HARMLESS:
             return f"the generation config sets {sorted(unknown)[0]}"
         mask = options.get("attention_mask")
-        if bool((ids == self._model.generation_config.pad_token_id).any()) if mask is None else mask.shape != ids.shape or bool((mask.diff(dim=1) < 0).any()):
+        if (
+            bool((ids == self._model.generation_config.pad_token_id).any())
+            if mask is None
+            else mask.shape != ids.shape or bool((mask.long().diff(dim=1) < 0).any())
+        ):
             return "padding is not masked, or not on the left"
         if "max_new_tokens" not in given:
             return "max_new_tokens is not given"

@@ -24,7 +24,7 @@ class Uniforms:
         self._drawn = torch.empty(len(seeds), _BLOCK)
 
     def _generator(self, seed: int) -> torch.Generator:
-        return torch.Generator().manual_seed(4 * seed + self._salt)
+        return torch.Generator().manual_seed((4 * seed + self._salt) % 2**63)
 
     def take(self, width: int) -> Tensor:
         """[B, width], fp32 in [0, 1), on the CPU."""

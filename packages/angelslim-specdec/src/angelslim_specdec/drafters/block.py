@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from angelslim_core.errors import UsageError
+
 from ..attention import Visible
 from ..drafts.layers import vocabulary_ids
 from ..kernels.verify_attention import VERIFY_ATTENTION
+from ..verification.draws import draw
 from .base import Drafter, Proposal, Warp
 
 if TYPE_CHECKING:
@@ -63,6 +66,17 @@ class BlockDrafter(Drafter):
         self.lengths.add_(counts)
 
     @torch.no_grad()
+    def size(self, k: int) -> int:
+        """As `Drafter.size`.
+
+        Raises:
+            UsageError: a block has fewer tokens.
+        """
+        most = self.draft.config.num_tokens
+        if k > most:
+            raise UsageError(722, "k", f"a block of this draft has {most} tokens, {k} are asked for", f"{most} or fewer")
+        return k
+
     def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
         config = self.draft.config
         assert 1 <= k <= config.num_tokens
@@ -124,8 +138,7 @@ class BlockDrafter(Drafter):
             best, chosen = logits.max(-1)
             return chosen, None, (best - logits.logsumexp(-1)).exp()
         q = self.warp(logits)
-        below = q.cumsum(-1)
-        chosen = (below <= uniforms[..., None] * below[..., -1:]).sum(-1).clamp(max=q.shape[-1] - 1)
+        chosen = draw(q, uniforms)
         return chosen, q, q.gather(-1, chosen[..., None])[..., 0]
 
     def _ids(self, chosen: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ def from_shards(given: Mapping[str, Any], target: Target) -> Inputs:
     order = list(range(len(shards.rows)))
     random.Random(given["seed"]).shuffle(order)
     held = sorted(order[: min(round(share * len(order)), len(order) - 1)])
-    numbers = [i for i in range(len(order)) if i not in set(held)]
+    left_out = set(held)
+    numbers = [i for i in range(len(order)) if i not in left_out]
     rows, held_out = [shards.rows[i] for i in numbers], [shards.rows[i] for i in held]
     prompts = [prompt for row in held_out or rows for prompt in _prompts(row)]
     return Inputs(

@@ -110,6 +110,7 @@ def acceptance(draft: Draft, heads: Heads, target: Target, prompts: Sequence[Seq
     """Acceptance of a draft, measured by decoding greedily: tokens a round, the target's own counted."""
     from ..generation import generate
 
+    k = min(k, getattr(draft.config, "num_tokens", k))
     rounds = accepted = 0
     for start in range(0, len(prompts), _PROBE_ROWS):
         part = prompts[start : start + _PROBE_ROWS]
