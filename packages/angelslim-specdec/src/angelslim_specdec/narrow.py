@@ -11,14 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# rows of which the weight was measured to be faster on the left, with MKL
+# whole forward passes of 4, 5 and 6 rows were measured to be faster, with MKL; from about 12 rows on single products are not
 ROWS = range(2, 9)
 
 
 class Narrow:
     """Lets a model's plain FP32 linear layers multiply a few rows faster for the time of a call.
 
-    BLAS copies what stands on the right before it multiplies; copying a weight costs more than its use by a few rows.
+    The weight stands on the left. On the right a product of 2 to 8 rows took up to three times that of one, likely for a copy that BLAS makes.
 
     Args:
         model: layers whose `forward` somebody else replaced are left alone.
