@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from .base import Drafter, Proposal, Warp
+from .lookup import Lookup
 
 
 class _History:
@@ -34,7 +31,7 @@ class _History:
         return []
 
 
-class Ngram(Drafter):
+class Ngram(Lookup):
     """Longest match of the last tokens earlier in the row, the latest of several; proposes what followed it.
 
     Args:
@@ -42,27 +39,12 @@ class Ngram(Drafter):
         shortest: below this nothing is proposed.
     """
 
-    reads_host = True
-
     def __init__(self, longest: int = 5, shortest: int = 2) -> None:
+        super().__init__()
         self._range = shortest, longest
-        self._rows: list[_History] = []
 
-    def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
-        self._rows = [_History(*self._range) for _ in range(len(prompts))]
-        for row, first in zip(self._rows, prompts[:, 0].tolist(), strict=True):
-            row.add(first)
+    def history(self) -> _History:
+        return _History(*self._range)
 
-    def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
-        for row, new, count in zip(self._rows, tokens.tolist(), counts.tolist(), strict=True):
-            for token in new[:count]:
-                row.add(token)
-
-    def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
-        return padded([row.propose(k) for row in self._rows], k)
-
-
-def padded(rows: list[list[int]], k: int) -> Proposal:
-    """A chain for each row, of up to k tokens."""
-    counts = torch.tensor([len(row) for row in rows])
-    return Proposal(torch.tensor([row + [0] * (k - len(row)) for row in rows], dtype=torch.int64).view(len(rows), k), counts=counts)
+    def ahead(self, row: _History, k: int) -> list[int]:
+        return row.propose(k)

@@ -5,10 +5,7 @@ Source: SuffixDecoding, arXiv:2411.04975.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from .base import Drafter, Proposal, Warp
-from .ngram import padded
+from .lookup import Lookup
 
 
 class _Node:
@@ -67,7 +64,7 @@ class _Trie:
         return tokens, score
 
 
-class Suffix(Drafter):
+class Suffix(Lookup):
     """Of all runs that end the row and came before, follows the one that promises the most tokens.
 
     Args:
@@ -76,21 +73,12 @@ class Suffix(Drafter):
         least: probability of all proposed tokens together, counted from what followed before.
     """
 
-    reads_host = True
-
     def __init__(self, depth: int = 24, factor: float = 1.0, least: float = 0.1) -> None:
+        super().__init__()
         self._depth, self._factor, self._least = depth, factor, least
-        self._rows: list[_Trie] = []
 
-    def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
-        self._rows = [_Trie(self._depth) for _ in range(len(prompts))]
-        for row, first in zip(self._rows, prompts[:, 0].tolist(), strict=True):
-            row.add(first)
+    def history(self) -> _Trie:
+        return _Trie(self._depth)
 
-    def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
-        for row, new, count in zip(self._rows, tokens.tolist(), counts.tolist(), strict=True):
-            for token in new[:count]:
-                row.add(token)
-
-    def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
-        return padded([row.propose(k, self._factor, self._least) for row in self._rows], k)
+    def ahead(self, row: _Trie, k: int) -> list[int]:
+        return row.propose(k, self._factor, self._least)
