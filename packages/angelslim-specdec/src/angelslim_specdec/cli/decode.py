@@ -15,7 +15,9 @@ from angelslim_core.cli.common import emit, host_of, json_option, plugins_option
 @click.option("--prompt", required=True, metavar="TEXT", help="One user turn, rendered by the model's chat template.")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Longest answer, tokens.")
 @click.option("--k", default=5, show_default=True, type=click.IntRange(min=1), help="Tokens to propose a round, levels of a tree.")
-@click.option("--tree", type=(int, int), metavar="TOP_K TOTAL", help="Grow trees: children of a node, and tokens to verify at most.")
+@click.option(
+    "--tree", type=(click.IntRange(min=1), click.IntRange(min=1)), metavar="TOP_K TOTAL", help="Grow trees: children of a node, and tokens to verify at most."
+)
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="Tokens that may be sampled; 0: all.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Their share of probability.")
