@@ -15,8 +15,10 @@ from torch import Tensor
 from angelslim_core.context import Progress, silent
 
 from .adaptive import Pace
+from .drafters.autoregressive import Tree
 from .drafters.base import Drafter, Warp
 from .engine import Engine, Rule
+from .generation import drafter_of
 
 if TYPE_CHECKING:
     from .target import Target
@@ -27,14 +29,20 @@ NOTE = "Acceptance length counts the token that follows the accepted ones: 1 + a
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to decode: a drafter's name, PLAIN being none, how many tokens it proposes, and whether that is the most, set as `adaptive.Pace` says."""
+    """A way to decode: a drafter's name, PLAIN being none, how many tokens it proposes, and whether that is the most, set as `adaptive.Pace` says.
+
+    Args:
+        tree: (top_k, total) of a tree of k levels; None: a chain.
+    """
 
     name: str
     k: int = 0
     adaptive: bool = False
+    tree: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}{', adaptive' if self.adaptive else ''}"
+        tree = "" if self.tree is None else f", tree {self.tree[0]} x {self.tree[1]}"
+        return f"{self.name}{tree}{', adaptive' if self.adaptive else ''}"
 
 
 @dataclass
@@ -154,7 +162,8 @@ class Decoder:
         return found.tokens, Counts(sum(map(len, found.tokens)), sum(found.rounds), found.by_position)
 
     def _engine(self, contender: Contender, ids: Tensor, lengths: Tensor, temperature: float) -> Engine:
-        drafter = None if contender.name == PLAIN else self._makers[contender.name]()
+        tree = None if contender.tree is None else Tree(contender.k, *contender.tree)
+        drafter = None if contender.name == PLAIN else drafter_of(self._makers[contender.name](), self._target, tree)
         engine = Engine(
             self._target, drafter, len(ids), self._capacity, k=contender.k or 1, warp=Warp(temperature), rule=self._rule, stops=self._target.stop_ids
         )  # fmt: skip

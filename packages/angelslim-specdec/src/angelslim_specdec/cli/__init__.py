@@ -7,7 +7,7 @@ from importlib import import_module
 import click
 
 # command -> module here, which holds it as `command`
-COMMANDS: dict[str, str] = {name: name for name in ("regen", "vocab", "dump", "train", "decode", "export", "check", "bench")}
+COMMANDS: dict[str, str] = {name: name for name in ("invent", "regen", "vocab", "dump", "train", "decode", "export", "check", "bench")}
 
 
 def add_commands(group: click.Group) -> None:

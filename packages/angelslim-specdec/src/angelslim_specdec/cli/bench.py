@@ -20,19 +20,36 @@ from .opening import DTYPES, open_target
 @click.option("--batch", default="1", show_default=True, metavar="N,N", help="Rows at once.")
 @click.option("--temperature", default="0", show_default=True, metavar="T,T", help="0 is greedy.")
 @click.option("--k", default="5", show_default=True, metavar="N,N", help="Tokens a draft proposes a round.")
+@click.option(
+    "--tree",
+    "trees",
+    multiple=True,
+    type=(click.IntRange(min=1), click.IntRange(min=1)),
+    metavar="TOP_K TOTAL",
+    help="Each draft also with trees of k levels: children of a node, and tokens to verify at most; may be given again.",
+)
 @click.option("--rule", default="auto", show_default=True, type=click.Choice(["auto", "ratio", "match"]), help="How sampled tokens are accepted.")
 @click.option("--adaptive", is_flag=True, help="Each draft also with a length set, up to the largest k, by what was accepted before.")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of each answer.")
 @click.option("--samples", default=80, show_default=True, type=click.IntRange(min=1), help="Prompts of each file.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Runs of everything, by turns; speeds are medians.")
+@click.option(
+    "--transformers",
+    "others",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Prompts of each file for transformers' own generate.",
+)
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 @click.option("--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="To run the target in.")
 @click.option("--out", metavar="DIR", help="Folder for bench.json and bench.html.")
 @plugins_option
 @json_option
 def command(
-    model: str, drafts: tuple[str, ...], files: tuple[str, ...], batch: str, temperature: str, k: str, rule: Any, adaptive: bool, max_new_tokens: int,
-    samples: int, repeats: int, device: str, dtype: str, out: str | None, plugins: list[str], as_json: bool,
+    model: str, drafts: tuple[str, ...], files: tuple[str, ...], batch: str, temperature: str, k: str, trees: tuple[tuple[int, int], ...], rule: Any, adaptive: bool,
+    max_new_tokens: int, samples: int, repeats: int, others: int, device: str, dtype: str, out: str | None, plugins: list[str], as_json: bool,
 ) -> None:  # fmt: skip
     """Tokens per second with a draft and without it in the same engine, and how many of its tokens are accepted.
 
@@ -57,6 +74,7 @@ def command(
         raise UsageError(765, "--max-new-tokens", f"prompts and answers take {longest} positions, the target has {target.shape.max_position_embeddings}")
     makers = {name: measuring.maker(draft, target) for name, draft in zip(names, drafts, strict=True)} | {"ngram": measuring.maker("ngram", target)}
     contenders = [measuring.Contender(name, n) for name in names for n in lengths]
+    contenders += [measuring.Contender(name, n, tree=tree) for name in names for n in lengths for tree in trees]
     contenders += [measuring.Contender(name, max(lengths), adaptive=True) for name in names if adaptive]
     contenders += [] if "ngram" in names else [measuring.Contender("ngram", max(lengths))]
     where = target.device.type
@@ -70,7 +88,7 @@ def command(
         document |= measuring.bench(sets, contenders, decode, sizes=sizes, temperatures=temperatures, repeats=repeats, device=where, progress=report)
         if out is not None:  # what is measured is not lost with what is slow
             _publish(document, Path(out))
-        document["transformers"] = measuring.transformers_speed(target.model, sets, temperatures, max_new_tokens, progress=report)
+        document["transformers"] = measuring.transformers_speed(target.model, sets, temperatures, max_new_tokens, others, report) if others else []
     if out is not None:
         _publish(document, Path(out))
     if as_json:
@@ -108,7 +126,8 @@ def _show(document: dict[str, Any], out: str | None) -> None:
 
     click.echo(f"{document['model']}   {document['machine']['device']}   {document['dtype']}")
     table(pages.cells([*document["rows"], *document["means"]]), pages.ROWS)
-    table(pages.transformers_cells(document["transformers"]), pages.TRANSFORMERS)
+    if document["transformers"]:
+        table(pages.transformers_cells(document["transformers"]), pages.TRANSFORMERS)
     click.echo(document["note"], err=True)
     if out:
         click.echo(str(Path(out) / "bench.html"))

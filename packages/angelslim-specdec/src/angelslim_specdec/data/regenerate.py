@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from angelslim_core.calibration.rows import read_objects
 from angelslim_core.context import Progress, never, silent
-from angelslim_core.errors import OutputError, StoppedError, UsageError
-from angelslim_core.io.writer import disk_errors, write_json
+from angelslim_core.errors import StoppedError, UsageError
 
 from .answers import Answer, Assistant, Request
+from .appended import AppendedRows
 from .chats import Conversation
 
 _AT_ONCE = 4096  # conversations whose later turns wait for each other
-_FLUSH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def regenerate(
         _Talk(c.id if samples == 1 else f"{c.id}#{n}", c.messages, mix.draw(seed_of(seed, c.id, n, "temperature"))) for c in prompts for n in range(samples)
     ]
     known = {**settings, "temperatures": list(mix.temperatures), "weights": list(mix.weights), "samples": samples, "seed": seed, "keep_cut": keep_cut}
-    with _Rows(out, known, replace) as rows:
+    with AppendedRows(out, known, replace) as rows:
         waiting = [talk for talk in asked if talk.id not in rows.ids]
         counts.resumed = len(asked) - len(waiting)
         start, done = time.perf_counter(), 0
@@ -166,7 +163,7 @@ class _Talk:
         return False
 
 
-def _write(talk: _Talk, rows: _Rows, counts: Counts, keep_cut: bool) -> None:
+def _write(talk: _Talk, rows: AppendedRows, counts: Counts, keep_cut: bool) -> None:
     assert talk.last is not None
     said, finished = talk.said, talk.last.finished
     counts.cut += not finished
@@ -179,60 +176,3 @@ def _write(talk: _Talk, rows: _Rows, counts: Counts, keep_cut: bool) -> None:
     counts.written += usable
     row = {"id": talk.id, "conversations": said if usable else [], "finished": finished, "temperature": talk.temperature}
     rows.append({**row, "prompt_tokens": talk.prompt_tokens, "completion_tokens": talk.tokens})
-
-
-class _Rows:
-    """The output, to which rows are appended; beside it, what they were made with."""
-
-    def __init__(self, path: Path, settings: Mapping[str, Any], replace: bool) -> None:
-        self.path, self.ids = path, set[str]()
-        beside = path.with_name(f".{path.name}.settings.json")
-        self._needed = 1 << 20
-        with disk_errors(path, self._needed):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not replace:
-                earlier = json.loads(beside.read_text()) if beside.is_file() else {}
-                differing = sorted(k for k in settings if earlier.get(k) != settings[k])
-                if differing:
-                    raise OutputError(740, str(path), f"exists and was made with another {', '.join(differing)}", "choose another --out, or give --replace")
-                _drop_torn(path)
-                self.ids = {str(row.get("id")) for _, row in read_objects(path)}
-            else:
-                path.unlink(missing_ok=True)
-                write_json(beside, dict(settings))
-        self._flushed = 0.0
-
-    def __enter__(self) -> _Rows:
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        with disk_errors(self.path, self._needed):
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
-            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-                os.fsync(self._file.fileno())
-                self._flushed = time.monotonic()
-        self.ids.add(str(row["id"]))
-
-    def __exit__(self, *_: object) -> None:
-        with disk_errors(self.path, self._needed):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-def _drop_torn(path: Path) -> None:
-    """Cut off a last line that a crash left without its end."""
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        at = size
-        while at > 0:
-            start = max(0, at - (1 << 16))
-            file.seek(start)
-            newline = file.read(at - start).rfind(b"\n")
-            if newline >= 0:
-                file.truncate(start + newline + 1)
-                return
-            at = start
-        file.truncate(0)

@@ -6,7 +6,9 @@ itself, which must then lie between just these. No template's headers need to be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 Turns = Literal["joined", "each"]
 _STAND_IN = "\u2603stand-in\u2603"
-_AT_ONCE = 256  # conversations a process renders
+_AT_ONCE = 1024  # conversations a process renders
+_PROCESSES = 4  # that render at once, at most
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,20 @@ class Span:
     content_end: int
     end: int
     ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An answer, message `index` of its conversation, as the template shows it.
+
+    Args:
+        whole: the conversation up to it; `prompt`: up to where it begins; `stand`: with a stand-in for it.
+    """
+
+    index: int
+    whole: str
+    prompt: str
+    stand: str
 
 
 class Renderer:
@@ -73,12 +90,16 @@ class Renderer:
         """Tokens that the target continues with its answer to each conversation."""
         found: list[list[int]] = []
         for start in range(0, len(chats), 4 * _AT_ONCE):
-            found += [self.encode(text) for text in self.render(chats[start : start + 4 * _AT_ONCE], prompt=True)]
+            found += self.encode_all(self.render(chats[start : start + 4 * _AT_ONCE], prompt=True))
         return found
 
     def encode(self, text: str) -> list[int]:
         """Tokens of rendered text: the template has written all special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]] if texts else []
 
     def differs(self, ids: list[int], text: str) -> bool:
         """Whether the text of an answer is tokenized to other tokens than those it was made of."""
@@ -91,10 +112,13 @@ class Renderer:
             RecipeError: an answer cannot be found, or the template rewrites earlier turns and `turns` is "joined".
         """
         parts = list(_each(conversations)) if turns == "each" else list(conversations)
-        for start in range(0, len(parts), _AT_ONCE):
-            yield from self._documents(parts[start : start + _AT_ONCE], last_only=turns == "each")
+        groups = [parts[start : start + _AT_ONCE] for start in range(0, len(parts), _AT_ONCE)]
+        with ThreadPoolExecutor(min(_PROCESSES, os.cpu_count() or 1)) as pool:
+            for group, rendered in zip(groups, pool.map(lambda g: self._rendered(g, turns == "each"), groups), strict=True):
+                yield from self._documents(group, rendered)
 
-    def _documents(self, conversations: Sequence[Conversation], last_only: bool) -> Iterator[Document]:
+    def _rendered(self, conversations: Sequence[Conversation], last_only: bool) -> list[list[_Turn]]:
+        """Of each conversation its answers, or the last one alone, as the template shows them."""
         answers = [[i for i, m in enumerate(c.messages) if m["role"] == "assistant"][-1 if last_only else 0 :] for c in conversations]
         upto, before, stands = [], [], []
         for conversation, indices in zip(conversations, answers, strict=True):
@@ -103,13 +127,16 @@ class Renderer:
                 upto.append(messages[: i + 1])
                 before.append(messages[:i])
                 stands.append([*messages[:i], {**messages[i], "content": _STAND_IN}])
-        rendered = iter(zip(self.render(upto), self.render(before, prompt=True), self.render(stands), strict=True))
-        for conversation, indices in zip(conversations, answers, strict=True):
-            triples = [next(rendered) for _ in indices]
-            text, spans = triples[-1][0], []
-            for number, (i, (whole, prompt, stand)) in enumerate(zip(indices, triples, strict=True)):
-                span = self._span(conversation.id, conversation.messages[i], whole, prompt, stand)
-                if not text.startswith(whole[: span.end]):
+        found = iter(zip(self.render(upto), self.render(before, prompt=True), self.render(stands), strict=True))
+        return [[_Turn(i, *next(found)) for i in indices] for indices in answers]
+
+    def _documents(self, conversations: Sequence[Conversation], rendered: Sequence[Sequence[_Turn]]) -> Iterator[Document]:
+        texts, everywhere = [turns[-1].whole for turns in rendered], []
+        for conversation, text, turns in zip(conversations, texts, rendered, strict=True):
+            spans = []
+            for number, turn in enumerate(turns):
+                span = self._span(conversation.id, conversation.messages[turn.index], turn)
+                if not text.startswith(turn.whole[: span.end]):
                     raise RecipeError(
                         732, f"conversation {conversation.id!r:.100}, answer {number + 1}", "the chat template shows this turn otherwise once others follow",
                         "give --turns each: every answer is trained on with the history as it stood",
@@ -118,11 +145,14 @@ class Renderer:
             if not conversation.finished:  # what was cut has no end of turn to learn
                 last = spans[-1]
                 spans[-1] = Span(last.start, last.content_end, last.content_end, last.ids)
-            yield self._document(text, spans)
+            everywhere.append(spans)
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for ids, offsets, spans in zip(encoded["input_ids"], encoded["offset_mapping"], everywhere, strict=True):
+            yield _document(list(ids), offsets, spans)
 
-    def _span(self, name: str, message: dict[str, Any], whole: str, prompt: str, stand: str) -> Span:
-        """Where an answer lies in `whole`, which ends with it."""
-        content = str(message["content"])
+    def _span(self, name: str, message: dict[str, Any], turn: _Turn) -> Span:
+        """Where an answer lies in `turn.whole`, which ends with it."""
+        content, whole, prompt, stand = str(message["content"]), turn.whole, turn.prompt, turn.stand
         at = stand.rfind(_STAND_IN)
         tail = stand[at + len(_STAND_IN) :]
         starts = ([at] if at >= 0 and whole[:at] == stand[:at] else []) + ([len(prompt)] if whole.startswith(prompt) else [])
@@ -140,25 +170,24 @@ class Renderer:
         found = [(tail.find(token), len(token)) for token in self._added if token in tail]
         return min((at + length for at, length in found), default=len(tail)) if found else len(tail)
 
-    def _document(self, text: str, spans: Sequence[Span]) -> Document:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-        mask = [False] * len(ids)
-        edits: list[tuple[int, int, list[int]]] = []
-        position = 0
-        for span in spans:
-            while position < len(ids) and offsets[position][1] <= span.start:
-                position += 1
-            first = position
-            while position < len(ids) and offsets[position][0] < span.end:
-                mask[position] = True
-                position += 1
-            if span.ids is not None:
-                closes = next((i for i in range(first, position) if offsets[i][0] >= span.content_end), position)
-                edits.append((first, closes, list(span.ids)))
-        for first, stop, new in reversed(edits):
-            ids[first:stop], mask[first:stop] = new, [True] * len(new)
-        return Document(ids, mask)
+
+def _document(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> Document:
+    mask = [False] * len(ids)
+    edits: list[tuple[int, int, list[int]]] = []
+    position = 0
+    for span in spans:
+        while position < len(ids) and offsets[position][1] <= span.start:
+            position += 1
+        first = position
+        while position < len(ids) and offsets[position][0] < span.end:
+            mask[position] = True
+            position += 1
+        if span.ids is not None:
+            closes = next((i for i in range(first, position) if offsets[i][0] >= span.content_end), position)
+            edits.append((first, closes, list(span.ids)))
+    for first, stop, new in reversed(edits):
+        ids[first:stop], mask[first:stop] = new, [True] * len(new)
+    return Document(ids, mask)
 
 
 def _each(conversations: Sequence[Conversation]) -> Iterator[Conversation]:
