@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from angelslim_core.cli.main import cli
 from angelslim_core.errors import UsageError
 from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means, questions
+from angelslim_specdec.cli.opening import open_target
+from angelslim_specdec.folder import save_draft
+from angelslim_specdec.registry import draft_named
 
 
 def test_acceptance_length_counts_the_token_that_follows():
@@ -125,6 +129,17 @@ def test_bench_of_a_model(model, prompts, tmp_path):
     assert len(found["transformers"]) == 4 and json.loads((tmp_path / "bench.json").read_text()) == found
     page = (tmp_path / "bench.html").read_text()
     assert page.count("<svg") == 2 and "suffix, adaptive" in page and "<script" not in page
+
+
+def test_trees_run_beside_chains(model, prompts, tmp_path):
+    torch.manual_seed(0)
+    save_draft(draft_named("eagle3").from_target(open_target(model, "cpu").shape).eval(), tmp_path / "d")
+    options = ["--k", "2", "--tree", "2", "5", "--tree", "3", "4", "--max-new-tokens", "8", "--repeats", "1", "--samples", "1", "--device", "cpu"]
+    done = run("--model", model, "--draft", str(tmp_path / "d"), *prompts[:2], *options, "--transformers", "0", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    assert [r["drafter"] for r in found["rows"]] == ["plain", "d", "d, tree 2 x 5", "d, tree 3 x 4", "ngram"] and found["transformers"] == []
+    assert all(r["same_text"] == 1.0 for r in found["rows"][1:])
 
 
 def test_first_questions(tmp_path):
