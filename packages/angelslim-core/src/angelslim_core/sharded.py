@@ -38,7 +38,6 @@ class Sharded:
             raise ModelError(424, single[0], "is a single number, which has no rows to share", "make it a vector of one")
         (dtype,) = {p.dtype for p in module.parameters()}
         self.group, self._module = group, module
-        self._nbytes = {name: p.untyped_storage().nbytes() for name, p in module.named_parameters()}
         part = copy.deepcopy(module).train()
         self.release()
         for p in part.parameters():
@@ -64,13 +63,12 @@ class Sharded:
         """Give the module the values of now; all processes must call it."""
         self.group.meet()
         for name, p in self._module.named_parameters():
-            p.untyped_storage().resize_(self._nbytes[name])
-            p.copy_(self._parameters[name].full_tensor())
+            p.data = self._parameters[name].full_tensor().to(p.dtype)
 
     def release(self) -> None:
         """Take the module's values away, which frees their memory."""
         for p in self._module.parameters():
-            p.untyped_storage().resize_(0)
+            p.data = p.data.new_zeros(()).expand(p.shape)
 
     @staticmethod
     def rows(tensor: Tensor) -> Tensor:
