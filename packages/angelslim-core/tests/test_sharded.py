@@ -5,6 +5,7 @@ The file is also a program: a server that imports the libraries once and forks t
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def serve():
     import angelslim_core.sharded  # noqa: F401
 
     def child(request, rank):
+        signal.alarm(200)  # who waits for ever is not well
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(request["port"]))
         with joined("cpu") as group:
             found = train(group, Path(request["folder"]), **request["given"])

@@ -100,7 +100,9 @@ def command(
     if shard != "none" and not of_several():
         raise UsageError(795, "--shard", "there is one process, which has nobody to share with", "start several with torchrun")
     if shard == "all" and (features is not None or probe):
-        raise UsageError(796, "--shard all", f"is for a target that training runs in all processes; with --{'probe' if probe else 'features'} it is not", "--shard draft")
+        raise UsageError(
+            796, "--shard all", f"is for a target that training runs in all processes; with --{'probe' if probe else 'features'} it is not", "--shard draft"
+        )
     arguments = dict(locals())
     where = pick_device(device)
     with joined(where) as group, stoppable() as stop_requested, progress("training") as report:

@@ -50,7 +50,9 @@ def spread_layers(target: Target, group: Group, device: torch.device) -> None:
     target.model.requires_grad_(False)
     for layer in target.layers:
         if any(t.ndim > 1 and not t.is_floating_point() for t in chain(layer.parameters(), layer.buffers())):
-            raise ModelError(796, "--shard all", "the target's linears are run on their codes, which cannot lie in parts", "dump its features, or --shard draft")
+            raise ModelError(
+                796, "--shard all", "the target's linears are run on their codes, which cannot lie in parts", "dump its features, or --shard draft"
+            )
     mesh = init_device_mesh(device.type, (group.size,))
     inside = {p for layer in target.layers for p in layer.parameters()}
     outside = {p for p in target.model.parameters() if p not in inside}
