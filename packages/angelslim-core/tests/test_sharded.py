@@ -74,7 +74,7 @@ def serve():
     """Answer requests, one JSON document a line, until stdin ends."""
     from pathlib import Path
 
-    import torch._dynamo  # what DTensor imports late
+    import torch._dynamo  # noqa: F401, what DTensor imports late
 
     import angelslim_core.sharded  # noqa: F401
 

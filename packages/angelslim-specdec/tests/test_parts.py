@@ -41,7 +41,7 @@ def serve():
         with open(f"{request['log']}.{rank}", "w") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        signal.alarm(60)  # who waits for ever is not well
+        signal.alarm(200)  # who waits for ever is not well
         advance, batch = Training.advance, Source.batch
 
         def dying(training, terms):

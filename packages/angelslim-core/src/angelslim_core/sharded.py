@@ -44,9 +44,10 @@ class Sharded:
             p.data = p.data.float()
         mesh = init_device_mesh(next(part.parameters()).device.type, (group.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        self._call = fully_shard(_Call(part, call), mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        self._call.set_gradient_divide_factor(1.0)  # sums, as losses are
-        self._call.set_force_sum_reduction_for_comms(True)
+        self._call = _Call(part, call)
+        state = fully_shard(self._call, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        state.set_gradient_divide_factor(1.0)  # sums, as losses are
+        state.set_force_sum_reduction_for_comms(True)
         self._parameters: dict[str, DTensor] = dict(part.named_parameters())  # type: ignore[arg-type]
 
     def named_parameters(self) -> dict[str, DTensor]:
@@ -74,7 +75,8 @@ class Sharded:
     def rows(tensor: Tensor) -> Tensor:
         """This process's rows of a parameter or gradient, in the same memory."""
         assert isinstance(tensor, DTensor)
-        return tensor.detach().to_local()
+        local: Tensor = tensor.to_local()
+        return local.detach()
 
     def whole(self, rows: Tensor, name: str) -> Tensor:
         """What the rows of all processes make, which lie as those of the parameter of that name; all processes must call it."""

@@ -56,7 +56,10 @@ def train_draft(
         "model": target.shape.fingerprint, "data": inputs.data, "template": inputs.template, "length": inputs.length, "turns": inputs.turns,
         "validation": inputs.share, "vocabulary": sha256(Path(given["vocab"])) if given["vocab"] else "", "dtype": str(target.dtype).removeprefix("torch."),
     }  # fmt: skip
-    plan = Plan(draft, heads, source, validation, options, batch, inputs.prompts[: given["probe"]], known, given["every"], given["export_every"], given["shard"] != "none")  # fmt: skip
+    plan = Plan(
+        draft, heads, source, validation, options, batch, inputs.prompts[: given["probe"]], known, given["every"], given["export_every"],
+        in_parts=given["shard"] != "none",
+    )  # fmt: skip
     found = train(
         plan, target if given["probe"] else None, Path(given["out"]), replace=given["replace"], group=group, progress=progress, stop_requested=stop_requested
     )  # fmt: skip
