@@ -45,6 +45,9 @@ class Group:
         """The values (JSON) of all processes, by rank."""
         return [value]
 
+    def meet(self) -> None:
+        """Wait until all processes are here, all of them well: before they exchange by other means, where an error of one would leave the others waiting."""
+
     def is_over(self) -> bool:
         """Whether another process has failed and waits for this one's next exchange, which will say why."""
         return False
@@ -85,6 +88,10 @@ class Joined(Group):
 
     def gather(self, value: Any) -> list[Any]:
         return self._gather(value)
+
+    def meet(self) -> None:
+        with self._exchange():
+            pass
 
     def is_over(self) -> bool:
         try:

@@ -7,6 +7,7 @@ Whoever trains writes the loop, so that it may export, probe and stop where it l
     while not training.is_done:
         training.advance(lambda step, part: terms_of(batch(step, part)))
 
+With `Sharded` each process keeps and steps a share of the parameters only; states are the same, whoever wrote them.
 Losses are sums and counts, so that means are taken over all processes: the same rows give the same step, however many share them.
 Of everything random a step is the seed, so that a state needs no random numbers' state.
 """
@@ -19,6 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +31,9 @@ from .io.checkpoint import TensorSpec, dtype_name, read_bytes, read_header, torc
 from .io.strict_json import read_json
 from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
 from .parallel import Group
+
+if TYPE_CHECKING:
+    from .sharded import Sharded
 
 
 class TrainingOptions(BaseModel):
@@ -93,14 +98,16 @@ class Training:
     """Parameters with fp32 copies and AdamW's moments, and how far they are.
 
     Args:
-        parameters: name -> parameter, of any floating dtype; what is computed with them is theirs to say.
-        group: the processes; each brings its own rows, all keep the whole state.
+        parameters: name -> parameter, of any floating dtype, or those of a `Sharded`; what is computed with them is theirs to say.
+        group: the processes; each brings its own rows, all keep the whole state unless the parameters lie in parts.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], options: TrainingOptions, group: Group | None = None) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter] | Sharded, options: TrainingOptions, group: Group | None = None) -> None:
         self.options, self.group, self.step = options, group or Group(), 0
-        self._parameters = dict(parameters)
-        self._masters = {name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self._parameters.items()}
+        self._parts = None if isinstance(parameters, Mapping) else parameters
+        named = parameters if isinstance(parameters, Mapping) else parameters.named_parameters()
+        self._parameters: dict[str, Tensor] = {name: p for name, p in named.items() if p.requires_grad}
+        self._masters = {name: self._master(p) for name, p in self._parameters.items()}
         fused = all(p.is_cuda for p in self._masters.values())
         self._adam = torch.optim.AdamW(
             self._masters.values(), lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused
@@ -121,14 +128,13 @@ class Training:
         for part in range(options.accumulate):
             torch.manual_seed(hash((options.seed, self.step, part, self.group.rank)) & 0x7FFF_FFFF_FFFF)
             found = terms(self.step, part)
-            counts = self.group.reduce(found.counts.detach().float().clone())
-            parts = found.weights * found.sums.float() / counts.clamp(min=1) / options.accumulate
-            loss = parts.sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            row = torch.cat((loss.detach()[None], found.extra.detach().float()))
+            told = self.group.reduce(torch.cat([t.detach().float() for t in (found.counts, found.sums, found.extra)]))
+            counts, sums, extra = told.split([len(found.counts), len(found.sums), len(found.extra)])
+            mine, all_of = ((found.weights * part / counts.clamp(min=1) / options.accumulate).sum() for part in (found.sums.float(), sums))
+            mine.backward()
+            row = torch.cat((all_of[None], extra))
             record = row if record is None else record + row
         assert record is not None
-        record = self.group.reduce(record)
         norm = self._update()
         self._seen.append(torch.cat((record, norm[None])))
         self.step += 1
@@ -137,10 +143,12 @@ class Training:
         """Move the masters, and the parameters after them; the norm of the gradients before clipping."""
         names = list(self._parameters)
         gradients = [self._gradient(name) for name in names]
-        if self.group.size > 1:
+        if self.group.size > 1 and self._parts is None:
             flat = self.group.reduce(torch.cat([g.reshape(-1) for g in gradients]))
             gradients = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self._parts is not None:
+            norm = self.group.reduce(norm.square()).sqrt()
         torch._foreach_mul_(gradients, (self.options.clip / norm.clamp(min=self.options.clip)))
         for name, gradient in zip(names, gradients, strict=True):
             self._masters[name].grad = gradient
@@ -153,12 +161,22 @@ class Training:
         self._copy()
         return norm
 
+    def _master(self, parameter: Tensor) -> nn.Parameter:
+        """What is stepped: fp32, of all rows or this process's."""
+        if self._parts is not None:
+            return nn.Parameter(self._parts.rows(parameter))
+        return parameter if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+
     def _gradient(self, name: str) -> Tensor:
         found = self._parameters[name].grad
+        if found is not None and self._parts is not None:
+            found = self._parts.rows(found)
         return torch.zeros_like(self._masters[name], requires_grad=False) if found is None else found.float()
 
     @torch.no_grad()
     def _copy(self) -> None:
+        if self._parts is not None:  # masters are the parameters' own memory
+            return
         pairs = [(p, self._masters[name]) for name, p in self._parameters.items() if self._masters[name] is not p]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
@@ -178,26 +196,32 @@ class Training:
         return Seen(float(rows[:, 0].mean()), float(rows[:, -1].max()), rows[:, 1:-1].sum(0).tolist(), len(rows))
 
     def save(self, folder: Path) -> None:
-        """Keep the state, durably, in place of earlier ones; the first process does so, after `seen` found it finite."""
+        """Keep the state, whole and durably, in place of earlier ones, after `seen` found it finite; the first process writes it."""
         if self.group.rank == 0:
-            tensors = self._state()
-            specs = {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
-            made = folder / f".step-{self.step:08d}.tmp"
-            with disk_errors(folder, sum(map(spec_bytes, specs.values()))):
-                shutil.rmtree(made, ignore_errors=True)
-                made.mkdir(parents=True)
-                writer = ShardWriter(made / "state.safetensors", specs)
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
-                writer.finish()
-                write_json(made / "state.json", {"step": self.step, "options": self.options.model_dump()})
-                final = folder / f"step-{self.step:08d}"
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(made, final)
-                fsync_folder(folder)
-            for earlier in _states(folder)[:-1]:
-                shutil.rmtree(earlier, ignore_errors=True)
+            self._write(folder)
+        elif self._parts is not None:
+            for name, tensor in self._state().items():
+                self._whole(name, tensor)
         self.group.share(None)
+
+    def _write(self, folder: Path) -> None:
+        tensors = self._state()
+        specs = {name: TensorSpec(dtype_name(t.dtype), self._shape(name, t)) for name, t in tensors.items()}
+        made = folder / f".step-{self.step:08d}.tmp"
+        with disk_errors(folder, sum(map(spec_bytes, specs.values()))):
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir(parents=True)
+            writer = ShardWriter(made / "state.safetensors", specs)
+            for name, tensor in tensors.items():
+                writer.write(name, self._whole(name, tensor))
+            writer.finish()
+            write_json(made / "state.json", {"step": self.step, "options": self.options.model_dump()})
+            final = folder / f"step-{self.step:08d}"
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(made, final)
+            fsync_folder(folder)
+        for earlier in _states(folder)[:-1]:
+            shutil.rmtree(earlier, ignore_errors=True)
 
     def resume(self, folder: Path) -> bool:
         """Take up the last state that was kept; whether there is one.
@@ -213,18 +237,19 @@ class Training:
             raise ModelError(420, str(where), "is of a training with other options", "give the same options, or delete it")
         header = read_header(where / "state.safetensors")
         state = self._state()
-        if header.keys() != state.keys() or any(tuple(header[n].shape) != tuple(t.shape) for n, t in state.items()):
+        if header.keys() != state.keys() or any(tuple(header[n].shape) != self._shape(n, t) for n, t in state.items()):
             raise ModelError(421, str(where), "is of a training of other parameters", "delete it to begin anew")
         with torch.no_grad():
             for name, tensor in state.items():
-                info = header[name]
-                tensor.copy_(read_bytes(info.file, info.offset, info.nbytes).view(torch_dtype(info.dtype)).reshape(info.shape))
+                info, dtype = header[name], torch_dtype(header[name].dtype)
+                start = self._parts.first_row(_owner(name)) * math.prod(tensor.shape[1:]) if self._parts is not None and tensor.ndim else 0
+                tensor.copy_(read_bytes(info.file, info.offset + start * dtype.itemsize, tensor.numel() * dtype.itemsize).view(dtype).reshape(tensor.shape))
         self.step = int(document["step"])
         self._copy()
         return True
 
     def _state(self) -> dict[str, Tensor]:
-        """Masters and moments, which are made if no step has been taken yet."""
+        """Masters and moments, or this process's rows of them; they are made if no step has been taken yet."""
         found: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             moments = self._adam.state[master]
@@ -238,6 +263,18 @@ class Training:
                 f"{name}.step": moments["step"],
             }
         return found
+
+    def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """Shape of all rows of one of the state's tensors."""
+        return tuple(self._parameters[_owner(name)].shape if tensor.ndim else tensor.shape)
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        return self._parts.whole(tensor, _owner(name)) if self._parts is not None and tensor.ndim else tensor
+
+
+def _owner(name: str) -> str:
+    """The parameter that one of the state's tensors is of."""
+    return name.rpartition(".")[0]
 
 
 def _states(folder: Path) -> list[Path]:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
-def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[str] = ()) -> Target:
+def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[str] = (), runs_on: str | None = None) -> Target:
     """A target with its tokenizer.
 
     Args:
         dtype: "auto" is the stored one, but fp32 where the processor multiplies that faster and the memory suffices.
+        runs_on: the device it is to be moved to; None: it runs where it is opened.
 
     Raises:
         ModelError: no such folder, or no target.
@@ -35,7 +36,7 @@ def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[
     loaded = load_model(resolve(model), where, host=host_of(plugins))
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     wanted = named.get(dtype)
-    widens = wanted is None and where == "cpu" and loaded.model.dtype in slow_on_cpu()
+    widens = wanted is None and (runs_on or where) == "cpu" and loaded.model.dtype in slow_on_cpu()
     if widens and 4 * loaded.model.num_parameters() < free_ram_bytes() // 2:
         wanted = torch.float32
     return Target(loaded.model if wanted is None else loaded.model.to(wanted), loaded.tokenizer)

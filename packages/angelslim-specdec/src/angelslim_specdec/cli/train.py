@@ -65,6 +65,13 @@ from .opening import DTYPES, open_target
     type=click.Choice(["auto", "device", "host", "nowhere"]),
     help="Where features stay once computed; auto: where they fit.",
 )
+@click.option(
+    "--shard",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "draft", "all"]),
+    help="What lies in parts over the processes (FSDP2) instead of whole in each: the draft's fp32 weights and moments, or the target's layers too.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of everything random.")
 @click.option("--replace", is_flag=True, help="Replace an existing output once the new one is complete.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
@@ -76,20 +83,26 @@ from .opening import DTYPES, open_target
 def command(
     model: str, data: str | None, features: str | None, draft: str, out: str, steps: int | None, epochs: float, draft_vocab: int | None, vocab: str | None,
     settings: tuple[str, ...], length: int, batch: int | None, lr: float, warmup: float, weight_decay: float, clip: float, accumulate: int,
-    validation: float | None, every: int, probe: int, export_every: int, turns: Literal["joined", "each"], keep: str, seed: int, replace: bool,
+    validation: float | None, every: int, probe: int, export_every: int, turns: Literal["joined", "each"], keep: str, shard: str, seed: int, replace: bool,
     device: str, dtype: str, plugins: list[str], as_json: bool,
 ) -> None:  # fmt: skip
     """Train a draft on what the target says, and on what it computes while it says it.
 
     Several GPUs: torchrun --nproc-per-node N -m angelslim_core specdec train ... A stopped or killed training goes on when the same
-    command is run again.
+    command is run again, with any number of processes and any --shard.
     """
     from angelslim_core.context import silent
     from angelslim_core.device import pick_device
-    from angelslim_core.parallel import is_first, joined
+    from angelslim_core.parallel import is_first, joined, of_several
 
     if (data is None) == (features is None):
         raise UsageError(741, "--data", "and --features exclude each other, and one of them is needed")
+    if shard != "none" and not of_several():
+        raise UsageError(795, "--shard", "there is one process, which has nobody to share with", "start several with torchrun")
+    if shard == "all" and (features is not None or probe):
+        raise UsageError(
+            796, "--shard all", f"is for a target that training runs in all processes; with --{'probe' if probe else 'features'} it is not", "--shard draft"
+        )
     arguments = dict(locals())
     where = pick_device(device)
     with joined(where) as group, stoppable() as stop_requested, progress("training") as report:
@@ -119,10 +132,15 @@ def command(
 def _run(given: dict[str, Any], where: str, group: Any, report: Any, stop_requested: Any) -> dict[str, Any]:
     import torch
 
+    from ..training.parts import spread_layers
     from ..training.whole import train_draft
 
-    target = open_target(given["model"], "cpu" if given["features"] is not None and not given["probe"] else where, given["dtype"], given["plugins"])
     device = torch.device("cuda", torch.cuda.current_device()) if where == "cuda" else torch.device("cpu")
+    if given["shard"] == "all":
+        target = open_target(given["model"], "cpu", given["dtype"], given["plugins"], runs_on=where)
+        spread_layers(target, group, device)
+    else:
+        target = open_target(given["model"], "cpu" if given["features"] is not None and not given["probe"] else where, given["dtype"], given["plugins"])
     given["settings"] = options_of(given["settings"])
     return train_draft(given, target, device, group=group, progress=report, stop_requested=stop_requested)
 

@@ -125,7 +125,7 @@ class Trained(RuntimePass):
         made.parent.mkdir(exist_ok=True)
         given = {
             **{name: getattr(self.config, name) for name in Training.model_fields}, "model": str(folder), "draft": self.draft, "features": None, "vocab": None,
-            "keep": "auto", "seed": context.seed, "export_every": 0, "out": made, "replace": True,
+            "keep": "auto", "shard": "none", "seed": context.seed, "export_every": 0, "out": made, "replace": True,
         }  # fmt: skip
         found = train_draft(given, target, target.device, progress=context.progress, stop_requested=context.stop_requested)
         shutil.rmtree(folder / FOLDER, ignore_errors=True)  # of a run that was killed since

@@ -46,13 +46,14 @@ class Source:
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Rows as a batch, padded to the longest."""
         tokens = stack([self.rows[i] for i in numbers], 64 if self.device.type == "cuda" else 1, self.device)
-        found = self._features(numbers)
+        found = self.features(numbers)
         aux, final = (self._joined([f[part] for f in found], tokens.ids.shape) for part in (0, 1))
         return Batch(tokens.ids, tokens.loss_mask, tokens.documents, tokens.positions, aux, final)
 
-    def _features(self, numbers: Sequence[int]) -> list[Features]:
+    def features(self, numbers: Sequence[int]) -> list[Features]:
+        """Of rows; of none where processes that read together lack some and this one does not."""
         missing = [i for i in dict.fromkeys(numbers) if i not in self._kept]
-        found = dict(zip(missing, self._read(missing) if missing else [], strict=True))
+        found = dict(zip(missing, self._read(missing), strict=True))
         if self.keep == "device":
             self._kept |= found
         elif self.keep == "host":
@@ -70,6 +71,8 @@ def computed(target: Target, rows: Sequence[Row], layer_ids: Sequence[int]) -> C
     """What reads rows' features by running the target, in the target's dtype."""
 
     def read(numbers: Sequence[int]) -> list[Features]:
+        if not numbers:
+            return []
         chosen = [rows[i] for i in numbers]
         tokens = stack(chosen, 64 if target.device.type == "cuda" else 1, target.device)
         with products(target.device.type):

@@ -16,10 +16,13 @@ from ..data.packing import Row
 from ..data.shards import Shards
 from ..data.spans import Renderer
 from .features import Source, computed, stored, where_to_keep
+from .parts import read_together
 from .prepare import prepare
 
 if TYPE_CHECKING:
     import torch
+
+    from angelslim_core.parallel import Group
 
     from ..drafts.base import Draft
     from ..target import Target
@@ -55,8 +58,11 @@ class Inputs:
     numbers: Sequence[int] = ()
     held_numbers: Sequence[int] = ()
 
-    def sources(self, draft: Draft, device: torch.device, dtype: torch.dtype, keep: Any) -> tuple[Source, Source | None]:
+    def sources(self, draft: Draft, device: torch.device, dtype: torch.dtype, keep: Any, together: Group | None = None) -> tuple[Source, Source | None]:
         """Batches to train on, and those held out.
+
+        Args:
+            together: the processes over which the target's layers lie in parts; None: they do not.
 
         Raises:
             ModelError: dumped features are not those that the draft reads.
@@ -70,9 +76,10 @@ class Inputs:
 
         def source(rows: Sequence[Row], numbers: Sequence[int]) -> Source:
             if self.shards is None:
-                return Source(rows, computed(self.target, rows, layers), device, dtype, place)
-            read = stored(self.shards)
-            return Source(rows, lambda asked: read([numbers[i] for i in asked]), device, dtype, place)
+                read = computed(self.target, rows, layers)
+                return Source(rows, read if together is None else read_together(read, together), device, dtype, place)
+            of_shards = stored(self.shards)
+            return Source(rows, lambda asked: of_shards([numbers[i] for i in asked]), device, dtype, place)
 
         return source(self.rows, self.numbers), source(self.held_out, self.held_numbers) if self.held_out else None
 

@@ -40,6 +40,7 @@ class Plan:
         inputs: what decides the result beside options and draft, for a run that goes on.
         export_every: steps between two exports, beside the output as OUT.step-N; 0: none.
         every: steps between two looks at validation and acceptance, and two states.
+        in_parts: fp32 weights and moments lie in parts over the processes; a run that goes on may do otherwise.
     """
 
     draft: Draft
@@ -52,6 +53,7 @@ class Plan:
     inputs: Mapping[str, Any]
     every: int = 500
     export_every: int = 0
+    in_parts: bool = False
 
 
 def train(
@@ -81,7 +83,8 @@ def train(
 
     every = min(n for n in (plan.every, plan.export_every) if n)
     training = DraftTraining(
-        plan.draft, plan.heads, plan.source, plan.options, batch=plan.batch, validation=plan.validation, every=every, look=look, group=group
+        plan.draft, plan.heads, plan.source, plan.options, batch=plan.batch, validation=plan.validation, every=every, look=look, group=group,
+        in_parts=plan.in_parts,
     )  # fmt: skip
     with ExitStack() as stack:
         work = stack.enter_context(Workdir(out, None, replace)) if group.rank == 0 else None

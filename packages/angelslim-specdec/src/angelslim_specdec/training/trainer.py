@@ -18,6 +18,7 @@ from angelslim_core.training import Seen, Terms, Training, TrainingOptions
 from ..data.packing import Order, chunks
 from ..drafts.base import Draft, Heads, Loss
 from .features import Source
+from .parts import parts_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class DraftTraining:
         batch: rows a step, over all processes.
         every: steps between two looks: validation, `look`, and a state that a killed training goes on with.
         look: called at each look with the step; what it measures is kept. Only in the first process.
+        in_parts: fp32 weights and moments lie in parts over the processes, and `draft` has values only at looks and at the end.
 
     Raises:
         UsageError: the processes cannot share a batch evenly.
@@ -86,7 +88,7 @@ class DraftTraining:
 
     def __init__(
         self, draft: Draft, heads: Heads, source: Source, options: TrainingOptions, *, batch: int, validation: Source | None = None, every: int = 500,
-        look: Callable[[int], dict[str, Any]] = lambda step: {}, group: Group | None = None,
+        look: Callable[[int], dict[str, Any]] = lambda step: {}, group: Group | None = None, in_parts: bool = False,
     ) -> None:  # fmt: skip
         self.draft, self.heads, self.source, self.validation = draft, heads, source, validation
         self.group, self.every, self._look = group or Group(), every, look
@@ -95,7 +97,8 @@ class DraftTraining:
             raise UsageError(
                 735, "--batch", f"{self.order.batch} rows a step cannot be shared by {self.group.size} processes", "give a multiple of their number"
             )
-        self.training = Training({n: p for n, p in draft.named_parameters() if p.requires_grad}, options, self.group)
+        self._parts = parts_of(draft, self.group) if in_parts else None
+        self.training = Training(self._parts or dict(draft.named_parameters()), options, self.group)
         self.history = History()
 
     def run(self, states: Path, progress: Progress = silent, stop_requested: Callable[[], bool] = never) -> History:
@@ -120,7 +123,7 @@ class DraftTraining:
                     told, last = self._tell(training.seen()) or told, now
                     rate = self.history.tokens / max(now - began - spent, 1e-9)
                     progress(training.step, options.steps, f"{rate:.0f} tok/s, {told.short() if told else ''}")
-                stops = any(self.group.gather(stop_requested())) if self.group.size > 1 else stop_requested()
+                stops = bool(self.group.reduce(torch.tensor(float(stop_requested())), "max"))
                 if is_look and told is not None:
                     before = time.perf_counter()
                     self._record(told)
@@ -131,12 +134,15 @@ class DraftTraining:
                 if stops and not training.is_done:
                     raise StoppedError(3, "train", f"stopped as asked after step {training.step}; its state is kept", "run the same command again to go on")
             self.history.seconds = time.perf_counter() - began - spent
+            if self._parts is not None:
+                self._parts.gather()
             self.draft.eval()
         return self.history
 
     def _terms(self, step: int, part: int) -> Terms:
         numbers = self.order.numbers(step * self.training.options.accumulate + part)
-        loss = self.draft.train_loss(self.source.batch(numbers[self.group.rank :: self.group.size]), self.heads)
+        batch = self.source.batch(numbers[self.group.rank :: self.group.size])
+        loss = self.draft.train_loss(batch, self.heads) if self._parts is None else self._parts(batch, self.heads)
         self.history.tokens += sum(len(self.source.rows[i]) for i in numbers)
         return Terms(loss.sums, loss.counts, loss.weights, torch.cat((loss.hits.float(), loss.asked.float())))
 
@@ -148,6 +154,8 @@ class DraftTraining:
 
     def _record(self, told: Accuracy) -> None:
         entry: dict[str, Any] = {"step": self.training.step, "training": told.as_dict()}
+        if self._parts is not None:
+            self._parts.gather()
         self.draft.eval()
         if self.validation is not None:
             entry["validation"] = evaluate(self.draft, self.heads, self.validation, max(1, self.order.batch // self.group.size), self.group).as_dict()
@@ -155,6 +163,8 @@ class DraftTraining:
             entry |= self._look(self.training.step)
         self.group.share(None)
         self.draft.train()
+        if self._parts is not None:
+            self._parts.release()
         self.history.entries.append(entry)
 
 
@@ -164,7 +174,11 @@ def evaluate(draft: Draft, heads: Heads, source: Source, batch: int, group: Grou
     group = group or Group()
     totals: Loss | None = None
     torch.manual_seed(0)  # what a loss draws is the same each time
-    for numbers in chunks(range(group.rank, len(source.rows), group.size), batch):
+    mine, first = (list(chunks(range(rank, len(source.rows), group.size), batch)) for rank in (group.rank, 0))
+    for numbers in mine + [[]] * (len(first) - len(mine)):
+        if not numbers:  # others have a batch more
+            source.features([])
+            continue
         found = draft.train_loss(source.batch(numbers), heads)
         totals = (
             found

@@ -49,14 +49,17 @@ def train_draft(
         steps=given["steps"] or math.ceil(given["epochs"] * per_epoch), lr=given["lr"], warmup=given["warmup"], weight_decay=given["weight_decay"],
         clip=given["clip"], accumulate=given["accumulate"], seed=given["seed"],
     )  # fmt: skip
-    source, validation = inputs.sources(draft, device, target.dtype, given["keep"])
+    source, validation = inputs.sources(draft, device, target.dtype, given["keep"], group if given["shard"] == "all" else None)
     heads = target.heads()
     heads = Heads(heads.embedding.to(device), heads.head.to(device), heads.scale)
     known = {
         "model": target.shape.fingerprint, "data": inputs.data, "template": inputs.template, "length": inputs.length, "turns": inputs.turns,
         "validation": inputs.share, "vocabulary": sha256(Path(given["vocab"])) if given["vocab"] else "", "dtype": str(target.dtype).removeprefix("torch."),
     }  # fmt: skip
-    plan = Plan(draft, heads, source, validation, options, batch, inputs.prompts[: given["probe"]], known, given["every"], given["export_every"])
+    plan = Plan(
+        draft, heads, source, validation, options, batch, inputs.prompts[: given["probe"]], known, given["every"], given["export_every"],
+        in_parts=given["shard"] != "none",
+    )  # fmt: skip
     found = train(
         plan, target if given["probe"] else None, Path(given["out"]), replace=given["replace"], group=group, progress=progress, stop_requested=stop_requested
     )  # fmt: skip
