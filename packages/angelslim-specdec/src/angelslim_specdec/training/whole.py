@@ -54,7 +54,7 @@ def train_draft(
     heads = Heads(heads.embedding.to(device), heads.head.to(device), heads.scale)
     known = {
         "model": target.shape.fingerprint, "data": inputs.data, "template": inputs.template, "length": inputs.length, "turns": inputs.turns,
-        "validation": inputs.share, "vocabulary": sha256(Path(given["vocab"])) if given["vocab"] else "", "dtype": str(target.dtype).removeprefix("torch."),
+        "validation_share": inputs.share, "vocabulary": sha256(Path(given["vocab"])) if given["vocab"] else "", "dtype": str(target.dtype).removeprefix("torch."),
     }  # fmt: skip
     plan = Plan(
         draft, heads, source, validation, options, batch, inputs.prompts[: given["probe"]], known, given["every"], given["export_every"],
