@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 SHARES = (0.25, 0.5, 0.75)
+# what counts for as much, before anything was seen, as so many tokens that were
+_TRUST = 0.25
 
 
 class Round(NamedTuple):
@@ -125,12 +127,12 @@ class Pace:
         return 1 + sum(r * p / w for r, p, w in zip(reached, part, whole, strict=True) if w)
 
     def reached(self) -> list[float]:
-        """Share of rows whose token at each position would be accepted, were all verified; where nothing was seen, as the position before goes on."""
+        """Share of rows whose token at each position would be accepted, were all verified; where nothing was seen, as from the position before."""
         found: list[float] = []
         before, kept_on, factor = 1.0, 1.0, 1.0
         for rows, total, asked, hits in self._seen.T.tolist():
-            factor = (hits + factor) / (asked + 1)  # one expected token more, accepted as those a position earlier
-            reach = min(before, (factor * total + before * kept_on) / (rows + 1))
+            factor = (hits + _TRUST * factor) / (asked + _TRUST)
+            reach = min(before, (factor * total + _TRUST * before * kept_on) / (rows + _TRUST))
             before, kept_on = reach, reach / before if before else 0.0
             found.append(reach)
         return found
