@@ -45,7 +45,7 @@ def test_kinds_of_round():
 def test_all_kinds_are_measured_first_but_for_their_first_rounds():
     pace = Pace(2, 1)
     shown = {0: 1.0, 1: 1.1, 2: 4.0}
-    for number in range(6 * 3):
+    for _ in range(6 * 3):
         how = pace.next()
         slow = 50 if pace._done[how] < pace.FRESH else 1  # a graph is captured
         pace.saw(how, slow * shown[how.k] / 1e3, torch.tensor([how.k]), torch.tensor([how.k]), torch.ones(1, 2))

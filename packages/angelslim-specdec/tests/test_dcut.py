@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from angelslim_core.errors import UsageError
-from angelslim_specdec import Drafter, Engine, Proposal, Target, engine, generate
-from angelslim_specdec.adaptive import Round
+from angelslim_specdec import Drafter, Engine, Proposal, Target, Warp, engine, generate
+from angelslim_specdec.adaptive import Pace, Round
 from angelslim_specdec.dcut import Line, kept, scores
 from angelslim_specdec.drafters.autoregressive import Tree
 from angelslim_specdec.exactness import mutants
 from angelslim_specdec.exactness.checks import CUTS, WARPS, sampled
 from angelslim_specdec.exactness.drafters import Table
 from angelslim_specdec.exactness.statistics import joint
-from angelslim_specdec.exactness.subject import SAMPLED_PROMPT, Way, bigrams, small_target
+from angelslim_specdec.exactness.subject import SAMPLED_PROMPT, Way, bigrams, small_target, ways
 from angelslim_specdec.verification import match, ratio
 
 
@@ -259,9 +259,27 @@ def test_what_cannot_be_cut_is_refused(model):
 
 def test_adaptive_trees_change_their_levels_only():
     target = small_target()
-    from angelslim_specdec.exactness.subject import ways
-
     way = next(w for w in ways(target) if w.name == "eagle3")
     ids = torch.tensor([SAMPLED_PROMPT, SAMPLED_PROMPT[::-1]])
     found = generate(target, ids, way.make(), 60, k=3, tree=Tree(3, 2, 5), adaptive=True, stop_ids=[])
     assert torch.equal(found.sequences, generate(target, ids, None, 60, stop_ids=[]).sequences)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["eagle3", "dflash", "ngram"])
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_each_kind_of_round_is_a_graph(name, temperature):
+    target = Target(small_target().model.cuda())
+    way = next(w for w in ways(small_target()) if w.name == name)
+    if name != "ngram":
+        drafter = way.make()
+        way = Way(name, lambda: type(drafter)(drafter.draft.cuda(), target.heads()))
+    ids, lengths = torch.randint(3, 12, (5, 8), generator=torch.Generator().manual_seed(1)), torch.full((5,), 8)
+    pace = Pace(3, 5)
+    found = Engine(target, way.make(), 5, 108, k=3, warp=Warp(temperature), pace=pace)
+    decoded = [found.decode(ids, lengths, 100).tokens for _ in range(3)]
+    assert all(count >= pace.FRESH + pace.TIMED for count in pace._done.values())
+    if not temperature:
+        plain = Engine(target, None, 5, 108).decode(ids, lengths, 100).tokens
+        assert decoded == [plain] * 3
