@@ -1,112 +1,123 @@
-"""What is verified of a batch's proposals: prefixes that pay, and never by a choice that bends the distribution."""
-
-import math
+"""What a round does is set by what rounds took and had accepted: it finds what pays, and comes back to it."""
 
 import pytest
 import torch
 
-from angelslim_core.errors import UsageError
-from angelslim_specdec.adaptive import SHARES, CostTable, Pace, check_lossless, cut, lengths, measure
-from angelslim_specdec.drafters.base import Proposal
-from angelslim_specdec.verification import match, ratio
+from angelslim_specdec.adaptive import Pace, Round
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_kept_tokens_are_prefixes_of_the_best_share(seed):
+def play(pace, rounds, rates, ms, rows=8, seed=0, sure=None):
+    """Rounds of drafts accepted at these rates, position by position; returns kinds played, and tokens and time in all.
+
+    Args:
+        sure: of a row, what it states for its tokens and how likely they are accepted; None: all alike.
+    """
     generator = torch.Generator().manual_seed(seed)
-    rows, size = 1 + seed % 7, 1 + seed % 5
-    confidence = (torch.rand(rows, size, generator=generator) * 4).round() / 4  # many ties, zeros and ones
-    ms = torch.rand(len(SHARES), generator=generator) + 0.5
-    counts = lengths(confidence, CostTable(ms, packed=True))
-    expected = confidence.cumprod(1)
-    ranked = expected.flatten().sort(descending=True).values
-    sizes = [math.ceil(share * rows * size) for share in SHARES]
-    use = [(rows + float(ranked[:n].sum())) / float(ms[i]) for i, n in enumerate(sizes)]
-    best = max(range(len(use)), key=use.__getitem__)
-    assert int(counts.sum()) == sizes[best] and (counts <= size).all()
-    kept = sum(float(expected[r, : int(counts[r])].sum()) for r in range(rows))
-    assert kept == pytest.approx(float(ranked[: sizes[best]].sum()))  # prefixes, and yet the largest there are
+    played, tokens, spent = [], 0, 0.0
+    for _ in range(rounds):
+        how = pace.next()
+        chances = torch.tensor(rates).expand(rows, -1) if sure is None else sure(generator, rows, len(rates))
+        accepted = (torch.rand(rows, len(rates), generator=generator) < chances).long().cumprod(1).sum(1)
+        of = chances.cumprod(1)[:, : how.k]
+        verified = torch.full((rows,), how.k)
+        if how.size is not None:
+            rank = of.T.flatten().argsort(descending=True, stable=True).argsort().view(how.k, rows)
+            verified = (rank < how.size).sum(0)
+        accepted = torch.minimum(accepted, verified)
+        padded = torch.nn.functional.pad(of, (0, len(rates) - how.k))
+        pace.saw(how, ms[how] / 1e3, accepted, verified, padded)
+        played.append(how)
+        tokens, spent = tokens + int(accepted.sum()) + rows, spent + rows * ms[how]
+    return played, tokens, spent
 
 
-def test_ties_keep_the_earlier_token_of_every_row():
-    assert lengths(torch.ones(4, 4), CostTable(torch.tensor([9.0, 1.0, 9.0, 9.0, 9.0]), packed=True)).tolist() == [1, 1, 1, 1]
+def cost(pace, of):
+    return {kind: of(kind) for kind in pace.rounds}
 
 
-def test_padded_rows_share_one_length():
-    confidence = torch.tensor([[0.9, 0.8, 0.1], [0.9, 0.2, 0.1]])
-    # 2, 3.8, 4.7 and 4.79 expected tokens
-    assert lengths(confidence, CostTable(torch.tensor([1.0, 1.1, 1.2, 1.3]))).tolist() == [2, 2]
-    assert lengths(confidence, CostTable(torch.tensor([1.0, 1.0, 1.0, 1.0]))).tolist() == [3, 3]
-    assert lengths(confidence, CostTable(torch.tensor([1.0, 2.0, 3.0, 4.0]))).tolist() == [0, 0]
+def test_kinds_of_round():
+    assert Pace(5, 1).rounds == [Round(0), Round(1), Round(2), Round(4), Round(5)]
+    assert Pace(4, 8).rounds == [Round(0), Round(1), Round(2), Round(4), Round(4, 8), Round(4, 16), Round(4, 24)]
+    assert Pace(4, 8, cuts=False).rounds == [Round(0), Round(1), Round(2), Round(4)]
+    assert Pace(1, 2).rounds == [Round(0), Round(1), Round(1, 1)] and Pace(7, 1).rounds == [Round(n) for n in (0, 1, 2, 4, 7)]
 
 
-def test_cut_keeps_to_what_was_proposed():
-    proposal = Proposal(torch.zeros(2, 3, dtype=torch.long), confidence=torch.ones(2, 3), counts=torch.tensor([3, 1]))
-    assert cut(proposal, CostTable(torch.ones(4)), "ratio").tolist() == [3, 1]
+def test_all_kinds_are_measured_first_but_for_their_first_rounds():
+    pace = Pace(2, 1)
+    shown = {0: 1.0, 1: 1.1, 2: 4.0}
+    for _ in range(6 * 3):
+        how = pace.next()
+        slow = 50 if pace._done[how] < pace.FRESH else 1  # a graph is captured
+        pace.saw(how, slow * shown[how.k] / 1e3, torch.tensor([how.k]), torch.tensor([how.k]), torch.ones(1, 2))
+    assert all(count == 6 for count in pace._done.values())
+    assert pace.values()[Round(1)] == pytest.approx(2 / 1.1, rel=0.1) and pace.next() == Round(1)
 
 
-def test_what_is_not_lossless_is_refused():
-    tokens, half = torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), 0.5)
-    drawn = Proposal(tokens, q=torch.full((1, 2, 2), 0.5), confidence=half)
-    with pytest.raises(UsageError, match="ratio rule") as refused:
-        check_lossless(drawn, "ratio")
-    assert refused.value.number == 761
-    check_lossless(drawn, "match")
-    check_lossless(Proposal(tokens, confidence=half), "ratio")
-    with pytest.raises(UsageError, match="no confidence"):
-        cut(Proposal(tokens), CostTable(torch.ones(3)), "match")
-
-
-def test_cutting_drawn_tokens_bends_the_ratio_rule_but_not_the_match_rule():
-    """One row that drafts token 0 or 1 from q = (.75, .25), which is cut where it is token 1; the target says .5, .5."""
-    generator, samples = torch.Generator().manual_seed(0), 100_000
-    q = torch.tensor([0.75, 0.25]).expand(samples, 1, 2)
-    tokens = (torch.rand(samples, 1, generator=generator) >= 0.75).long()
-    counts = lengths(q.gather(2, tokens[..., None])[..., 0][:1], CostTable(torch.tensor([1.0, 1.5])))
-    assert lengths(torch.tensor([[0.75]]), CostTable(torch.tensor([1.0, 1.5]))).tolist() == [1] and counts.shape == (1,)
-    counts = torch.where(tokens[:, 0] == 0, 1, 0)  # what `lengths` says of either, row by row
-    assert lengths(torch.tensor([[0.25]]), CostTable(torch.tensor([1.0, 1.5]))).tolist() == [0]
-    p, uniforms = torch.full((samples, 2, 2), 0.5), torch.rand(samples, 2, generator=generator)
-
-    def share_of_zero(accepted, following):
-        return float(torch.where(accepted > 0, tokens[:, 0], following).eq(0).float().mean())
-
-    assert share_of_zero(*ratio(p, tokens, q, None, uniforms, counts)) == pytest.approx(0.625, abs=0.01)
-    assert share_of_zero(*match(p, tokens, uniforms, counts)) == pytest.approx(0.5, abs=0.01)
-
-
-def test_costs_are_measured_in_order():
-    calls = []
-    table = measure(lambda count: calls.append(count), [0, 1, 3], "cpu", repeats=2)
-    assert calls == [0, 0, 0, 1, 1, 1, 3, 3, 3] and table.ms.shape == (3,) and (table.ms >= 0).all()
-
-
-def test_pace_follows_what_is_accepted():
-    pace = Pace([1.0, 1.1, 1.2, 1.3, 1.4])
-    assert pace.next() == 4  # nothing known: all
+def test_a_round_that_is_lost_is_run_again():
+    pace = Pace(2, 1)
     for _ in range(40):
-        pace.saw([4, 4], [4, 4])
-    assert pace.best() == 4
-    for _ in range(200):
-        k = pace.next()
-        pace.saw([0, 0], [k, k])
-    assert pace.best() == 0
-    drafted = [pace.next() for _ in range(48) if pace.saw([0, 0], [0, 0]) is None]
-    assert set(drafted) == {0, 1} and drafted.count(1) == 2
-    for _ in range(2000):
-        k = pace.next()
-        pace.saw([k, k], [k, k])
-    assert pace.best() == 4
+        pace.next()  # results that never come, as of rounds begun when all rows had ended
+    assert pace.next() == Round(2)
 
 
-def test_pace_finds_the_length_that_pays():
-    generator = torch.Generator().manual_seed(0)
-    ms = [1.0, 1.3, 1.5, 1.7, 1.9, 2.1]  # with .7 at each position the most is at three: 2.533 tokens in 1.7, 1.49 a unit of time
-    pace, tokens, spent = Pace(ms), 0, 0.0
-    for _ in range(600):
-        k = pace.next()
-        hits = (torch.rand(8, k, generator=generator) < 0.7).long().cumprod(1).sum(1).tolist()
-        pace.saw(hits, [k] * 8)
-        tokens, spent = tokens + sum(hits) + 8, spent + 8 * ms[k]
-    assert tokens / spent > 0.96 * 2.533 / 1.7
-    assert pace.rates()[0] == pytest.approx(0.7, abs=0.08)
+def test_it_follows_what_is_accepted():
+    pace = Pace(4, 1, ms=[1.0, 1.1, 1.2, 1.4])
+    ms = cost(pace, lambda kind: 1 + 0.1 * kind.k)
+    assert pace.next() == Round(4)  # nothing known: all
+    assert set(play(pace, 40, [1.0] * 4, ms, 2)[0]) <= {Round(4), Round(2)}
+    play(pace, 200, [0.0] * 4, ms, 2)
+    late, _, _ = play(pace, 400, [0.0] * 4, ms, 2)
+    assert late.count(Round(0)) > 380 and set(late) > {Round(0)}  # but for a try now and then, ever more seldom
+    back, _, _ = play(pace, 3000, [1.0] * 4, ms, 2)
+    assert back[-200:].count(Round(4)) > 190
+
+
+def test_trying_costs_little_where_nothing_pays():
+    pace = Pace(4, 64, ms=[1.0, 1.6, 2.2, 3.4, 1.8, 2.2, 2.8])
+    ms = dict(zip(pace.rounds, [1.0, 1.6, 2.2, 3.4, 1.8, 2.2, 2.8], strict=True))
+    play(pace, 300, [0.3] * 4, ms, 64)
+    _, tokens, spent = play(pace, 2000, [0.3] * 4, ms, 64)
+    assert tokens / spent > 0.995
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_it_finds_the_length_that_pays(measured):
+    kinds = Pace(5, 8, cuts=False).rounds
+    ms = {kind: 1.0 + 0.3 * (kind.k > 0) + 0.2 * max(0, kind.k - 1) for kind in kinds}
+    # with .7 at each position 2 of 0, 1, 2, 4 and 5 tokens gives 2.19 in 1.5, 4 gives 2.77 in 1.9 and 5 gives 2.94 in 2.1
+    pace = Pace(5, 8, cuts=False, ms=None if measured else list(ms.values()))
+    play(pace, 100, [0.7] * 5, ms)
+    _, tokens, spent = play(pace, 600, [0.7] * 5, ms)
+    assert tokens / spent > 0.97 * 2.19 / 1.5
+    assert pace.reached()[0] == pytest.approx(0.7, abs=0.1)
+
+
+def test_it_cuts_where_some_rows_are_sure_and_tokens_cost():
+    def sure(generator, rows, k):
+        return torch.where(torch.rand(rows, 1, generator=generator) < 0.4, 0.95, 0.05).expand(-1, k)
+
+    pace = Pace(8, 32)
+    ms = cost(pace, lambda kind: 1 + 0.25 * (kind.k * 32 if kind.size is None else kind.size) / 32 + 0.1 * (kind.k > 0))
+    play(pace, 150, [0.0] * 8, ms, 32, 1, sure)
+    played, tokens, spent = play(pace, 500, [0.0] * 8, ms, 32, 2, sure)
+    assert sum(kind.size is not None for kind in played) > 450
+    # what the best length alone would give: 1 + .4 (.95 + .95^2 ...) + .6 (.05 ...) tokens
+    whole = max((1 + sum(0.4 * 0.95**i + 0.6 * 0.05**i for i in range(1, kind.k + 1))) / ms[kind] for kind in pace.rounds if kind.size is None)
+    assert tokens / spent > 1.2 * whole
+
+
+def test_a_draft_that_overrates_itself_is_not_believed():
+    pace = Pace(4, 32, ms=[1.0, 1.6, 2.2, 3.4, 1.7, 2.2, 2.8])
+    for _ in range(60):
+        how = pace.next()
+        number = torch.full((32,), how.k if how.size is None else how.size // 32)
+        of = torch.full((32, 4), 0.99).cumprod(1)
+        pace.saw(how, 0.0, torch.zeros(32, dtype=torch.int64), number, of)
+    assert max(pace.rounds, key=pace.values().__getitem__) == Round(0) and pace.reached()[0] < 0.05
+
+
+def test_ended_rows_count_for_nothing():
+    pace = Pace(2, 4, ms=[1.0, 1.1, 1.2, 1.05, 1.1, 1.15])
+    none = torch.zeros(0, dtype=torch.int64)
+    pace.saw(Round(2), 0.0, none, none, torch.zeros(0, 2))
+    assert pace.reached() == [1.0, 1.0]

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from angelslim_core.errors import UsageError
 from angelslim_specdec import Engine, Target, Warp, generate, stream
+from angelslim_specdec.adaptive import Round
 from angelslim_specdec.drafters.base import Drafter, Proposal
 from angelslim_specdec.registry import drafters
 from angelslim_specdec.stops import cut
@@ -258,10 +259,10 @@ class _Steady:
         self.turns, self.seen = itertools.cycle(range(k + 1)), []
 
     def next(self):
-        return next(self.turns)
+        return Round(next(self.turns))
 
-    def saw(self, accepted, drafted):
-        self.seen.append((accepted, drafted))
+    def saw(self, done, seconds, accepted, verified, scores):
+        self.seen.append((done.k, verified.tolist()))
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -273,7 +274,7 @@ def test_pace_changes_rounds_but_no_tokens(model, name, static):
     decoded = Engine(Target(model), drafter, 2, 42, k=3, pace=pace, static=static).decode(prompts, lengths, 30)
     assert decoded.tokens == [truth[b, n : n + 30].tolist() for b, n in enumerate(lengths.tolist())]
     if name == "scripted":
-        assert [d[0] for _, d in pace.seen[:6]] == [0, 1, 2, 3, 0, 1]
+        assert pace.seen[:6] == [(k, [k, k]) for k in (0, 1, 2, 3, 0, 1)]
 
 
 def test_cut():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from angelslim_core.errors import ModelError
 from angelslim_core.kv_cache import attention_by, attention_of
 
+from .dcut import Line
 from .kernels.verify_attention import VERIFY_ATTENTION
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ class Visible:
         depths: [T] or [B, T], int64: position of each new token, counted from `lengths`.
         ancestors: [B, T, A], bool: which of the A slots after `lengths` each one sees; None: all up to its own, there being T.
         documents: [B, T], int64: tokens see their own document only; without a cache.
+        line: queries come in this line, and what was attended goes back into it; None: they are in their rows.
     """
 
     lengths: Tensor | None
     depths: Tensor
     ancestors: Tensor | None = None
     documents: Tensor | None = None
+    line: Line | None = None
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def is_causal(self, window: int | None) -> bool:
@@ -110,10 +113,21 @@ def attend(
 ) -> tuple[Tensor, Any]:  # fmt: skip
     """transformers' attention function: q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] to [B, T, Hq, Dv].
 
+    Queries in a line are [1, Hq, N, D], to [1, N, Hq, Dv]: keys cost more than the queries that read them, so that rows are as long as ever here.
+
     Raises:
         ModelError: the model wants of attention what is not known here.
     """
     visible, scale = _CALL.get(), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (line := visible.line) is not None:
+        query = line.rows(query.transpose(1, 2)).transpose(1, 2)
+    attended, weights = _attend(visible, module, query, key, value, scale, sliding_window, options)
+    return attended if line is None else line.line(attended), weights
+
+
+def _attend(
+    visible: Visible, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, sliding_window: int | None, options: dict[str, Any]
+) -> tuple[Tensor, Any]:  # fmt: skip
     if any(options.get(name) is not None for name in _EAGER):
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if eager is None:

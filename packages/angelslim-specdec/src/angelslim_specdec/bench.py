@@ -10,7 +10,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
 from angelslim_core.context import Progress, silent
 
@@ -29,7 +28,7 @@ NOTE = "Acceptance length counts the token that follows the accepted ones: 1 + a
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to decode: a drafter's name, PLAIN being none, how many tokens it proposes, and whether that is the most, set as `adaptive.Pace` says.
+    """A way to decode: a drafter's name, PLAIN being none, how many tokens it proposes, and whether that is the most, rounds being as `adaptive.Pace` says.
 
     Args:
         tree: (top_k, total) of a tree of k levels; None: a chain.
@@ -120,19 +119,6 @@ def questions(file: Path, most: int) -> list[list[dict[str, Any]]]:
     return [chat[: 1 + next(i for i, m in enumerate(chat) if m["role"] == "user")] for chat in chats]
 
 
-class _Fixed:
-    """A pace of one length."""
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-
-    def next(self) -> int:
-        return self.k
-
-    def saw(self, accepted: Sequence[int], drafted: Sequence[int]) -> None:
-        """What was accepted changes nothing."""
-
-
 class Decoder:
     """Decodes by engines that are kept, with their graphs, while batch size and temperature stay the same.
 
@@ -156,26 +142,19 @@ class Decoder:
             row[: len(prompt)] = torch.tensor(list(prompt))
         lengths = torch.tensor([len(p) for p in prompts])
         if contender not in self._engines:
-            self._engines[contender] = self._engine(contender, ids, lengths, temperature)
+            self._engines[contender] = self._engine(contender, len(prompts), temperature)
         seeds = range(seed * len(prompts), (seed + 1) * len(prompts))
         found = self._engines[contender].decode(ids, lengths, self._max_new_tokens, seeds)
         return found.tokens, Counts(sum(map(len, found.tokens)), sum(found.rounds), found.by_position)
 
-    def _engine(self, contender: Contender, ids: Tensor, lengths: Tensor, temperature: float) -> Engine:
+    def _engine(self, contender: Contender, rows: int, temperature: float) -> Engine:
         tree = None if contender.tree is None else Tree(contender.k, *contender.tree)
         drafter = None if contender.name == PLAIN else drafter_of(self._makers[contender.name](), self._target, tree)
-        engine = Engine(
-            self._target, drafter, len(ids), self._capacity, k=contender.k or 1, warp=Warp(temperature), rule=self._rule, stops=self._target.stop_ids
+        k = contender.k or 1
+        pace = Pace(k, rows, cuts=tree is None) if contender.adaptive else None
+        return Engine(
+            self._target, drafter, rows, self._capacity, k=k, warp=Warp(temperature), rule=self._rule, stops=self._target.stop_ids, pace=pace
         )  # fmt: skip
-        if contender.adaptive:
-            ms = []
-            for k in range(contender.k + 1):  # what a round of each length takes, on the first batch
-                engine.pace = _Fixed(k)
-                for _ in range(2):  # the second time graphs are there
-                    found = engine.decode(ids, lengths, min(64, self._max_new_tokens))
-                ms.append(1e3 * found.seconds / max(1, max(found.rounds)))
-            engine.pace = Pace(ms)
-        return engine
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[Sequence[int]]]:

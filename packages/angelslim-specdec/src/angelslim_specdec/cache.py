@@ -12,6 +12,8 @@ from torch import Tensor
 
 from angelslim_core.errors import UsageError
 
+from .dcut import Line
+
 
 class SlotCache:
     """What transformers' layers call `cache`. Slots from a row's length on hold anything, and nothing reads them.
@@ -33,15 +35,17 @@ class SlotCache:
         self._rows = torch.arange(batch, device=device)[:, None]
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._slots: Tensor | int = 0
+        self._of = self._rows  # row of each slot
         self._prompts: Tensor | None = None
         self._new = 0
 
-    def begin(self, tokens: int, rows: Tensor | None = None) -> None:
+    def begin(self, tokens: int, rows: Tensor | None = None, line: Line | None = None) -> None:
         """Called before a forward pass.
 
         Args:
             tokens: T, new ones of each row.
             rows: [G]: these rows get whole prompts, from slot 0 on; None: all rows, behind what they have.
+            line: of the new tokens those that come, in which order; None: all, in their rows.
 
         Raises:
             UsageError: there is no room.
@@ -50,11 +54,14 @@ class SlotCache:
             raise UsageError(707, "cache", f"{tokens} tokens more than {self.bound or 0} do not fit into {self.capacity} slots")
         self._prompts, self._new = rows, tokens
         if rows is None:
-            one = self.bound is not None and len(self.lengths) == 1
-            self._slots = self.bound if one and self.bound is not None else self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
+            if line is None and self.bound is not None and len(self.lengths) == 1:
+                self._slots = self.bound
+                return
+            slots = self.lengths[:, None] + torch.arange(tokens, device=self.lengths.device)
+            self._of, self._slots = (self._rows, slots) if line is None else (line.line(self._rows.expand_as(slots)), line.line(slots))
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, H, T, D] of the new tokens; returns [B, H, S, D], what these may attend to."""
+        """Store k, v [B, H, T, D] of the new tokens, or [1, H, N, D] in a line; returns [B, H, S, D], what these may attend to."""
         if layer not in self._stored:
             batch = len(self.lengths)
             self._stored[layer] = tuple(x.new_zeros(batch, x.shape[1], self.capacity, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
@@ -67,7 +74,7 @@ class SlotCache:
             if isinstance(self._slots, int):
                 whole[:, :, self._slots : self._slots + self._new] = new
             else:
-                whole[self._rows, :, self._slots] = new.transpose(1, 2)
+                whole[self._of, :, self._slots] = new.transpose(1, 2)
         seen = self.capacity if self.bound is None else self.bound + self._new
         return stored[0][:, :, :seen], stored[1][:, :, :seen]
 

@@ -13,13 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from angelslim_core.errors import UsageError
 
+from .adaptive import Pacing, Round
+from .dcut import Line, kept, scores
 from .drafters.base import Drafter, Proposal, Warp
 from .graphs import Graph, Readout
 from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
@@ -35,16 +37,8 @@ Runner = Callable[[Callable[[], None]], Callable[[], None]]
 ACCEPTED, KEPT, PROPOSED, GOES_ON, TOKENS = range(5)
 # salts of `Uniforms`
 _FIRST, _PROPOSE, _VERIFY = range(3)
-
-
-class Pacing(Protocol):
-    """Says how many tokens to propose, from what was accepted before."""
-
-    def next(self) -> int:
-        """Tokens to propose in the coming round, 0 to the engine's k."""
-
-    def saw(self, accepted: Sequence[int], drafted: Sequence[int]) -> None:
-        """What was accepted of what was proposed, for each row that took part in a round."""
+# of scores among a round's results, which are whole numbers
+_ONE = 2**30
 
 
 @dataclass
@@ -55,7 +49,7 @@ class Decoded:
         tokens: the new ones of each row, a stop token among them.
         rounds: rounds of each row; the forward pass over its prompt is none.
         accepted: proposed tokens that were accepted, of all rows, those behind a stop included.
-        drafted: proposed tokens, of all rows.
+        drafted: proposed tokens that were verified, of all rows.
         drafts: rounds of rows in which any were proposed.
         by_position: how many were accepted at each position of a chain or level of a tree.
         prompt_seconds: until the first token of every row.
@@ -89,7 +83,7 @@ class Engine:
         rule: how sampled tokens are accepted: "ratio" accepts the most, "match" is lossless for any proposal, "auto" is "ratio".
             Greedy decoding, and trees, have a rule of their own.
         stops: tokens that end an answer.
-        pace: changes the number of tokens from round to round; k is the most.
+        pace: changes the number of tokens from round to round, k being the most, and how many of them are verified.
         static: fixed shapes; None: on a GPU.
         runner: how rounds run; None: as graphs on a GPU, if shapes are fixed. The host runs ahead of one that is given.
 
@@ -119,7 +113,8 @@ class Engine:
         self._stops = torch.tensor(sorted(set(stops)), dtype=torch.int64, device=device)
         self._last, self._remaining = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
         self._uniforms = {salt: torch.zeros(batch, width, device=device) for salt, width in ((_PROPOSE, self.k), (_VERIFY, self._size + 1))}
-        self._out = torch.zeros(batch, TOKENS + self.k + 1, dtype=torch.int64, device=device)
+        self._scores = slice(TOKENS + self.k + 1, TOKENS + self.k + 1 + (0 if pace is None else self.k))
+        self._out = torch.zeros(batch, self._scores.stop, dtype=torch.int64, device=device)
         # proposals of a drafter on the host, where shapes are fixed
         self._tokens, self._counts = torch.zeros(batch, self._size, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
         fits = self.static and (drafter is None or drafter.graphable or self._on_host)
@@ -127,7 +122,10 @@ class Engine:
         self._runner = runner or graphs or (lambda function: function)
         # the host may run ahead where it has no part in a round
         self.lag = 1 if graphs is not None and not self._on_host else 0
-        self._rounds: dict[int, Callable[[], None]] = {}
+        self._rounds: dict[Round, Callable[[], None]] = {}
+        # rounds whose results were not read yet and when they began, and when the last ones were read
+        self._begun: deque[tuple[Round, float]] = deque()
+        self._read = 0.0
         self._readout = Readout(self._out, self.lag + 1)
 
     @torch.no_grad()
@@ -157,6 +155,7 @@ class Engine:
         if goes_on := bool(results[0][:, GOES_ON].any()):
             self._start(prompts, lengths, followers, aux)
         pending: deque[Callable[[], Tensor]] = deque()
+        self._begun.clear()
         while goes_on:
             pending.append(self.next_round(draws))
             if len(pending) <= self.lag:
@@ -217,20 +216,22 @@ class Engine:
 
     def next_round(self, draws: dict[int, Uniforms]) -> Callable[[], Tensor]:
         """Begin a round; what is returned waits for its results."""
-        k = self.k if self.pace is None else min(self.pace.next(), self.k)
+        how = Round(self.k) if self.pace is None else self.pace.next()
+        k = min(how.k, self.k)
+        self._begun.append((how, time.perf_counter()))
         for salt, buffer in self._uniforms.items() if draws else ():
             buffer.copy_(draws[salt].take(buffer.shape[1]))
         if self._on_host and not self.static:
-            self._round(k)
+            self._round(how)
         else:
             if self._on_host and k:
                 assert self.drafter is not None
                 proposal = self.drafter.propose(k)
                 self._tokens[:, : proposal.tokens.shape[1]].copy_(proposal.tokens)
                 self._counts.copy_(torch.full((self.batch,), k) if proposal.counts is None else proposal.counts)
-            if k not in self._rounds:
-                self._rounds[k] = self._runner(lambda: self._round(k))
-            self._rounds[k]()
+            if how not in self._rounds:
+                self._rounds[how] = self._runner(lambda: self._round(how))
+            self._rounds[how]()
         return self._readout.send(self._out)
 
     def _saw(self, result: Tensor) -> bool:
@@ -238,14 +239,20 @@ class Engine:
         if self._on_host and self.drafter is not None:
             self.drafter.observe(result[:, TOKENS:], None, result[:, KEPT])
         if self.pace is not None:
+            now, (how, began) = time.perf_counter(), self._begun.popleft()
             took_part = result[result[:, KEPT] > 0]
-            self.pace.saw(took_part[:, ACCEPTED].tolist(), took_part[:, PROPOSED].clamp(max=self.k).tolist())
+            scores = took_part[:, self._scores].float() / _ONE
+            # the host may begin a round while the one before runs
+            self.pace.saw(how, now - max(began, self._read), took_part[:, ACCEPTED], took_part[:, PROPOSED].clamp(max=self.k), scores)
+            self._read = now
         return bool(result[:, GOES_ON].any())
 
-    def _round(self, k: int) -> None:
+    def _round(self, how: Round) -> None:
+        k = min(how.k, self.k)
         proposal = self._proposal(k)
+        proposal, line = (proposal, None) if self.pace is None or k == 0 else self._chosen(proposal, how)
         ids = torch.cat([self._last[:, None], proposal.tokens.clamp(min=0)], 1)
-        step = self.target.forward(ids, self.cache, self._layers, proposal.parents)
+        step = self.target.forward(ids, self.cache, self._layers, proposal.parents, line)
         emitted, accepted, path = self._accept(step.logits, proposal, k)
         kept, ended = cut(emitted, accepted + 1, self._remaining, self._stops)
         self.cache.commit(kept, path)
@@ -275,6 +282,21 @@ class Engine:
             return found
         most = int(found.counts.max())  # nothing is verified that no row proposed
         return replace(found, tokens=found.tokens[:, :most])
+
+    def _chosen(self, proposal: Proposal, how: Round) -> tuple[Proposal, Line | None]:
+        """A proposal without what is not to be verified, and what is in one line; None: nothing is left out."""
+        if proposal.parents is not None:
+            if how.size is not None:
+                raise UsageError(785, "pace", "tokens of a tree are not left out of verification", "let it only change the number of levels")
+            self._out[:, self._scores] = _ONE
+            return proposal, None
+        of, places = scores(proposal, self._remaining > 0), proposal.tokens.shape[1] + 1
+        self._out[:, self._scores] = torch.nn.functional.pad((of * _ONE).long(), (0, self.k - of.shape[1]))
+        if how.size is None or how.size >= of.numel():
+            return proposal, None
+        counts = kept(of, how.size)
+        line = Line.of(counts, places, how.size)
+        return replace(proposal, counts=counts if proposal.counts is None else torch.minimum(counts, proposal.counts)), line
 
     def _accept(self, logits: Tensor, proposal: Proposal, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens of the round [B, N + 1] or [B, K + 1], how many of the proposed ones are accepted [B], and which of a tree's."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from angelslim_core.errors import UsageError
 
+from .adaptive import Pace, Pacing
 from .drafters.autoregressive import Autoregressive, Tree
 from .drafters.base import Drafter, Warp
-from .engine import Decoded, Engine, Pacing, Rule
+from .engine import Decoded, Engine, Rule
 from .registry import drafters
 from .target import Target
 
@@ -57,7 +58,7 @@ class Generated:
 def generate(
     target: Target | PreTrainedModel, input_ids: Tensor, drafter: Drafter | str | Path | None = None, max_new_tokens: int = 256, temperature: float = 0.0, *,
     top_k: int = 0, top_p: float = 1.0, k: int = 5, tree: Tree | None = None, rule: Rule = "auto", seed: int | Sequence[int] = 0, stop_ids: Sequence[int] | None = None,
-    attention_mask: Tensor | None = None, pace: Pacing | None = None, static: bool | None = None, tell: Callable[[list[list[int]]], None] | None = None,
+    attention_mask: Tensor | None = None, adaptive: bool = False, pace: Pacing | None = None, static: bool | None = None, tell: Callable[[list[list[int]]], None] | None = None,
 ) -> Generated:  # fmt: skip
     """Continue prompts, exactly as the target would: greedily the same tokens, sampled the same distribution.
 
@@ -74,14 +75,17 @@ def generate(
         tree: shape of the trees that a draft of one token at a time proposes; None: chains.
         rule: how sampled tokens are accepted, as for `Engine`.
         seed: the first row's, each further one's being greater by one, or one for each row. What a row samples depends on nothing
-            else of its batch.
+            else of its batch, without `adaptive` and `pace`.
         stop_ids: None: those of the generation config.
         attention_mask: [B, P], 0 where a row is padded on the left; None: no padding.
-        pace, static: as for `Engine`.
+        adaptive: each round proposes and verifies as many tokens as pay for their time, up to k; of chains those that the draft is
+            surest of, in whatever row. Sampled tokens keep their distribution, but since times are measured the same seed need not give them twice.
+        pace: what changes rounds instead; as is `static`, for `Engine`.
         tell: called with the new tokens of each row, after each round.
 
     Raises:
-        UsageError: the mask is of another shape, or pads in between or on the right; the drafter grows no trees; or as `Engine.decode` raises.
+        UsageError: the mask is of another shape, or pads in between or on the right; the drafter grows no trees; `adaptive` has no drafter,
+            or a pace beside it; or as `Engine.decode` raises.
         ModelError: the target cannot be decoded speculatively, or the draft is of another target.
     """
     target = target if isinstance(target, Target) else Target(target)
@@ -89,6 +93,10 @@ def generate(
     capacity = int(lengths.max()) + max_new_tokens
     proposer = drafter_of(drafter, target, tree)
     stops = target.stop_ids if stop_ids is None else stop_ids
+    if adaptive:
+        if proposer is None or pace is not None:
+            raise UsageError(786, "adaptive", "nothing is proposed" if proposer is None else "and pace both set what a round does", "leave it out")
+        pace = Pace(k, len(prompts), cuts=not (isinstance(proposer, Autoregressive) and proposer.tree is not None))
     engine = Engine(
         target, proposer, len(prompts), capacity, k=k, warp=Warp(temperature, top_k, top_p), rule=rule, stops=stops, pace=pace, static=static
     )  # fmt: skip

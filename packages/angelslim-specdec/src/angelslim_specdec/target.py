@@ -22,6 +22,7 @@ from angelslim_core.model import decoder_layers
 
 from .attention import Coupling, Visible
 from .cache import SlotCache
+from .dcut import Line
 from .drafts.base import Heads, TargetShape
 from .narrow import Narrow
 
@@ -174,24 +175,31 @@ class Target:
         return step
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, cache: SlotCache, layer_ids: Sequence[int] = (), parents: Tensor | None = None) -> Step:
+    def forward(
+        self, ids: Tensor, cache: SlotCache, layer_ids: Sequence[int] = (), parents: Tensor | None = None, line: Line | None = None
+    ) -> Step:  # fmt: skip
         """Tokens behind what each row has confirmed; `cache.commit` says afterwards which of them stay.
 
         Args:
             ids: [B, T], int64: the last confirmed token, which the cache does not hold yet, then those to verify.
             parents: [B, T - 1], int64: which of those to verify each one follows, from 0, -1 being the first token; None: a chain.
+            line: which tokens of the chains are run at all; None: all.
 
         Returns:
-            logits [B, T, V] of what follows each token.
+            logits [B, T, V] of what follows each token; anything where a token was not run.
         """
         number = torch.arange(ids.shape[1], device=ids.device)
         if parents is None:
-            visible = Visible(cache.lengths, number)
+            visible = Visible(cache.lengths, number, line=line)
         else:
             ancestors = ancestors_of(parents)
             visible = Visible(cache.lengths, ancestors.sum(-1) - 1, ancestors)
-        cache.begin(ids.shape[1])
-        return self._run(ids, visible, cache.lengths[:, None] + visible.depths, layer_ids, None, cache)
+        cache.begin(ids.shape[1], line=line)
+        positions = cache.lengths[:, None] + visible.depths
+        if line is None:
+            return self._run(ids, visible, positions, layer_ids, None, cache)
+        step = self._run(line.line(ids), visible, line.line(positions), layer_ids, None, cache)
+        return Step(line.rows(step.logits), None if step.aux is None else line.rows(step.aux), line.rows(step.final))
 
     def _run(
         self, ids: Tensor, visible: Visible, positions: Tensor, layer_ids: Sequence[int], pick: Callable[[Tensor], Tensor] | None, cache: SlotCache | None = None

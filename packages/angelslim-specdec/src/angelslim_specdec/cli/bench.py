@@ -29,7 +29,7 @@ from .opening import DTYPES, open_target
     help="Each draft also with trees of k levels: children of a node, and tokens to verify at most; may be given again.",
 )
 @click.option("--rule", default="auto", show_default=True, type=click.Choice(["auto", "ratio", "match"]), help="How sampled tokens are accepted.")
-@click.option("--adaptive", is_flag=True, help="Each draft also with a length set, up to the largest k, by what was accepted before.")
+@click.option("--adaptive", is_flag=True, help="Each draft also with as many tokens proposed, up to the largest k, and verified as pay for their time.")
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of each answer.")
 @click.option("--samples", default=80, show_default=True, type=click.IntRange(min=1), help="Prompts of each file.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Runs of everything, by turns; speeds are medians.")

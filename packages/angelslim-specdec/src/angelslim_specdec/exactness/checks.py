@@ -85,16 +85,22 @@ class Greedy:
         return float(same.all())
 
 
-def sampled(target: Target, way: Way, rule: engine.Rule, warp: Warp, expected: Tensor, samples: int, paced: bool = False, seed: int = 1) -> float:
+# what rounds are made to cost: of 0, 1, 2 and 3 tokens, and of a quarter, half and three quarters of three
+LENGTHS, CUTS = [1.0, 1.3, 1.6, 2.2, 9.0, 9.0, 9.0], [1.0, 9.0, 9.0, 9.0, 1.05, 1.1, 1.8]
+
+
+def sampled(
+    target: Target, way: Way, rule: engine.Rule, warp: Warp, expected: Tensor, samples: int, costs: Sequence[float] | None = None, seed: int = 1
+) -> float:  # fmt: skip
     """p value of sampled text, the first tokens after a prompt, each row with a seed of its own.
 
     Args:
         expected: [V] * 4, as `statistics.joint` gives it.
-        paced: the number of proposed tokens changes with what is accepted.
+        costs: of rounds, by which their kind is chosen from what was accepted: `LENGTHS` or `CUTS`; None: all propose the same, all of it verified.
     """
     rows = []
     for start in range(0, samples, _ROWS):
-        pace = Pace([1.0, 1.3, 1.6, 2.2]) if paced else None
+        pace = None if costs is None else Pace(3, _ROWS, ms=costs)
         rows += decoded(
             target, way.make(), [SAMPLED_PROMPT] * _ROWS, _SAMPLED_TOKENS, seed + start, k=3, warp=warp, rule=rule, pace=pace
         ).tokens  # fmt: skip

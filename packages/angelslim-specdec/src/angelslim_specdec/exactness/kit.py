@@ -12,7 +12,7 @@ from angelslim_core.context import Progress, silent
 from ..drafters.base import Warp
 from ..engine import Rule
 from ..target import Target
-from .checks import WARPS, Greedy, sampled
+from .checks import CUTS, LENGTHS, WARPS, Greedy, sampled
 from .drafters import Table
 from .mutants import GREEDY, SAMPLED, replaced
 from .statistics import joint
@@ -74,9 +74,9 @@ def _sampled_jobs(target: Target, everyone: list[Way], samples: int) -> list[Job
             for rule in rules:
                 name = f"sampled, {way.name}, {'tree' if way.tree else rule}, {label}"
                 jobs.append((name, "chi-square", partial(sampled, target, way, rule, warp, expected, samples)))
-            if way.name == "table" and not number:
-                name = "sampled, table, ratio, length set by what was accepted"
-                jobs.append((name, "chi-square", partial(sampled, target, way, "ratio", warp, expected, samples, paced=True)))
+            for what, costs in (("length set by what was accepted", LENGTHS), ("cut by confidence", CUTS)) if way.name == "table" and not number else ():
+                name = f"sampled, table, ratio, {what}"
+                jobs.append((name, "chi-square", partial(sampled, target, way, "ratio", warp, expected, samples, costs)))
     return jobs
 
 
@@ -93,7 +93,8 @@ def _mutants(target: Target, greedy: Greedy, everyone: list[Way], samples: int) 
         found.append((name, replaced(*what), job))
     for name, what in SAMPLED.items():
         way = branching if what[1] == "tree_sample" else drawn
-        found.append((name, replaced(*what), partial(sampled, target, way, "ratio", warp, expected, samples)))
+        costs = CUTS if what[1] == "scores" else None
+        found.append((name, replaced(*what), partial(sampled, target, way, "ratio", warp, expected, samples, costs)))
     untempered = Way("q stated without its temperature", lambda: Table(table, stated=1.0), samples=True)
     found.append(("q not tempered", nullcontext(), partial(sampled, target, untempered, "ratio", flat, at_flat, samples)))
     reading = next(way for way in everyone if way.make().layer_ids)

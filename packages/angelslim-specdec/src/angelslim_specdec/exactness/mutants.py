@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .. import engine
 from ..cache import SlotCache
+from ..drafters.base import Proposal
 from ..verification import draw, greedy, ratio, tree_greedy
 
 
@@ -72,9 +74,12 @@ def _one_draw_for_two(p: Tensor, tokens: Tensor, q: Tensor, columns: Tensor | No
     return ratio(p, tokens, q, columns, uniforms[:, :1].expand_as(uniforms), counts)
 
 
-def _cut_by_confidence(p: Tensor, tokens: Tensor, q: Tensor, columns: Tensor | None, uniforms: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    sure = q.gather(2, tokens[..., None])[..., 0] > 0.3
-    return ratio(p, tokens, q, columns, uniforms, sure.long().cumprod(1).sum(1))
+def _of_what_was_drawn(proposal: Proposal, live: Tensor) -> Tensor:
+    assert proposal.q is not None
+    return _SCORES(replace(proposal, q=None, confidence=proposal.q.gather(2, proposal.tokens[..., None])[..., 0]), live)
+
+
+_SCORES = engine.scores
 
 
 def _tree_from_the_root(p: Tensor, tokens: Tensor, parents: Tensor, uniforms: Tensor, depth: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +106,6 @@ SAMPLED: Mapping[str, tuple[Any, str, Callable[..., Any]]] = {
     "resampled from p after a rejection": (engine, "ACCEPT_RATIO", _of_probabilities(_resampled)),
     "residual not renormalised": (engine, "ACCEPT_RATIO", _of_probabilities(_unnormalised)),
     "one draw for two decisions": (engine, "ACCEPT_RATIO", _of_probabilities(_one_draw_for_two)),
-    "cut by the confidence of what is verified": (engine, "ACCEPT_RATIO", _of_probabilities(_cut_by_confidence)),
+    "cut by the confidence of what is verified": (engine, "scores", _of_what_was_drawn),
     "tree: draws from the wrong row": (engine, "tree_sample", _tree_from_the_root),
 }
