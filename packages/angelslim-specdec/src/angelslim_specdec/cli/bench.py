@@ -10,7 +10,7 @@ import click
 from angelslim_core.cli.common import emit, json_option, plugins_option, progress, table
 from angelslim_core.errors import UsageError
 
-from .opening import DTYPES, open_target
+from .opening import device_option, dtype_option, open_target
 
 
 @click.command("bench")
@@ -25,8 +25,8 @@ from .opening import DTYPES, open_target
 @click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of each answer.")
 @click.option("--samples", default=80, show_default=True, type=click.IntRange(min=1), help="Prompts of each file.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Runs of everything, by turns; speeds are medians.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-@click.option("--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="To run the target in.")
+@device_option
+@dtype_option
 @click.option("--out", metavar="DIR", help="Folder for bench.json and bench.html.")
 @plugins_option
 @json_option

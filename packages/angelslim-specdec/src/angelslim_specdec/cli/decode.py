@@ -8,6 +8,8 @@ import click
 
 from angelslim_core.cli.common import emit, host_of, json_option, plugins_option
 
+from .opening import device_option
+
 
 @click.command("decode")
 @click.option("--model", required=True, metavar="M", help="Model folder, or a hub id when online.")
@@ -23,7 +25,7 @@ from angelslim_core.cli.common import emit, host_of, json_option, plugins_option
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Their share of probability.")
 @click.option("--rule", default="auto", show_default=True, type=click.Choice(["auto", "ratio", "match"]), help="How sampled tokens are accepted.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of sampling.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@device_option
 @plugins_option
 @json_option
 def command(
