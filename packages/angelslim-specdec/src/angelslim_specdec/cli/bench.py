@@ -43,7 +43,7 @@ def command(
 
     sizes, lengths = _numbers(batch, "--batch", int), _numbers(k, "--k", int)
     temperatures = _numbers(temperature, "--temperature", float)
-    names = [Path(d).name for d in drafts]
+    names = [measuring.name_of(d) for d in drafts]
     stems = [Path(f).stem for f in files]
     for given, option in ((names, "--draft"), (stems, "--prompts")):
         if len(set(given)) < len(given):

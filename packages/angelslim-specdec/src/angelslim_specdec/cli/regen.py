@@ -75,7 +75,9 @@ def command(
     if as_json:
         emit(document)
         return
-    click.echo(f"{counts.written} of {counts.prompts} conversations written, {counts.resumed} were there; {counts.cut} answers cut, {counts.empty} empty")
+    click.echo(
+        f"{counts.written} of {counts.prompts} conversations written, {counts.resumed} were there; {counts.cut} answers cut, {counts.empty} empty, {counts.refused} refused"
+    )
     click.echo(f"{counts.tokens} tokens in {counts.seconds:.1f} s ({document['tokens_per_second']:.0f} tok/s)   {out}")
 
 

@@ -88,6 +88,8 @@ def command(
 
     if (data is None) == (features is None):
         raise UsageError(741, "--data", "and --features exclude each other, and one of them is needed")
+    if features is not None and (idle := [name for name in ("length", "turns") if _is_given(name)]):
+        raise UsageError(790, f"--{idle[0]}", "is of --data: features have what `dump` was given", "leave it out, or dump anew")
     arguments = dict(locals())
     where = pick_device(device)
     with joined(where) as group, stoppable() as stop_requested, progress("training") as report:
@@ -123,6 +125,10 @@ def _run(given: dict[str, Any], where: str, group: Any, report: Any, stop_reques
     device = torch.device("cuda", torch.cuda.current_device()) if where == "cuda" else torch.device("cpu")
     given["settings"] = options_of(given["settings"])
     return train_draft(given, target, device, group=group, progress=report, stop_requested=stop_requested)
+
+
+def _is_given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def options_of(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class DraftTraining:
         batch: rows a step, over all processes.
         every: steps between two looks: validation, `look`, and a state that a killed training goes on with.
         look: called at each look with the step; what it measures is kept. Only in the first process.
+        export: called with the step each `export_every` steps, 0 being never, in the first process.
 
     Raises:
         UsageError: the processes cannot share a batch evenly.
@@ -86,10 +87,12 @@ class DraftTraining:
 
     def __init__(
         self, draft: Draft, heads: Heads, source: Source, options: TrainingOptions, *, batch: int, validation: Source | None = None, every: int = 500,
-        look: Callable[[int], dict[str, Any]] = lambda step: {}, group: Group | None = None,
+        look: Callable[[int], dict[str, Any]] = lambda step: {}, export: Callable[[int], None] = lambda step: None, export_every: int = 0,
+        group: Group | None = None,
     ) -> None:  # fmt: skip
         self.draft, self.heads, self.source, self.validation = draft, heads, source, validation
         self.group, self.every, self._look = group or Group(), every, look
+        self._export, self._export_every = export, export_every
         self.order = Order(len(source.rows), batch, options.seed)
         if self.order.batch % self.group.size:
             raise UsageError(
@@ -116,14 +119,18 @@ class DraftTraining:
                 training.advance(self._terms)
                 now = time.perf_counter()
                 is_look = training.step % self.every == 0 or training.is_done
-                if now - last > 1 or is_look or training.step == steps_before + 1:
+                is_export = self._export_every > 0 and training.step % self._export_every == 0
+                if now - last > 1 or is_look or is_export or training.step == steps_before + 1:
                     told, last = self._tell(training.seen()) or told, now
                     rate = self.history.tokens / max(now - began - spent, 1e-9)
                     progress(training.step, options.steps, f"{rate:.0f} tok/s, {told.short() if told else ''}")
                 stops = any(self.group.gather(stop_requested())) if self.group.size > 1 else stop_requested()
+                before = time.perf_counter()
+                if is_export and self.group.rank == 0:
+                    self._export(training.step)
                 if is_look and told is not None:
-                    before = time.perf_counter()
                     self._record(told)
+                if is_look or is_export:
                     spent += time.perf_counter() - before
                 if stops or (is_look and not training.is_done):
                     self._tell(training.seen())
