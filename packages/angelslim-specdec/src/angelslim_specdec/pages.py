@@ -83,7 +83,8 @@ def check_sections(document: Mapping[str, Any]) -> list[Section]:
             Section(f"{what}: sampled text in fp32", "Where drawn tokens stand in the target's own distribution, at temperature 1; and the same texts taken "
                     "for ones of temperature 1.5, which have to be found out.", "", ("rule", "tokens", "p", "p if warmer", ""), sampled),
             Section(f"{what}: near ties in {near['dtype']}", f"Rows that part from plain decoding of single rows, and the widest gap in fp32 between the two "
-                    f"tokens where they do; more than {near['tolerance']:g} logits is no tie.", "", ("greedy text", "part", "rate", "widest gap", "no tie"), ties),
+                    f"tokens where they do. Rounding moves such a gap by up to {near['rounding']:.3f} logits in transformers' own pass; a wider one than that, "
+                    f"and than {near['tolerance']:g}, is no tie.", "", ("greedy text", "part", "rate", "widest gap", "no tie"), ties),
         ]  # fmt: skip
         if gaps:
             sections.append(Section("Where they part", "", "", ("greedy text", "row", "position", "gap", ""), gaps))

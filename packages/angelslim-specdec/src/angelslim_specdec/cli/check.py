@@ -34,7 +34,11 @@ _PROMPTS = (
 @click.option("--texts", default=64, show_default=True, type=click.IntRange(min=1), help="Texts of the pair to sample by each rule.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp16"]), help="16 bits in which the pair is looked at for near ties.")
 @click.option(
-    "--tolerance", default=0.1, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Logits, of fp32, within which two tokens are a near tie."
+    "--tolerance",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Logits within which two tokens are a near tie, even if 16 bits round less.",
 )
 @device_option
 @click.option("--out", metavar="DIR", help="Folder for check.json and check.html.")

@@ -24,11 +24,12 @@ from .checks import decoded
 from .drafters import Listening
 from .statistics import quantiles, uniformity
 
-# logits, between the same sums in another order; in 16 bits a pass over several tokens differs from one over a single token by about 1e-2
+# logits: between the same sums in another order, and the least that counts as a tie in 16 bits
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 # of texts that are right, how improbable they may be; of those taken for texts of another temperature, how probable
 LEAST_P, CAUGHT_P = 1e-4, 1e-6
 _TREE = Tree(depth=4, top_k=4, total=16)
+_LIKELIEST = 4  # tokens whose rounding is looked at
 _ROWS = 4  # of a batch of different prompts
 _SAMPLED_TOKENS = 17  # the first token is no draft's business, the others come in pairs
 _SAMPLED_ROWS, _AT_ONCE = 256, 1 << 26  # of a batch at most, and its logits
@@ -56,8 +57,7 @@ def check_pair(
     Args:
         load: gives what makes drafters, in the dtype that the target has by then.
         texts: to sample with each rule.
-        dtype: the 16 bits of the report on near ties.
-        tolerance: logits, between two tokens that are all but equally likely; None: of `TOLERANCE`.
+        dtype, tolerance: as for `near_ties`.
 
     Returns:
         `ok`, and `equality`, `sampled`, `near_ties` as the functions here give them.
@@ -127,24 +127,41 @@ def near_ties(
 ) -> dict[str, Any]:  # fmt: skip
     """Greedy text in 16 bits, with the draft and without, and without in batches as a control: batches alone part as well.
 
-    Where texts part, both prefixes being the same, the target reads them in fp32: that the two tokens are closer to its first choice than
-    the tolerance is a near tie, which rounding decides; anything else is a failure.
+    Where texts part, both prefixes being the same, the target reads them in fp32. Two passes in 16 bits, each of which is off by no more than
+    some number in the difference between two tokens, agree on their order unless they are closer than that: then it is a near tie, which
+    rounding decides. The number is what transformers' own pass over the plain texts is off by, at worst and among the likeliest tokens.
+
+    Args:
+        tolerance: logits that count as a tie whatever that is; None: of `TOLERANCE`.
 
     Returns:
-        `ok`, `dtype`, `tolerance`, `rows`, `tokens`, `parted`, `rate` (of rows), `gaps` [{row, position, gap, near_tie}], and `control_parted`,
-        `control_rate`, `control_gaps`.
+        `ok`, `dtype`, `tolerance`, `rounding`, `rows`, `tokens`, `parted`, `rate` (of rows), `gaps` [{row, position, gap, near_tie}], `within_tolerance`
+        of them, and `control_parted`, `control_rate`, `control_gaps`.
     """
     recast(target.model, dtype)
     make = load()
     plain, drafted, control = (_texts(target, way, prompts, rows, max_new_tokens, k=k) for way, rows in ((None, 1), (make, 1), (None, _ROWS)))
+    said = [_read(target, prompt, text).topk(_LIKELIEST) for prompt, text in zip(prompts, plain, strict=True)]
     recast(target.model, torch.float32)  # the same weights: what 16 bits can hold, 32 can
-    most = TOLERANCE[dtype] if tolerance is None else tolerance
-    gaps, of_control = (_gaps(target, prompts, plain, found, most) for found in (drafted, control))
+    least = TOLERANCE[dtype] if tolerance is None else tolerance
+    rounding = 0.0
+    for prompt, text, (values, ids) in zip(prompts, plain, said, strict=True):
+        off = values.float() - _read(target, prompt, text).gather(1, ids)
+        rounding = max(rounding, float((off - off[:, :1]).abs().max()))
+    gaps, of_control = (_gaps(target, prompts, plain, found, max(least, rounding)) for found in (drafted, control))
     return {
-        "ok": all(g["near_tie"] for g in gaps), "dtype": str(dtype).removeprefix("torch."), "tolerance": most, "rows": len(prompts),
+        "ok": all(g["near_tie"] for g in gaps), "dtype": str(dtype).removeprefix("torch."), "tolerance": least, "rounding": rounding, "rows": len(prompts),
         "tokens": sum(map(len, plain)), "parted": len(gaps), "rate": len(gaps) / len(prompts), "gaps": gaps,
+        "within_tolerance": sum(g["gap"] is not None and g["gap"] < least for g in gaps),
         "control_parted": len(of_control), "control_rate": len(of_control) / len(prompts), "control_gaps": of_control,
     }  # fmt: skip
+
+
+@torch.no_grad()
+def _read(target: Target, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+    """Logits [n, V] that the target, without a cache, has for each token of a text."""
+    logits: Tensor = target.model(input_ids=torch.tensor([[*prompt, *text]], device=target.device)).logits[0, len(prompt) - 1 : -1]
+    return logits
 
 
 def _gaps(target: Target, prompts: Sequence[Sequence[int]], plain: Sequence[list[int]], found: Sequence[list[int]], tolerance: float) -> list[dict[str, Any]]:
@@ -156,8 +173,7 @@ def _gaps(target: Target, prompts: Sequence[Sequence[int]], plain: Sequence[list
         at, x, y = next((i, x, y) for i, (x, y) in enumerate(zip_longest(a, b)) if x != y)
         gap = None  # one text ends where the other goes on: no tie explains that
         if x is not None and y is not None:
-            with torch.no_grad():
-                logits = target.model(input_ids=torch.tensor([[*prompts[row], *a[:at]]], device=target.device)).logits[0, -1]
+            logits = _read(target, prompts[row], [*a[:at], x])[-1]
             gap = float(logits.amax() - torch.minimum(logits[x], logits[y]))
         gaps.append({"row": row, "position": at, "gap": gap, "near_tie": gap is not None and gap < tolerance})
     return gaps
