@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from angelslim_core.cli.main import cli
 from angelslim_core.errors import UsageError
-from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means, questions
+from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means, name_of, questions
 from angelslim_specdec.cli.opening import open_target
 from angelslim_specdec.folder import save_draft
 from angelslim_specdec.registry import draft_named
@@ -166,7 +166,7 @@ def test_bench_prints_a_table(model, prompts):
         (["--batch", "0"], 767),
         (["--k", "4,4"], 767),
         (["--temperature", "-1"], 767),
-        (["--draft", "elsewhere/suffix"], 764),
+        (["--draft", "here/one", "--draft", "elsewhere/one"], 764),
         (["--max-new-tokens", "600"], 765),
     ],
     ids=str,
@@ -174,3 +174,21 @@ def test_bench_prints_a_table(model, prompts):
 def test_bench_refuses(arguments, number, model, prompts):
     done = run("--model", model, "--draft", "suffix", *prompts[:2], "--device", "cpu", *arguments)
     assert isinstance(done.exception, UsageError) and done.exception.number == number
+
+
+def test_a_folder_is_no_drafter_of_its_name(tmp_path, tiny, monkeypatch):
+    from angelslim_core.loading import load_model
+    from angelslim_specdec.folder import save_draft
+    from angelslim_specdec.registry import draft_named
+    from angelslim_specdec.target import Target
+
+    assert [name_of(d) for d in ("ngram", "some/suffix", "./plain", "some/eagle")] == ["ngram", "suffix (folder)", "plain (folder)", "eagle"]
+    model = tiny("llama", dtype="float32", max_position_embeddings=512)
+    shape = Target(load_model(model, "cpu").model).shape
+    save_draft(draft_named("mtp").from_target(shape), tmp_path / "plain")
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "abc"}\n')
+    monkeypatch.chdir(tmp_path)
+    done = run("--model", str(model), "--draft", "plain", "--prompts", str(prompts), "--max-new-tokens", "6", "--repeats", "1", "--device", "cpu", "--json")
+    found = {r["drafter"]: r for r in json.loads(done.stdout)["rows"]}
+    assert found.keys() == {"plain", "plain (folder)", "ngram"} and found["plain (folder)"]["rounds"] and "rounds" not in found["plain"]

@@ -12,7 +12,6 @@ from angelslim_specdec.drafters.base import Warp
 from angelslim_specdec.exactness import kit
 from angelslim_specdec.exactness.checks import Greedy, decoded
 from angelslim_specdec.exactness.drafters import Oracle, Table
-from angelslim_specdec.exactness.pair import check_pair
 from angelslim_specdec.exactness.statistics import agreement, chi_square, joint
 from angelslim_specdec.exactness.subject import PROMPTS, VOCABULARY, Way, bigrams, continuation, small_target, ways
 from angelslim_specdec.verification import draw
@@ -80,41 +79,24 @@ def test_a_wrong_build_fails_a_check(target):
     assert greedy.alike(Way("table", lambda: Table(bigrams(target))), (4,), PROMPTS) == 1.0  # and nothing stays replaced
 
 
-def test_pair_with_near_ties(target):
-    table = bigrams(target)
-    found = check_pair(target, lambda: Table(table), PROMPTS, k=3, max_new_tokens=16)
-    assert found["ok"] and found["parted"] == found["control_parted"] == 0 and found["rows"] == 3
-
-
-def test_pair_that_parts_for_no_reason(target, monkeypatch):
-    from angelslim_specdec.exactness import pair
-
-    right = pair.decoded
-
-    def wrong(target, drafter, prompts, tokens, **options):
-        found = right(target, drafter, prompts, tokens, **options)
-        if drafter is not None:
-            found.tokens[0][5] = int(target.model(input_ids=torch.tensor([[*prompts[0], *found.tokens[0][:5]]])).logits[0, -1].argmin())
-        return found
-
-    monkeypatch.setattr(pair, "decoded", wrong)
-    found = check_pair(target, lambda: Table(bigrams(target)), PROMPTS[:1], max_new_tokens=8)
-    assert not found["ok"] and found["gaps"][0]["position"] == 5 and found["gaps"][0]["gap"] > 1
-
-
-def test_command(monkeypatch, tiny):
+def test_command(monkeypatch, tiny, tmp_path):
     few, mutants = kit._sampled_jobs, kit._mutants
     monkeypatch.setattr(kit, "ways", lambda target: [w for w in ways(target) if w.name in ("ngram", "dflash")])
     monkeypatch.setattr(kit, "_sampled_jobs", lambda *arguments: few(*arguments)[:1])
     monkeypatch.setattr(kit, "_mutants", lambda *arguments: mutants(*arguments)[:2])
     model = str(tiny("llama", dtype="float32", max_position_embeddings=512))
-    done = CliRunner().invoke(
-        cli, ["specdec", "check", "--samples", "2048", "--model", model, "--draft", "ngram", "--max-new-tokens", "8", "--device", "cpu", "--json"]
-    )
-    assert done.exit_code == 0, (done.output, done.exception)
+    options = ["--samples", "2048", "--model", model, "--draft", "ngram", "--max-new-tokens", "8", "--texts", "128", "--tolerance", "0.5", "--device", "cpu"]
+    done = CliRunner().invoke(cli, ["specdec", "check", *options, "--json", "--out", str(tmp_path / "out")])
     found = json.loads(done.stdout)
-    assert found["ok"] and found["near_ties"]["rows"] == 4 and all(m["caught"] and m["p"] < 1e-6 for m in found["mutants"])
-    assert all(set(c) == {"name", "ok", "detail"} and c["ok"] for c in found["checks"]) and found["checks"][0]["name"].startswith("ngram with")
+    assert found["checks"] and all(m["caught"] and m["p"] < 1e-6 for m in found["mutants"])
+    assert all(set(c) == {"name", "ok", "detail"} and c["ok"] for c in found["checks"])
+    pair = found["pair"]
+    assert pair["near_ties"]["rows"] == 4 and pair["near_ties"]["tolerance"] == 0.5 and pair["near_ties"]["ok"]
+    assert all(c["ok"] and c["equal"] == 4 for c in pair["equality"]) and [c["texts"] for c in pair["sampled"]] == [128, 128]
+    assert all(c["p"] > 1e-4 for c in pair["sampled"]) and done.exit_code == (0 if found["ok"] else 8)
+    assert json.loads((tmp_path / "out/check.json").read_text()) == found
+    page = (tmp_path / "out/check.html").read_text()
+    assert "ngram with" in page and "near ties in bfloat16" in page and "batches of 4" in page and "wrong KV trim" in page
 
 
 def test_command_says_not_ok(monkeypatch):

@@ -171,9 +171,45 @@ def test_a_server_that_fails_is_an_error_of_ours(server):
     with pytest.raises(EngineError, match="has 2 models: a, b"):
         Server(server(lambda path, body: (200, {"data": [{"id": "a"}, {"id": "b"}]})), 7)
     asked = []
-    refusing = Server(server(lambda path, body: (asked.append(path), (400, {"why": "too long"}))[1]), 7, model="m")
-    with pytest.raises(EngineError, match=r"status 400.*too long"):
+    refusing = Server(server(lambda path, body: (asked.append(path), (401, {"why": "no key"}))[1]), 7, model="m")
+    with pytest.raises(EngineError, match=r"status 401.*no key"):
         list(refusing([Request(USER[:1], 0, 0)]))
     assert len(asked) == 1
     with pytest.raises(EngineError, match="no chat completion"):
         list(Server(server(lambda path, body: (200, {"choices": []})), 7, model="m")([Request(USER[:1], 0, 0)]))
+
+
+def test_a_request_that_a_server_refuses_costs_nothing_else(server, tmp_path, caplog):
+    def reply(path, body):
+        said = [m["content"] for m in body["messages"]]
+        if said[-1] == "long":
+            return 400, {"why": "too long"}
+        return 200, {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}], "usage": {"completion_tokens": 2}}
+
+    assistant = Server(server(reply), 7, model="m")
+    users = {"1": ["a"], "2": ["long"], "3": ["a", "long"], "4": ["b"]}
+    asked = [Conversation(id, [{"role": "user", "content": c} for c in said]) for id, said in users.items()]
+    counts = regenerate(asked, assistant, tmp_path / "o.jsonl", {}, mix=Mix())
+    assert (counts.written, counts.refused, counts.empty, counts.cut) == (3, 2, 0, 0) and "2: the server refused it: status 400" in caplog.text
+    rows = written(tmp_path / "o.jsonl")
+    assert rows.keys() == {"1", "3", "4"}, "the next run asks again"
+    assert contents(rows["3"]) == ["a", "hi"] and rows["3"]["finished"], "what was said before is good"
+    again = regenerate(asked[:1] + asked[2:], assistant, tmp_path / "o.jsonl", {}, mix=Mix())
+    assert again.resumed == 3 and again.refused == 0
+    with pytest.raises(EngineError, match=r"refused 1 of 1 requests.*too long"):
+        regenerate(asked, assistant, tmp_path / "o.jsonl", {}, mix=Mix())
+
+
+def test_a_server_that_refuses_most_is_at_fault(tmp_path):
+    class Refusing:
+        def __call__(self, requests):
+            for i, request in enumerate(requests):
+                fails = int(request.chat[-1]["content"]) % 3
+                yield i, Answer("", None, True, 0, 0, "status 400") if fails else Answer("hi", None, True, 1, 1)
+
+    many = [Conversation(str(i), [{"role": "user", "content": str(i)}]) for i in range(90)]
+    with pytest.raises(EngineError, match="refused 17 of 2"):
+        regenerate(many, Refusing(), tmp_path / "o.jsonl", {}, mix=Mix())
+    assert 5 < len(written(tmp_path / "o.jsonl")) < 12
+    few = [c for c in many if int(c.id) % 3 == 0 or int(c.id) > 60]
+    assert regenerate(few, Refusing(), tmp_path / "p.jsonl", {}, mix=Mix()).written == 30

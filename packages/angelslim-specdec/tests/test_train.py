@@ -230,6 +230,38 @@ def test_it_learns_and_says_how_well_on_rows_it_never_saw(target, tmp_path):
     assert not torch.equal(early.first.weight, last.first.weight) and torch.equal(last.first.weight, load_draft(tmp_path / "d.step-60").first.weight)
 
 
+def test_exports_and_looks_come_each_in_their_own_time(target, tmp_path):
+    rows = pack(documents(*[16] * 6), 32)
+    train(plan(target, rows, steps=13, every=4, export_every=3), None, tmp_path / "d")
+    assert {p.name for p in tmp_path.glob("d.step-*")} == {f"d.step-{n}" for n in (3, 6, 9, 12)}
+    assert [e["step"] for e in json.loads((tmp_path / "d/training.json").read_text())["history"]] == [4, 8, 12, 13]
+
+
+def test_an_answer_without_a_question_is_no_prompt_to_decode(target, monkeypatch):
+    from angelslim_specdec.training import prepare as module
+
+    spoken = [Document([5, 6, 7, 8], [True] * 4), Document([5, 6, 7, 8], [False, True, True, True])]
+
+    class Rendered:
+        template = ""
+
+        def documents(self, conversations, turns):
+            return spoken
+
+    found = module.prepare([], Rendered(), 16)
+    assert found.documents == 2 and found.prompts == [[5]]
+
+
+def test_processes_share_the_memory_of_their_machine(target, monkeypatch):
+    from angelslim_specdec.training import features
+
+    rows = pack(documents(*[16] * 4), 32)
+    nbytes = 64 * 8 * 4
+    monkeypatch.setattr(features, "free_ram_bytes", lambda: 5 * nbytes)
+    where = [features.where_to_keep(rows, 8, torch.float32, torch.device("cpu"), n) for n in (1, 2, 3)]
+    assert where == [("host", nbytes), ("host", nbytes), ("nowhere", nbytes)]
+
+
 def test_a_selection_is_of_answers_only_and_keeps_what_ends_them(target, tmp_path):
     rows = pack([Document([9, 9, 9, 20, 21, 20, 22], [False] * 3 + [True] * 4)] * 3, 64)
     found = select(rows, target, 5)
@@ -279,13 +311,14 @@ def test_the_command(tiny, chats, tmp_path, capsys):
     [
         ({"--draft": "nothing"}, 2, "is no draft model"), ({"--set": "speed=3"}, 2, "knows no option speed"), ({"--set": "speed"}, 2, "KEY=VALUE"),
         ({"--draft-vocab": "300"}, 2, "the target has 256"), ({"--features": "x"}, 2, "exclude each other"), ({"--length": "8"}, 3, "no answer of 6"),
+        ({"--data": None, "--features": "x", "--length": "64"}, 2, "is of --data"), ({"--data": None, "--features": "x", "--turns": "joined"}, 2, "is of --data"),
         ({"--vocab": "nowhere"}, 5, "is no file"), ({"--data": "nowhere"}, 3, "does not exist"),
     ],
     ids=lambda v: str(v),
 )  # fmt: skip
 def test_wrong_arguments_end_it_before_work_starts(tiny, chats, tmp_path, capsys, changes, code, what):
     given = {"--model": str(tiny(dtype="float32")), "--data": str(chats), "--draft": "guess", "--out": str(tmp_path / "o"), "--steps": "2", "--device": "cpu"}
-    assert cli("train", *(word for pair in (given | changes).items() for word in pair)) == code
+    assert cli("train", *(word for pair in (given | changes).items() if pair[1] is not None for word in pair)) == code
     assert what in capsys.readouterr().err and not (tmp_path / "o").exists() and not (tmp_path / ".o.angelslim").exists()
 
 

@@ -91,6 +91,14 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": device_name(device), "threads": torch.get_num_threads(), "versions": {"angelslim-specdec": __version__, **versions()}}
 
 
+def name_of(draft: str) -> str:
+    """What results of a drafter or of a draft's folder go by: its own name, unless that is another drafter's, or PLAIN."""
+    from .registry import drafters
+
+    name = Path(draft).name
+    return f"{name} (folder)" if draft not in drafters() and name in {PLAIN, *drafters()} else name
+
+
 def maker(draft: str, target: Target) -> Callable[[], Drafter]:
     """Makes drafters of a registered name, or of a folder that is read once; each holds the state of one batch.
 

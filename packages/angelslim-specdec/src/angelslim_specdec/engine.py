@@ -23,7 +23,7 @@ from angelslim_core.errors import UsageError
 from .adaptive import Pacing, Round
 from .dcut import Line, kept, scores
 from .drafters.base import Drafter, Proposal, Warp
-from .graphs import Graph, Readout
+from .graphs import Feed, Graphs, Readout
 from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
 from .stops import cut
 from .target import Target
@@ -118,7 +118,7 @@ class Engine:
         # proposals of a drafter on the host, where shapes are fixed
         self._tokens, self._counts = torch.zeros(batch, self._size, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
         fits = self.static and (drafter is None or drafter.graphable or self._on_host)
-        graphs = Graph if fits and device.type == "cuda" else runner
+        graphs = Graphs() if fits and device.type == "cuda" else runner
         self._runner = runner or graphs or (lambda function: function)
         # the host may run ahead where it has no part in a round
         self.lag = 1 if graphs is not None and not self._on_host else 0
@@ -127,6 +127,7 @@ class Engine:
         self._begun: deque[tuple[Round, float]] = deque()
         self._read = 0.0
         self._readout = Readout(self._out, self.lag + 1)
+        self._feeds = {salt: Feed(buffer, self.lag + 2) for salt, buffer in self._uniforms.items()}
 
     @torch.no_grad()
     def decode(
@@ -219,8 +220,8 @@ class Engine:
         how = Round(self.k) if self.pace is None else self.pace.next()
         k = min(how.k, self.k)
         self._begun.append((how, time.perf_counter()))
-        for salt, buffer in self._uniforms.items() if draws else ():
-            buffer.copy_(draws[salt].take(buffer.shape[1]))
+        for salt, feed in self._feeds.items() if draws else ():
+            feed.send(draws[salt].take(self._uniforms[salt].shape[1]))
         if self._on_host and not self.static:
             self._round(how)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from angelslim_core.errors import ModelError, PlanError
+from angelslim_core.errors import ModelError, PlanError, UsageError
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.io.hub import resolve
 from angelslim_core.io.writer import write_json
@@ -38,12 +38,15 @@ def export_draft(
         The document of `specdec export --json`.
 
     Raises:
+        UsageError: a block has fewer tokens than `k`.
         PlanError: the layout cannot hold the draft.
         ModelError: a folder is no good, the draft is of another target, or the export would not be the draft; names the traps.
     """
     stored, served = open_draft(draft), Served(model, resolve(model)) if model is not None else None
-    layout = LAYOUTS[to]
-    given = Given(stored, dtype or _dtype(stored, layout, served), k or _k(stored), served)
+    layout, most = LAYOUTS[to], _most(stored)
+    if k is not None and most is not None and k > most:
+        raise UsageError(791, "--k", f"is {k}, and a block of this draft holds {most} tokens to propose")
+    given = Given(stored, dtype or _dtype(stored, layout, served), k or most or K, served)
     if served is not None:
         check_target(stored.config, stored.where, served.hidden_size, served.vocab_size, served.num_layers)
     refusal = layout.refusal(given)
@@ -90,6 +93,7 @@ def _dtype(stored: Stored, layout: Layout, served: Served | None) -> str:
     return widest[0] if widest else "F32"
 
 
-def _k(stored: Stored) -> int:
+def _most(stored: Stored) -> int | None:
+    """Tokens that a block proposes; None: it is no block, and goes on as long as it is asked to."""
     block = getattr(stored.config, "block_size", None)
-    return K if block is None else block - (not getattr(stored.config, "sample_from_anchor", False))
+    return None if block is None else block - (not getattr(stored.config, "sample_from_anchor", False))

@@ -5,10 +5,24 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
 import torch
 
 _WARM_UP = 2
+
+
+class Graphs:
+    """Makes graphs that share memory: never two at a time run, and nothing stays in it between them."""
+
+    def __call__(self, function: Callable[[], None]) -> Graph:
+        return Graph(function, self)
+
+    @cached_property
+    def handle(self) -> Any:
+        """The pool, there from the first capture on."""
+        return torch.cuda.graph_pool_handle()
 
 
 class Graph:
@@ -17,10 +31,13 @@ class Graph:
     The function takes and returns nothing: it reads and writes tensors that stay where they are. The first calls let kernels
     be compiled and libraries get their workspaces, which may not happen while capturing; being rounds like any other they
     leave nothing to be undone. Capturing itself runs nothing.
+
+    Args:
+        pool: whose memory it takes.
     """
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function, self._calls = function, 0
+    def __init__(self, function: Callable[[], None], pool: Graphs) -> None:
+        self._function, self._pool, self._calls = function, pool, 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -34,7 +51,7 @@ class Graph:
             return
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with _nothing_freed(), torch.cuda.graph(graph):
+            with _nothing_freed(), torch.cuda.graph(graph, pool=self._pool.handle):
                 self._function()
             self._graph = graph
         self._graph.replay()
@@ -76,3 +93,29 @@ class Readout:
             return host.clone()
 
         return wait
+
+
+class Feed:
+    """Copies numbers of the host into a tensor of the device, without waiting for those copied before.
+
+    Args:
+        depth: copies that may be under way; one more waits for the first of them, whose memory it takes.
+    """
+
+    def __init__(self, into: torch.Tensor, depth: int) -> None:
+        self._into = into
+        self._hosts = [torch.empty(into.shape, dtype=into.dtype, pin_memory=into.is_cuda) for _ in range(depth)]
+        self._events: list[torch.cuda.Event | None] = [torch.cuda.Event() if into.is_cuda else None for _ in range(depth)]
+        self._sent = 0
+
+    def send(self, numbers: torch.Tensor) -> None:
+        """Begin a copy; `numbers` may be changed at once."""
+        slot = self._sent % len(self._hosts)
+        self._sent += 1
+        host, event = self._hosts[slot], self._events[slot]
+        if event is not None:
+            event.synchronize()
+        host.copy_(numbers)
+        self._into.copy_(host, non_blocking=True)
+        if event is not None:
+            event.record()

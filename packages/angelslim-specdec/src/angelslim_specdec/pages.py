@@ -1,4 +1,4 @@
-"""The page of plots and tables about what `bench` measured."""
+"""Pages of plots and tables: what `bench` measured, what `check` found."""
 
 from __future__ import annotations
 
@@ -52,6 +52,53 @@ def bench_page(document: Mapping[str, Any], target: Path) -> None:
         )
     about = f"{document['model']}; {document['machine']['device']}; at most {document['max_new_tokens']} new tokens. {document['note']}"
     write_page(target, "Speculative decoding", about, sections)
+
+
+def check_page(document: Mapping[str, Any], target: Path) -> None:
+    """What was checked, what was caught, and of a pair where its texts part."""
+    about = f"{'All is well.' if document['ok'] else 'Something is wrong.'} Greedy text is the target's token by token, sampled text its distribution."
+    write_page(target, "Exactness", about, check_sections(document))
+
+
+def check_sections(document: Mapping[str, Any]) -> list[Section]:
+    """A table for each part of what `specdec check` says."""
+    sections = []
+    if (pair := document.get("pair")) is not None:
+        near = pair["near_ties"]
+        ties = [
+            (who, f"{len(gaps)} of {near['rows']}", f"{len(gaps) / near['rows']:.3f}", f"{max((g['gap'] or 0.0 for g in gaps), default=0.0):.4f}",
+             str(sum(not g["near_tie"] for g in gaps)))
+            for who, gaps in ((f"with the draft, {near['dtype']}", near["gaps"]), (f"in batches without it, {near['dtype']}", near["control_gaps"]))
+        ]  # fmt: skip
+        gaps = [
+            (who, str(g["row"]), str(g["position"]), "one ends" if g["gap"] is None else f"{g['gap']:.4f}", "near tie" if g["near_tie"] else "NOT A TIE")
+            for who, found in (("with the draft", near["gaps"]), ("in batches without it", near["control_gaps"])) for g in found
+        ]  # fmt: skip
+        equal = [(c["name"], f"{c['equal']} of {c['rows']}", _verdict(c["ok"])) for c in pair["equality"]]
+        sampled = [(c["name"], str(c["tokens"]), f"{c['p']:.3g}", f"{c['p_if_warmer']:.2g}", _verdict(c["ok"])) for c in pair["sampled"]]
+        what = f"{Path(pair['draft']).name} with {Path(pair['model']).name}"
+        sections += [
+            Section(f"{what}: greedy text in fp32", "Rows whose tokens are those of plain decoding; of top-k 1 only the first choice can be drawn.", "",
+                    ("verification", "equal", ""), equal),
+            Section(f"{what}: sampled text in fp32", "Where drawn tokens stand in the target's own distribution, at temperature 1; and the same texts taken "
+                    "for ones of temperature 1.5, which have to be found out.", "", ("rule", "tokens", "p", "p if warmer", ""), sampled),
+            Section(f"{what}: near ties in {near['dtype']}", f"Rows that part from plain decoding of single rows, and the widest gap in fp32 between the two "
+                    f"tokens where they do. Rounding moves such a gap by up to {near['rounding']:.3f} logits in transformers' own pass; a wider one than that, "
+                    f"and than {near['tolerance']:g}, is no tie.", "", ("greedy text", "part", "rate", "widest gap", "no tie"), ties),
+        ]  # fmt: skip
+        if gaps:
+            sections.append(Section("Where they part", "", "", ("greedy text", "row", "position", "gap", ""), gaps))
+    checks = [(c["name"], c["detail"], _verdict(c["ok"])) for c in document["checks"]]
+    mutants = [(m["name"], f"{m['p']:.2g}", "caught" if m["caught"] else "MISSED") for m in document["mutants"]]
+    return [
+        *sections,
+        Section("A small target", "Every drafter under every rule, in fp32.", "", ("check", "", ""), checks),
+        Section("Wrong builds", "Each has to be noticed.", "", ("wrong build", "p", ""), mutants),
+    ]
+
+
+def _verdict(ok: bool) -> str:
+    return "ok" if ok else "NOT OK"
 
 
 def _label(row: Mapping[str, Any]) -> str:

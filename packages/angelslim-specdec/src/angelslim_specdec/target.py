@@ -234,6 +234,15 @@ class Target:
             yield found
 
 
+@torch.no_grad()
+def recast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Move a model's weights to another dtype; what is not of theirs stays, such as the frequencies of RoPE, which 16 bits would round."""
+    was = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.dtype == was:
+            tensor.data = tensor.data.to(dtype)
+
+
 def sizes_of(config: Any, vocab_size: int) -> dict[str, Any]:
     """Fields of a `TargetShape` that a text config of transformers tells."""
     rope = getattr(config, "rope_parameters", None) or {}

@@ -10,7 +10,7 @@ import click
 from angelslim_core.cli.common import emit, json_option, plugins_option, progress, table
 from angelslim_core.errors import UsageError
 
-from .opening import DTYPES, open_target
+from .opening import device_option, dtype_option, open_target
 
 
 @click.command("bench")
@@ -42,8 +42,8 @@ from .opening import DTYPES, open_target
     metavar="N",
     help="Prompts of each file for transformers' own generate.",
 )
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-@click.option("--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="To run the target in.")
+@device_option
+@dtype_option
 @click.option("--out", metavar="DIR", help="Folder for bench.json and bench.html.")
 @plugins_option
 @json_option
@@ -60,7 +60,7 @@ def command(
 
     sizes, lengths = _numbers(batch, "--batch", int), _numbers(k, "--k", int)
     temperatures = _numbers(temperature, "--temperature", float)
-    names = [Path(d).name for d in drafts]
+    names = [measuring.name_of(d) for d in drafts]
     stems = [Path(f).stem for f in files]
     for given, option in ((names, "--draft"), (stems, "--prompts")):
         if len(set(given)) < len(given):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import click
 from angelslim_core.cli.common import emit, json_option, plugins_option, progress, table
 from angelslim_core.errors import UsageError
 
-from .opening import DTYPES, open_target
+from .opening import device_option, open_target
 
 if TYPE_CHECKING:
     from angelslim_core.context import Progress
@@ -30,22 +31,35 @@ _PROMPTS = (
 @click.option("--k", default=5, show_default=True, type=click.IntRange(min=1), help="Tokens the pair's draft proposes a round.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1), help="Of each answer of the pair.")
 @click.option("--samples", default=4096, show_default=True, type=click.IntRange(min=2048), help="Texts drawn for each check of a distribution.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the pair runs; the kit's own target is on the CPU.")
-@click.option("--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="To run the pair's target in.")
+@click.option("--texts", default=64, show_default=True, type=click.IntRange(min=1), help="Texts of the pair to sample by each rule.")
+@click.option("--dtype", default="bf16", show_default=True, type=click.Choice(["bf16", "fp16"]), help="16 bits in which the pair is looked at for near ties.")
+@click.option(
+    "--tolerance",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Logits within which two tokens are a near tie, even if 16 bits round less.",
+)
+@device_option
+@click.option("--out", metavar="DIR", help="Folder for check.json and check.html.")
 @plugins_option
 @json_option
 def command(
-    model: str | None, draft: str | None, prompts: str | None, limit: int, k: int, max_new_tokens: int, samples: int, device: str, dtype: str,
-    plugins: list[str], as_json: bool,
+    model: str | None, draft: str | None, prompts: str | None, limit: int, k: int, max_new_tokens: int, samples: int, texts: int, dtype: str, tolerance: float,
+    device: str, out: str | None, plugins: list[str], as_json: bool,
 ) -> None:  # fmt: skip
     """Show that drafts change no text: greedy token by token, sampled by chi-square, and that wrong builds would be noticed.
 
-    All registered drafters decode with a small random target in fp32. With --model and --draft a real pair decodes too; where its texts
-    part in 16 bits, the report says how near a tie it was.
+    All registered drafters decode with a small random target in fp32. With --model and --draft a real pair does, too: its texts are compared
+    in fp32 token by token, and sampled ones with the target's own distribution; where texts part in 16 bits, the report says how near a
+    tie it was.
     """
+    given = dict(locals())
     from angelslim_core.cli.common import host_of
+    from angelslim_core.io.writer import write_json
 
     from ..exactness.kit import run
+    from ..pages import check_page, check_sections
 
     if (model is None) != (draft is None):
         raise UsageError(762, "--model" if draft is None else "--draft", "needs the other of --model and --draft")
@@ -53,29 +67,40 @@ def command(
         raise UsageError(763, "--prompts", "is of a pair: give --model and --draft")
     host_of(plugins)
     with progress("checking") as report:
-        pair = None if model is None or draft is None else _pair(model, draft, prompts, limit, k, max_new_tokens, device, dtype, plugins, report)
+        pair = None if model is None else _pair(given, report)
         found = run(samples, report)
     if pair is not None:
-        found["checks"].insert(0, {"name": f"{draft} with {model}", "ok": pair["ok"], "detail": pair["detail"]})
-        found |= {"ok": found["ok"] and pair["ok"], "near_ties": pair}
+        found |= {"ok": found["ok"] and pair["ok"], "pair": pair}
+    if out is not None:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "check.json", {"schema_version": 1, **found})
+        check_page(found, folder / "check.html")
     if as_json:
         emit(found)
     else:
-        table([(c["name"], "ok" if c["ok"] else "NOT OK", c["detail"]) for c in found["checks"]], ("check", "", ""))
-        table([(m["name"], "caught" if m["caught"] else "MISSED", f"{m['p']:.2g}") for m in found["mutants"]], ("wrong build", "", "p"))
+        for section in check_sections(found):
+            click.echo(section.title)
+            table([tuple(row) for row in section.rows], tuple(section.header))
+            click.echo()
         click.echo("ok" if found["ok"] else "not ok")
     if not found["ok"]:
         sys.exit(8)
 
 
-def _pair(
-    model: str, draft: str, prompts: str | None, limit: int, k: int, max_new_tokens: int, device: str, dtype: str, plugins: list[str], report: Progress
-) -> dict[str, Any]:  # fmt: skip
+def _pair(given: Mapping[str, Any], report: Progress) -> dict[str, Any]:
+    import torch
+
     from ..bench import maker, questions
     from ..data.spans import Renderer
     from ..exactness.pair import check_pair
 
-    target = open_target(model, device, dtype, plugins)
-    chats = questions(Path(prompts), limit) if prompts else [[{"role": "user", "content": text}] for text in _PROMPTS]
+    model, draft, prompts = given["model"], given["draft"], given["prompts"]
+    target = open_target(model, given["device"], plugins=given["plugins"])
+    chats = questions(Path(prompts), given["limit"]) if prompts else [[{"role": "user", "content": text}] for text in _PROMPTS]
     ids = Renderer(target.tokenizer, model).prompts(chats)
-    return check_pair(target, maker(draft, target), ids, k=k, max_new_tokens=max_new_tokens, progress=report)
+    found = check_pair(
+        target, lambda: maker(draft, target), ids, k=given["k"], max_new_tokens=given["max_new_tokens"], texts=given["texts"],
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[given["dtype"]], tolerance=given["tolerance"], progress=report,
+    )  # fmt: skip
+    return {"model": model, "draft": draft, **found}

@@ -8,6 +8,8 @@ import click
 
 from angelslim_core.cli.common import emit, host_of, json_option, plugins_option
 
+from .opening import device_option
+
 
 @click.command("decode")
 @click.option("--model", required=True, metavar="M", help="Model folder, or a hub id when online.")
@@ -23,7 +25,7 @@ from angelslim_core.cli.common import emit, host_of, json_option, plugins_option
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Their share of probability.")
 @click.option("--rule", default="auto", show_default=True, type=click.Choice(["auto", "ratio", "match"]), help="How sampled tokens are accepted.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of sampling.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
+@device_option
 @plugins_option
 @json_option
 def command(
@@ -35,24 +37,23 @@ def command(
 
     from ..drafters.autoregressive import Tree
     from ..generation import drafter_of, generate
+    from ..speech import Speech
     from ..target import Target
 
     talk = Conversation(model, device, host=host_of(plugins))
     target = Target(talk.model, talk.tokenizer)
     drafter = drafter_of(None if draft == "none" else draft, target, None if tree is None else Tree(k, *tree))
     encoded = talk.ask(prompt)
-    said: list[int] = []
+    speech = Speech(talk.tokenizer)
 
     def tell(rows: list[list[int]]) -> None:
-        before = talk.tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")
-        said.extend(rows[0])
-        if not as_json:  # bytes of a character that is not whole yet wait for the rest
-            click.echo(talk.tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")[len(before) :], nl=False)
+        click.echo(speech.add(rows[0]), nl=False)
 
     made = generate(
-        target, encoded["input_ids"], drafter, max_new_tokens, temperature, top_k=top_k, top_p=top_p, k=k, rule=rule, seed=seed, tell=tell,
+        target, encoded["input_ids"], drafter, max_new_tokens, temperature, top_k=top_k, top_p=top_p, k=k, rule=rule, seed=seed, tell=None if as_json else tell,
     )  # fmt: skip
     if as_json:
+        said = made.decoded.tokens[0]
         text = talk.tokenizer.decode(said, skip_special_tokens=True)
         emit({"model": model, "draft": draft, "text": text, "token_ids": said, **made.stats})
         return

@@ -9,7 +9,7 @@ import click
 
 from angelslim_core.cli.common import emit, json_option, plugins_option, progress, size, stoppable
 
-from .opening import DTYPES, open_target
+from .opening import device_option, dtype_option, open_target
 
 
 @click.command("dump")
@@ -24,10 +24,8 @@ from .opening import DTYPES, open_target
 @click.option("--turns", default="joined", show_default=True, type=click.Choice(["joined", "each"]), help="As for `train`.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of how conversations are packed.")
 @click.option("--replace", is_flag=True, help="Replace an existing output once the new one is complete.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-@click.option(
-    "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="To run the target in; auto: as stored, or fp32 where a CPU is faster in it."
-)
+@device_option
+@dtype_option
 @plugins_option
 @json_option
 def command(

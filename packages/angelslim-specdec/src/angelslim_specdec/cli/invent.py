@@ -9,7 +9,7 @@ import click
 
 from angelslim_core.cli.common import emit, json_option, plugins_option, progress, stoppable
 
-from .opening import DTYPES, open_target
+from .opening import device_option, dtype_option, open_target
 
 
 @click.command("invent")
@@ -21,10 +21,8 @@ from .opening import DTYPES, open_target
 @click.option("--batch", type=click.IntRange(min=1), help="Prompts at once; 256 on a GPU, 8 on a CPU if not given.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the samples.")
 @click.option("--replace", is_flag=True, help="Begin anew where the output exists.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-@click.option(
-    "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="To run the target in; auto: as stored, or fp32 where a CPU is faster in it."
-)
+@device_option
+@dtype_option
 @plugins_option
 @json_option
 def command(

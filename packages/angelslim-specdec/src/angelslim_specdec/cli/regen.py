@@ -11,7 +11,7 @@ import click
 
 from angelslim_core.cli.common import emit, json_option, plugins_option, progress, stoppable
 
-from .opening import DTYPES, open_target
+from .opening import device_option, dtype_option, open_target
 
 if TYPE_CHECKING:
     from ..data.answers import Complete
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 @click.option("--concurrency", default=64, show_default=True, type=click.IntRange(min=1), help="Requests to the server at once.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of temperatures and of samples.")
 @click.option("--replace", is_flag=True, help="Begin anew where the output exists.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-@click.option(
-    "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="To run the target in; auto: as stored, or fp32 where a CPU is faster in it."
-)
+@device_option
+@dtype_option
 @plugins_option
 @json_option
 def command(
@@ -77,7 +75,9 @@ def command(
     if as_json:
         emit(document)
         return
-    click.echo(f"{counts.written} of {counts.prompts} conversations written, {counts.resumed} were there; {counts.cut} answers cut, {counts.empty} empty")
+    click.echo(
+        f"{counts.written} of {counts.prompts} conversations written, {counts.resumed} were there; {counts.cut} answers cut, {counts.empty} empty, {counts.refused} refused"
+    )
     click.echo(f"{counts.tokens} tokens in {counts.seconds:.1f} s ({document['tokens_per_second']:.0f} tok/s)   {out}")
 
 

@@ -9,7 +9,7 @@ import click
 from angelslim_core.cli.common import emit, json_option, plugins_option, progress, stoppable
 from angelslim_core.errors import UsageError
 
-from .opening import DTYPES, open_target
+from .opening import device_option, dtype_option, open_target
 
 
 @click.command("train")
@@ -74,10 +74,8 @@ from .opening import DTYPES, open_target
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of everything random.")
 @click.option("--replace", is_flag=True, help="Replace an existing output once the new one is complete.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
-@click.option(
-    "--dtype", default="auto", show_default=True, type=click.Choice(DTYPES), help="Of target and draft; auto: as stored, or fp32 where a CPU is faster in it."
-)
+@device_option
+@dtype_option
 @plugins_option
 @json_option
 def command(
@@ -103,6 +101,8 @@ def command(
         raise UsageError(
             796, "--shard all", f"is for a target that training runs in all processes; with --{'probe' if probe else 'features'} it is not", "--shard draft"
         )
+    if features is not None and (idle := [name for name in ("length", "turns") if _is_given(name)]):
+        raise UsageError(790, f"--{idle[0]}", "is of --data: features have what `dump` was given", "leave it out, or dump anew")
     arguments = dict(locals())
     where = pick_device(device)
     with joined(where) as group, stoppable() as stop_requested, progress("training") as report:
@@ -143,6 +143,10 @@ def _run(given: dict[str, Any], where: str, group: Any, report: Any, stop_reques
         target = open_target(given["model"], "cpu" if given["features"] is not None and not given["probe"] else where, given["dtype"], given["plugins"])
     given["settings"] = options_of(given["settings"])
     return train_draft(given, target, device, group=group, progress=report, stop_requested=stop_requested)
+
+
+def _is_given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def options_of(settings: tuple[str, ...]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TRIES = 6
 _AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))
+# the request's own fault, such as a conversation that is longer than the server takes
+_REFUSALS = frozenset((400, 413, 422))
 _MOST_BYTES = 64 << 20
 
 
@@ -43,6 +45,7 @@ class Answer:
     Args:
         ids: its tokens without the end of turn; None: not known.
         finished: it ended by itself, not at the limit.
+        refused: why a server takes no such conversation; there is no text then.
     """
 
     text: str
@@ -50,6 +53,7 @@ class Answer:
     finished: bool
     prompt_tokens: int
     tokens: int
+    refused: str = ""
 
 
 class Assistant(Protocol):
@@ -83,6 +87,10 @@ class Local:
                 said = ids[:-1] if finished else ids
                 text = self._renderer.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 yield i, Answer(text, said, finished, len(prompts[i]), len(ids))
+
+
+class _Refused(Exception):
+    """The server takes no such request; says why."""
 
 
 class Server:
@@ -121,7 +129,10 @@ class Server:
             "model": self.model, "messages": [{"role": m["role"], "content": m["content"]} for m in request.chat], "max_tokens": self._max_new_tokens,
             "temperature": request.temperature, "seed": request.seed,
         }  # fmt: skip
-        found = self._ask("/chat/completions", body)
+        try:
+            found = self._ask("/chat/completions", body)
+        except _Refused as why:
+            return Answer("", None, True, 0, 0, str(why))
         try:
             choice, usage = found["choices"][0], found.get("usage") or {}
             text = choice["message"]["content"] or ""
@@ -149,6 +160,8 @@ class Server:
                     found = json.loads(reply.read(_MOST_BYTES))
             except urllib.error.HTTPError as error:
                 why = f"status {error.code}: {error.read(300).decode(errors='replace')}"
+                if body is not None and error.code in _REFUSALS:
+                    raise _Refused(why) from error
                 if error.code not in _AGAIN:
                     break
             except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from angelslim_core.context import Progress, never, silent
-from angelslim_core.errors import StoppedError, UsageError
+from angelslim_core.errors import EngineError, StoppedError, UsageError
 
 from .answers import Answer, Assistant, Request
 from .appended import AppendedRows
 from .chats import Conversation
 
+log = logging.getLogger(__name__)
+
 _AT_ONCE = 4096  # conversations whose later turns wait for each other
+_FEW = 16  # refused answers that no server is blamed for
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Counts:
         resumed: conversations that an earlier run had written.
         cut: whose last answer was cut at the limit, kept or not.
         empty: dropped, since the assistant said nothing.
+        refused: dropped, since the server took no such conversation; the next run asks again.
     """
 
     prompts: int = 0
@@ -66,6 +71,7 @@ class Counts:
     resumed: int = 0
     cut: int = 0
     empty: int = 0
+    refused: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -91,6 +97,7 @@ def regenerate(
 
     Raises:
         OutputError: the output exists and is of other settings.
+        EngineError: the server refuses more than half of what it is asked.
         StoppedError: the run was asked to stop.
     """
     if samples > 1 and not any(mix.temperatures):
@@ -103,7 +110,7 @@ def regenerate(
     with AppendedRows(out, known, replace) as rows:
         waiting = [talk for talk in asked if talk.id not in rows.ids]
         counts.resumed = len(asked) - len(waiting)
-        start, done = time.perf_counter(), 0
+        start, done, heard = time.perf_counter(), 0, 0
         for first in range(0, len(waiting), _AT_ONCE):
             talks = waiting[first : first + _AT_ONCE]
             while talks:
@@ -112,13 +119,18 @@ def regenerate(
                 for number, answer in assistant(requests):
                     talk = talks[number]
                     counts.tokens += answer.tokens
+                    heard += 1
+                    counts.refused += bool(answer.refused)
+                    if counts.refused > max(_FEW, heard / 2) or counts.refused == heard == len(waiting):
+                        what = f"the server refused {counts.refused} of {heard} requests, the last with {answer.refused}"
+                        raise EngineError(792, str(out), what, "see whether --max-new-tokens leaves room for prompts")
                     if talk.hear(answer, differs):
                         going.append(talk)
                     else:
                         _write(talk, rows, counts, keep_cut)
                         done += 1
                     rate = counts.tokens / (time.perf_counter() - start)
-                    progress(done, len(waiting), f"{rate:.0f} tok/s, {counts.cut} cut, {counts.empty} empty")
+                    progress(done, len(waiting), f"{rate:.0f} tok/s, {counts.cut} cut, {counts.empty} empty, {counts.refused} refused")
                     if stop_requested():
                         raise StoppedError(
                             2, str(out), f"stopped as asked with {len(rows.ids)} of {len(asked)} conversations", "run the same command again to go on"
@@ -168,11 +180,15 @@ def _write(talk: _Talk, rows: AppendedRows, counts: Counts, keep_cut: bool) -> N
     said, finished = talk.said, talk.last.finished
     counts.cut += not finished
     if not talk.last.text.strip():
-        counts.empty += 1
+        counts.empty += not talk.last.refused
         said, finished = said[:-2], True  # what was said before it is good
     elif not finished and not keep_cut:
         said, finished = said[:-2], True
     usable = any(m["role"] == "assistant" for m in said)
+    if talk.last.refused:
+        log.warning("%s: the server refused it: %s", talk.id, talk.last.refused)
+        if not usable:
+            return
     counts.written += usable
     row = {"id": talk.id, "conversations": said if usable else [], "finished": finished, "temperature": talk.temperature}
     rows.append({**row, "prompt_tokens": talk.prompt_tokens, "completion_tokens": talk.tokens})

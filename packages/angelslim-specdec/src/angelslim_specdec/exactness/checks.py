@@ -5,7 +5,7 @@ Shapes: S samples, N new tokens of each, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,17 @@ _ROWS, _SAMPLED_TOKENS = 512, 4
 _ROUNDING = 1e-4  # between the same sums in another order
 
 
-def decoded(target: Target, drafter: Drafter | None, prompts: Sequence[Sequence[int]], tokens: int, seed: int = 0, **options: Any) -> engine.Decoded:
-    """Prompts decoded in one batch by the engine."""
+def decoded(
+    target: Target, drafter: Drafter | None, prompts: Sequence[Sequence[int]], tokens: int, seed: int = 0, tell: Callable[[list[list[int]]], None] | None = None,
+    **options: Any,
+) -> engine.Decoded:  # fmt: skip
+    """Prompts decoded in one batch by the engine, whose arguments `options` are."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(list(prompt))
     made = engine.Engine(target, drafter, len(prompts), longest + tokens, **options)
-    return made.decode(ids, torch.tensor([len(p) for p in prompts]), tokens, range(seed, seed + len(prompts)))
+    return made.decode(ids, torch.tensor([len(p) for p in prompts]), tokens, range(seed, seed + len(prompts)), tell)
 
 
 class Greedy:

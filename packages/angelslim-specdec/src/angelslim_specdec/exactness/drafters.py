@@ -147,3 +147,54 @@ class Spy(Drafter):
         other.start(*self.begun)
         other.observe(tokens, aux, counts)
         return other.propose(k)
+
+
+class Listening(Drafter):
+    """Another drafter, whose proposals are kept with what became of them; never in a graph, where nobody could listen.
+
+    Chains only: what trees propose counts as not proposed.
+    """
+
+    def __init__(self, inner: Drafter) -> None:
+        self.inner = inner
+        self.layer_ids, self.reads_host = inner.layer_ids, inner.reads_host
+        self._rounds: list[Proposal] = []
+        self._kept: list[list[int]] = []
+
+    def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
+        self.inner.start(prompts, lengths, capacity, warp)
+
+    def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
+        self.inner.observe(tokens, aux, counts)
+
+    def size(self, k: int) -> int:
+        return self.inner.size(k)
+
+    def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
+        proposal = self.inner.propose(k, uniforms)
+        parts = {name: getattr(proposal, name) for name in ("q", "columns", "parents", "counts")}
+        self._rounds.append(Proposal(proposal.tokens.clone(), **{name: None if part is None else part.clone() for name, part in parts.items()}))
+        return proposal
+
+    def hear(self, new: list[list[int]]) -> None:
+        """The engine tells how many tokens each row got in a round; the first are of no proposal."""
+        self._kept.append([len(row) for row in new])
+
+    def proposed(self, tokens: int, vocabulary: int) -> Tensor:
+        """Probabilities [B, N, V], fp32, by which the first N tokens of each row were proposed; 0 where none was."""
+        batch, device = len(self._kept[0]), self._rounds[0].tokens.device
+        found = torch.zeros(batch, tokens, vocabulary, device=device)
+        at = list(self._kept[0])
+        for proposal, kept in zip(self._rounds, self._kept[1:], strict=False):
+            for row, number in enumerate(kept):
+                width = min(number, proposal.tokens.shape[1] if proposal.counts is None else int(proposal.counts[row]), tokens - at[row])
+                if proposal.parents is None and width > 0:
+                    where = found[row, at[row] : at[row] + width]
+                    if proposal.q is None:
+                        where.scatter_(1, proposal.tokens[row, :width, None].to(device), 1.0)
+                    elif proposal.columns is None:
+                        where.copy_(proposal.q[row, :width])
+                    else:
+                        where[:, proposal.columns] = proposal.q[row, :width]
+                at[row] += number
+        return found

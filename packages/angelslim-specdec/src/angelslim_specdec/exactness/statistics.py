@@ -53,3 +53,37 @@ def agreement(samples: Tensor, expected: Tensor) -> float:
     last = expected.sum(tuple(range(expected.dim() - 2)))
     first = expected.sum(tuple(range(3, expected.dim())))
     return min(1.0, 2 * min(chi_square(samples[:, :3], first), chi_square(samples[:, -2:], last)))
+
+
+def quantiles(p: Tensor, q: Tensor, tokens: Tensor, chances: Tensor) -> Tensor:
+    """Where tokens [...] stand among all by probabilities p [..., V], uniform in [0, 1) if drawn from p: [3, ...], fp64.
+
+    In three orders: the likeliest first, as the draft's q over p has them, which any favour for what is proposed shows in, and as they
+    are numbered, in which draws go through them.
+
+    Args:
+        q: [..., V], fp32: what a draft proposes by; it may depend on what came before, but on the token only by p.
+        chances: [...], fp64 in [0, 1): where within a token's own share.
+
+    Source: the randomized probability integral transform; of one token after another, Rosenblatt's.
+    """
+    at = tokens[..., None]
+    number = torch.arange(p.shape[-1], device=p.device)
+    in_order = number < at
+    favour, own = q / p.clamp(min=1e-30), p.gather(-1, at)
+    likelier = (p > own) | ((p == own) & in_order)
+    of_favour = favour.gather(-1, at)
+    favoured = (favour > of_favour) | ((favour == of_favour) & likelier)
+    before = torch.stack([(p * mask).sum(-1, dtype=torch.float64) for mask in (likelier, favoured, in_order)])
+    return (before + chances * own[..., 0]) / p.sum(-1, dtype=torch.float64)
+
+
+def uniformity(places: Tensor) -> float:
+    """p value of numbers in [0, 1), [S, N], N even: each by itself, and each with the next of its pair; the smaller counts twice."""
+    pairs = places.reshape(-1, 2)
+    side = max(2, min(8, int((len(pairs) / (2 * _LEAST)) ** 0.5)))
+    cells = side * (pairs[:, 0] * side).long().clamp(max=side - 1) + (pairs[:, 1] * side).long().clamp(max=side - 1)
+    single = max(2, min(32, int(places.numel() / (2 * _LEAST))))
+    alone = (places.reshape(-1) * single).long().clamp(max=single - 1)
+    even = [torch.full((n,), 1 / n, dtype=torch.float64) for n in (single, side**2)]
+    return min(1.0, 2 * min(chi_square(alone[:, None], even[0]), chi_square(cells[:, None], even[1])))

@@ -87,9 +87,13 @@ def stored(shards: Shards) -> Callable[[Sequence[int]], list[Features]]:
     return lambda numbers: [shards.features(i) for i in numbers]
 
 
-def where_to_keep(rows: Sequence[Row], width: int, dtype: torch.dtype, device: torch.device) -> tuple[Where, int]:
-    """Where features of `width` numbers a token fit, and the bytes they take."""
+def where_to_keep(rows: Sequence[Row], width: int, dtype: torch.dtype, device: torch.device, processes: int = 1) -> tuple[Where, int]:
+    """Where features of `width` numbers a token fit, and the bytes they take.
+
+    Args:
+        processes: that share the machine's memory; each comes to keep all rows, which every epoch deals out anew.
+    """
     nbytes = sum(map(len, rows)) * width * dtype.itemsize
     if device.type == "cuda" and nbytes < _SHARE * torch.cuda.mem_get_info(device)[0]:
         return "device", nbytes
-    return "host" if nbytes < _SHARE * free_ram_bytes() else "nowhere", nbytes
+    return "host" if nbytes * processes < _SHARE * free_ram_bytes() else "nowhere", nbytes

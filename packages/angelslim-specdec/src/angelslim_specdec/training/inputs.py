@@ -58,8 +58,10 @@ class Inputs:
     numbers: Sequence[int] = ()
     held_numbers: Sequence[int] = ()
 
-    def sources(self, draft: Draft, device: torch.device, dtype: torch.dtype, keep: Any, together: Group | None = None) -> tuple[Source, Source | None]:
-        """Batches to train on, and those held out.
+    def sources(
+        self, draft: Draft, device: torch.device, dtype: torch.dtype, keep: Any, together: Group | None = None, processes: int = 1
+    ) -> tuple[Source, Source | None]:  # fmt: skip
+        """Batches to train on, and those held out; `processes` share the machine.
 
         Args:
             together: the processes over which the target's layers lie in parts; None: they do not.
@@ -72,7 +74,7 @@ class Inputs:
             raise ModelError(734, str(self.folder), f"holds features of layers {list(self.shards.manifest.layer_ids)}, and the draft reads {list(layers)}",
                              "make them anew: angelslim specdec dump")  # fmt: skip
         width = (len(layers) + 1) * self.target.shape.hidden_size
-        place = where_to_keep([*self.rows, *self.held_out], width, dtype, device)[0] if keep == "auto" else keep
+        place = where_to_keep([*self.rows, *self.held_out], width, dtype, device, processes)[0] if keep == "auto" else keep
 
         def source(rows: Sequence[Row], numbers: Sequence[int]) -> Source:
             if self.shards is None:

@@ -74,7 +74,7 @@ def prepare(
     held = set(order[: round(validation * len(documents))])
     trained = [d for i, d in enumerate(documents) if i not in held]
     kept = [d for i, d in enumerate(documents) if i in held]
-    prompts = [d.ids[: d.mask.index(True)] for d in kept or trained]
+    prompts = [p for d in kept or trained if (p := d.ids[: d.mask.index(True)])]  # an answer may be all there is
     digest = hashlib.sha256(renderer.template.encode()).hexdigest()
     return Prepared(pack(trained, length, seed), pack(kept, length, seed) if kept else [], prompts, len(documents), dropped, digest)
 

@@ -76,15 +76,15 @@ def train(
     group = group or Group()
     began = time.perf_counter()
 
+    def export(step: int) -> None:
+        save_draft(plan.draft, out.with_name(f"{out.name}.step-{step}"), replace=True)
+
     def look(step: int) -> dict[str, Any]:
-        if plan.export_every and step % plan.export_every == 0:
-            save_draft(plan.draft, out.with_name(f"{out.name}.step-{step}"), replace=True)
         return {} if target is None or not plan.prompts else {"measured": acceptance(plan.draft, plan.heads, target, plan.prompts)}
 
-    every = min(n for n in (plan.every, plan.export_every) if n)
     training = DraftTraining(
-        plan.draft, plan.heads, plan.source, plan.options, batch=plan.batch, validation=plan.validation, every=every, look=look, group=group,
-        in_parts=plan.in_parts,
+        plan.draft, plan.heads, plan.source, plan.options, batch=plan.batch, validation=plan.validation, every=plan.every, look=look, export=export,
+        export_every=plan.export_every, group=group, in_parts=plan.in_parts,
     )  # fmt: skip
     with ExitStack() as stack:
         work = stack.enter_context(Workdir(out, None, replace)) if group.rank == 0 else None

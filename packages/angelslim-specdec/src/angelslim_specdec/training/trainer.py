@@ -81,6 +81,7 @@ class DraftTraining:
         every: steps between two looks: validation, `look`, and a state that a killed training goes on with.
         look: called at each look with the step; what it measures is kept. Only in the first process.
         in_parts: fp32 weights and moments lie in parts over the processes, and `draft` has values only at looks and at the end.
+        export: called with the step each `export_every` steps, 0 being never, in the first process.
 
     Raises:
         UsageError: the processes cannot share a batch evenly.
@@ -88,10 +89,12 @@ class DraftTraining:
 
     def __init__(
         self, draft: Draft, heads: Heads, source: Source, options: TrainingOptions, *, batch: int, validation: Source | None = None, every: int = 500,
-        look: Callable[[int], dict[str, Any]] = lambda step: {}, group: Group | None = None, in_parts: bool = False,
+        look: Callable[[int], dict[str, Any]] = lambda step: {}, export: Callable[[int], None] = lambda step: None, export_every: int = 0,
+        group: Group | None = None, in_parts: bool = False,
     ) -> None:  # fmt: skip
         self.draft, self.heads, self.source, self.validation = draft, heads, source, validation
         self.group, self.every, self._look = group or Group(), every, look
+        self._export, self._export_every = export, export_every
         self.order = Order(len(source.rows), batch, options.seed)
         if self.order.batch % self.group.size:
             raise UsageError(
@@ -119,14 +122,18 @@ class DraftTraining:
                 training.advance(self._terms)
                 now = time.perf_counter()
                 is_look = training.step % self.every == 0 or training.is_done
-                if now - last > 1 or is_look or training.step == steps_before + 1:
+                is_export = self._export_every > 0 and training.step % self._export_every == 0
+                if now - last > 1 or is_look or is_export or training.step == steps_before + 1:
                     told, last = self._tell(training.seen()) or told, now
                     rate = self.history.tokens / max(now - began - spent, 1e-9)
                     progress(training.step, options.steps, f"{rate:.0f} tok/s, {told.short() if told else ''}")
                 stops = bool(self.group.reduce(torch.tensor(float(stop_requested())), "max"))
+                before = time.perf_counter()
+                if is_export:
+                    self._write()
                 if is_look and told is not None:
-                    before = time.perf_counter()
                     self._record(told)
+                if is_look or is_export:
                     spent += time.perf_counter() - before
                 if stops or (is_look and not training.is_done):
                     self._tell(training.seen())
@@ -151,6 +158,14 @@ class DraftTraining:
             return None
         half = len(seen.extra) // 2
         return Accuracy.of(seen.loss, seen.extra[:half], seen.extra[half:])
+
+    def _write(self) -> None:
+        if self._parts is not None:
+            self._parts.gather()
+        if self.group.rank == 0:
+            self._export(self.training.step)
+        if self._parts is not None:
+            self._parts.release()
 
     def _record(self, told: Accuracy) -> None:
         entry: dict[str, Any] = {"step": self.training.step, "training": told.as_dict()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,8 @@ def train_draft(
         steps=given["steps"] or math.ceil(given["epochs"] * per_epoch), lr=given["lr"], warmup=given["warmup"], weight_decay=given["weight_decay"],
         clip=given["clip"], accumulate=given["accumulate"], seed=given["seed"],
     )  # fmt: skip
-    source, validation = inputs.sources(draft, device, target.dtype, given["keep"], group if given["shard"] == "all" else None)
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if group is not None and group.size > 1 else 1
+    source, validation = inputs.sources(draft, device, target.dtype, given["keep"], group if given["shard"] == "all" else None, beside)
     heads = target.heads()
     heads = Heads(heads.embedding.to(device), heads.head.to(device), heads.scale)
     known = {
