@@ -127,8 +127,8 @@ def _run(given: dict[str, Any], where: str, group: Any, report: Any, stop_reques
     return train_draft(given, target, device, group=group, progress=report, stop_requested=stop_requested)
 
 
-def options_of(settings: tuple[str, ...]) -> dict[str, Any]:
-    """Options of a draft, values as YAML.
+def options_of(settings: tuple[str, ...], option: str = "--set", example: str = "ttt_steps=5") -> dict[str, Any]:
+    """What an option such as --set gives by KEY=VALUE, values as YAML.
 
     Raises:
         UsageError: not KEY=VALUE.
@@ -143,5 +143,5 @@ def options_of(settings: tuple[str, ...]) -> dict[str, Any]:
                 raise ValueError
             found[key] = yaml.safe_load(value)
         except (ValueError, yaml.YAMLError) as error:
-            raise UsageError(742, "--set", f"{setting!r:.100} is not KEY=VALUE", "as in ttt_steps=5") from error
+            raise UsageError(742, option, f"{setting!r:.100} is not KEY=VALUE", f"as in {example}") from error
     return found
