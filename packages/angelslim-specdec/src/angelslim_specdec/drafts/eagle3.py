@@ -39,9 +39,11 @@ class Eagle3Config(StepwiseConfig):
     def _signals(cls, given: Any) -> Any:
         """Names may come in one, as in confidence_progress_remain."""
         found = given.split("_") if isinstance(given, str) else given
-        if isinstance(found, list | tuple) and len(found) > len(set(map(str, found))):
+        if not isinstance(found, list | tuple):
+            return given
+        if len(found) > len(set(map(str, found))):
             raise ValueError("one signal is named twice")
-        return found
+        return tuple(found)
 
 
 class Eagle3(Stepwise):
