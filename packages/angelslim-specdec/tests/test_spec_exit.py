@@ -185,16 +185,18 @@ def test_smoothing(smoothing):
     seen = []
     smoothed, exits_smoothed = [], exits._smoothed
     exits._smoothed = lambda *given: smoothed.append(exits_smoothed(*given).clone()) or smoothed[-1]
-    for number in range(25):
+    for number in range(30):
         signals = torch.rand(2, 4, 2, generator=generator)
         scripted = iter([signals])
-        kept = torch.tensor([1 + number % 4, number % 3])
+        kept = torch.tensor([1 if number == 14 else 1 + number % 4, number % 3])
         emitted = torch.full((2, 4), 5)
-        emitted[0, 0] = 9 if number % 6 == 5 else 5
-        stays, ended = exits.cut(emitted, torch.zeros(2, 4, 1), kept, torch.zeros(2, dtype=torch.bool), torch.tensor([99, 99]))
+        emitted[0, 0] = {14: 4, 15: 5, 16: 3}.get(number, 9 if number % 6 == 5 else 5)
+        if number == 14:  # its thought ends, and two rounds later another begins
+            pasts[0].clear()
+        stays, ended = exits.cut(emitted, torch.zeros(2, 4, 1), kept, torch.zeros(2, dtype=torch.bool))
         assert stays.tolist() == kept.tolist() and not ended.any() and not exits.cuts.any()
         for row in range(2):
-            if kept[row]:
+            if kept[row] and (row or number not in (14, 15)):
                 pasts[row].append(signals[row, : kept[row]].mean(0))
                 past = pasts[row]
                 if smoothing == "ewma":

@@ -16,7 +16,8 @@ from angelslim_specdec.drafters.base import Drafter, Proposal
 
 SPECIALS = ["<pad>", "<s>", "</s>"]
 # tokens of one to four letters, so that strings begin and end inside of them; then the bytes of an accented letter
-PIECES = ["".join(p) for n in (1, 2, 3, 4) for p in itertools.product("abcd", repeat=n)][: 253 - 6] + ["Ã", "©", "Ċ", "ĊĊ", "e", "f"]
+LETTERS = ["".join(p) for n in (1, 2, 3, 4) for p in itertools.product("abcd", repeat=n)]
+PIECES = [*LETTERS[: 253 - 6], "Ã", "©", "Ċ", "ĊĊ", "e", "f"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,8 @@ def test_the_host_may_run_a_round_behind(model, tokenizer):
         engine = Engine(Target(model, tokenizer), Sure(truth), 3, 36, k=3, static=True, runner=runner, words=StopStrings(tokenizer, strings))
         for _ in range(2):  # an engine serves many batches
             made.append(engine.decode(ids, torch.tensor([6] * 3), 30).tokens)
+            # a row that has ended goes on for as long as the host has not seen it
+            assert all(int(length) < 6 + len(row) + 4 * (1 + engine.lag) for length, row in zip(engine.cache.lengths, made[-1]))
     assert engine.lag == 1 and all(tokens == made[0] for tokens in made) and min(map(len, made[0])) < 30
 
 

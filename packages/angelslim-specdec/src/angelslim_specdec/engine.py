@@ -285,7 +285,7 @@ class Engine:
             aux = aux.gather(1, rows[..., None].expand(-1, -1, aux.shape[2]))
         if self._exits is not None:
             assert aux is not None
-            kept, ended = self._exits.cut(emitted, aux, kept, ended, self._remaining)
+            kept, ended = self._exits.cut(emitted, aux, kept, ended)
         self.cache.commit(kept, path)
         self._remaining.copy_(torch.where(ended, 0, self._remaining - kept))
         self._last.copy_(emitted.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0])

@@ -146,7 +146,7 @@ class Exits:
         first = torch.where(self._closing, self._marks.closes, emitted[:, 0])
         return torch.cat([first[:, None], emitted[:, 1:]], 1), torch.where(self._closing, 0, accepted)
 
-    def cut(self, emitted: Tensor, aux: Tensor, kept: Tensor, ended: Tensor, remaining: Tensor) -> tuple[Tensor, Tensor]:
+    def cut(self, emitted: Tensor, aux: Tensor, kept: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
         """Look at a round, and end thoughts.
 
         Args:
@@ -154,7 +154,6 @@ class Exits:
             aux: [B, W, n H]: features of the tokens before each.
             kept: [B], int64: how many of the tokens stay.
             ended: [B], bool: whether the row ends with them.
-            remaining: [B], int64: how many the row could take.
 
         Returns:
             kept, ended: now.
@@ -168,10 +167,10 @@ class Exits:
         passes = torch.where(self._wants_more, value > self._limits, value < self._limits).all(1) & took_part
         splits = rows & (emitted[..., None] == self._splits).any(-1)
         at = torch.where(splits, number, len(number)).amin(1)
-        exits = passes & splits.any(1) & (at + 1 < remaining) & ~(ended & (at + 1 == kept))
+        exits = passes & splits.any(1) & ~(ended & (at + 1 == kept))
         kept, ended = torch.where(exits, at + 1, kept), ended & ~exits
         last = within.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0]
-        self._thinks.copy_(torch.where(kept > 0, last, self._thinks) & ~exits)
+        self._thinks.copy_(torch.where(kept > 0, last, self._thinks))
         over = ~self._thinks | (splits.any(1) & (self._smoothing == "paragraph"))
         self._rounds.copy_(torch.where(over, 0, self._rounds + took_part))
         self._closing.copy_(exits)
