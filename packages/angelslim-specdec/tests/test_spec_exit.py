@@ -179,7 +179,9 @@ def test_smoothing(smoothing):
     """Rounds of two rows by scripted signals, compared with sums by hand; a round's own value is the mean of its accepted rows."""
     generator = torch.Generator().manual_seed(0)
     scripted = iter([])
-    exits = Exits(SpecExit(confidence=1.0, smoothing=smoothing), lambda aux: next(scripted), ("confidence", "remain"), Marks(3, 4, (9,)), 2, torch.device("cpu"))
+    exits = Exits(
+        SpecExit(confidence=1.0, smoothing=smoothing), lambda aux: next(scripted), ("confidence", "remain"), Marks(3, 4, (9,)), 2, torch.device("cpu")
+    )
     exits.start(torch.tensor([[3, 5], [5, 3]]), torch.tensor([2, 2]), torch.tensor([5, 5]))
     pasts: list[list[torch.Tensor]] = [[], []]
     seen = []
@@ -353,7 +355,9 @@ def test_the_commands(thinker, tmp_path, capsys):
     assert cli(*train, "--set", "exit_signals=[confidence, remain]", "--out", tmp_path / "d") == 3  # its template ends answers by no special token
     assert "nothing says how much of one was left" in capsys.readouterr().err and not (tmp_path / "d").exists()
     template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").write_text(template.replace("{{ m['content'] }}\n", "{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}\n"))
+    (folder / "chat_template.jinja").write_text(
+        template.replace("{{ m['content'] }}\n", "{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}\n")
+    )
     assert cli(*train, "--set", "exit_signals=[confidence, remain]", "--out", tmp_path / "d") == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["training"]["accuracy"]) == 2
