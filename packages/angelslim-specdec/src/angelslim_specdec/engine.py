@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from .stops import cut
 from .target import Target
 from .uniforms import Uniforms
 from .verification import draw, match, tree_greedy, tree_sample
+
+if TYPE_CHECKING:
+    from .spec_exit import Exits
+    from .stop_strings import StopStrings
 
 Rule = Literal["auto", "ratio", "match"]
 # makes of a round what is called again and again
@@ -52,6 +56,7 @@ class Decoded:
         drafted: proposed tokens that were verified, of all rows.
         drafts: rounds of rows in which any were proposed.
         by_position: how many were accepted at each position of a chain or level of a tree.
+        exited: rows that had a thought cut short by SpecExit; None: it was not asked for.
         prompt_seconds: until the first token of every row.
         seconds: from then on.
     """
@@ -62,8 +67,14 @@ class Decoded:
     drafted: int = 0
     drafts: int = 0
     by_position: list[int] = field(default_factory=list)
+    exited: int | None = None
     prompt_seconds: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def lossless(self) -> bool:
+        """Whether these are the target's own words: not where SpecExit may cut them."""
+        return self.exited is None
 
     @property
     def acceptance_length(self) -> float:
@@ -86,6 +97,8 @@ class Engine:
         pace: changes the number of tokens from round to round, k being the most, and how many of them are verified.
         static: fixed shapes; None: on a GPU.
         runner: how rounds run; None: as graphs on a GPU, if shapes are fixed. The host runs ahead of one that is given.
+        exits: ends thoughts early, which is NOT lossless.
+        words: strings that end an answer.
 
     Attributes:
         lag: rounds that the host may begin before it reads the results of one.
@@ -97,12 +110,13 @@ class Engine:
     def __init__(
         self, target: Target, drafter: Drafter | None, batch: int, capacity: int, *, k: int = 5, warp: Warp | None = None, rule: Rule = "auto",
         stops: Sequence[int] = (), pace: Pacing | None = None, static: bool | None = None,
-        runner: Runner | None = None,
+        runner: Runner | None = None, exits: Exits | None = None, words: StopStrings | None = None,
     ) -> None:  # fmt: skip
         if drafter is not None and k < 1:
             raise UsageError(710, "k", f"{k} tokens cannot be proposed", "1 or more")
         self.target, self.drafter, self.batch, self.capacity = target, drafter, batch, capacity
         self.k, self.warp, self.rule, self.pace = 0 if drafter is None else k, warp or Warp(), rule, pace
+        self._exits, self._words = exits, words
         device = target.device
         self.static = device.type == "cuda" if static is None else static
         self._size = 0 if drafter is None else drafter.size(k)
@@ -149,7 +163,11 @@ class Engine:
         draws = self.draws(range(self.batch) if seeds is None else seeds)
         self.cache.clear()
         aux, followers = self.admit(range(self.batch), prompts, lengths, max_new_tokens, draws)
-        results = [self._readout.send(self._out)()]
+        if self._exits is not None:
+            self._exits.start(prompts, lengths, self._last)
+        if self._words is not None:
+            self._words.start([ids[:n] for ids, n in zip(prompts.tolist(), lengths.tolist(), strict=True)])
+        results = [self._spoken(self._readout.send(self._out)())]
         if tell is not None:
             tell(rows_of(results[0]))
         read = time.perf_counter()
@@ -161,12 +179,13 @@ class Engine:
             pending.append(self.next_round(draws))
             if len(pending) <= self.lag:
                 continue
-            results.append(pending.popleft()())
+            results.append(self._spoken(pending.popleft()()))
             goes_on = self._saw(results[-1])
             if tell is not None:
                 tell(rows_of(results[-1]))
         decoded = _decoded(torch.stack(results), self.k)
-        return replace(decoded, prompt_seconds=read - started, seconds=time.perf_counter() - read)
+        exited = None if self._exits is None else int((self._exits.cuts > 0).sum())
+        return replace(decoded, exited=exited, prompt_seconds=read - started, seconds=time.perf_counter() - read)
 
     def admit(
         self, rows: Sequence[int], prompts: Tensor, lengths: Tensor, max_new_tokens: int, draws: dict[int, Uniforms]
@@ -235,6 +254,16 @@ class Engine:
             self._rounds[how]()
         return self._readout.send(self._out)
 
+    def _spoken(self, result: Tensor) -> Tensor:
+        """A round's results [B, ...] on the host, of which rows keep nothing behind a stop string."""
+        if self._words is None:
+            return result
+        for row, new in enumerate(rows_of(result)):
+            if new and (stays := self._words.add(row, new)) is not None:
+                result[row, KEPT], result[row, GOES_ON] = stays, 0
+                self._remaining[row] = 0
+        return result
+
     def _saw(self, result: Tensor) -> bool:
         """Take note of a round's results [B, ...] on the host; whether any row goes on."""
         if self._on_host and self.drafter is not None:
@@ -255,7 +284,16 @@ class Engine:
         ids = torch.cat([self._last[:, None], proposal.tokens.clamp(min=0)], 1)
         step = self.target.forward(ids, self.cache, self._layers, proposal.parents, line)
         emitted, accepted, path = self._accept(step.logits, proposal, k)
+        if self._exits is not None:
+            emitted, accepted = self._exits.closing(emitted, accepted)
         kept, ended = cut(emitted, accepted + 1, self._remaining, self._stops)
+        aux = step.aux
+        if aux is not None and path is not None:
+            rows = torch.nn.functional.pad(path.clamp(min=-1) + 1, (1, 0))
+            aux = aux.gather(1, rows[..., None].expand(-1, -1, aux.shape[2]))
+        if self._exits is not None:
+            assert aux is not None
+            kept, ended = self._exits.cut(emitted, aux, kept, ended)
         self.cache.commit(kept, path)
         self._remaining.copy_(torch.where(ended, 0, self._remaining - kept))
         self._last.copy_(emitted.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0])
@@ -263,10 +301,6 @@ class Engine:
         self._out[:, :TOKENS] = torch.stack([accepted, kept, proposed, (~ended).long()], 1)
         self._out[:, TOKENS : TOKENS + emitted.shape[1]] = emitted
         if self.drafter is not None and not self._on_host:
-            aux = step.aux
-            if aux is not None and path is not None:
-                rows = torch.nn.functional.pad(path.clamp(min=-1) + 1, (1, 0))
-                aux = aux.gather(1, rows[..., None].expand(-1, -1, aux.shape[2]))
             self.drafter.observe(emitted, aux, kept)
 
     def _proposal(self, k: int) -> Proposal:

@@ -64,6 +64,8 @@ def export_draft(
     warnings = [] if served else ["without the target's folder its positions and precision are not compared with the draft's"]
     if not served and to == "speculators":
         warnings.append("verifier.name_or_path is empty: `vllm serve` of the folder alone cannot find the target, --speculative-config can")
+    if given.left_out:
+        warnings.append(f"the rows of fc for {given.left_out} are left out: {to} knows no SpecExit, drafts the same tokens and ends no thought early")
     return {
         "path": str(folder), "draft": stored.kind.name, "to": to, "dtype": given.dtype, "tensors": len(stored.specs) + given.needs_head,
         "bytes": sum(p.stat().st_size for p in folder.glob("*.safetensors")), "layer_ids": list(stored.config.aux_hidden_state_layer_ids),
@@ -78,7 +80,7 @@ def _refuse(folder: Path, layout: Layout, given: Given) -> None:
 
 
 def _tensors(layout: Layout, given: Given) -> dict[str, Tensor]:
-    kept = {layout.stored_name(given, name): given.draft.read(name) for name in given.draft.specs}
+    kept = {layout.stored_name(given, name): given.tensor(name) for name in given.draft.specs}
     vocabulary = given.draft.vocabulary()
     if vocabulary is not None and given.needs_head:
         assert given.served

@@ -20,6 +20,8 @@ from .drafters.autoregressive import Autoregressive, Tree
 from .drafters.base import Drafter, Warp
 from .engine import Decoded, Engine, Rule
 from .registry import drafters
+from .spec_exit import SpecExit, exits_of
+from .stop_strings import StopStrings
 from .target import Target
 
 if TYPE_CHECKING:
@@ -48,8 +50,9 @@ class Generated:
         """Numbers for JSON."""
         found, rounds = self.decoded, sum(self.decoded.rounds)
         tokens = sum(map(len, found.tokens))
+        exits = {} if found.exited is None else {"exited": found.exited}
         return {
-            "tokens": tokens, "rounds": rounds, "drafts": found.drafts, "drafted": found.drafted, "accepted": found.accepted,
+            "lossless": found.lossless, **exits, "tokens": tokens, "rounds": rounds, "drafts": found.drafts, "drafted": found.drafted, "accepted": found.accepted,
             "acceptance_length": found.acceptance_length, "accepted_by_position": found.by_position,
             "prompt_seconds": found.prompt_seconds, "seconds": found.seconds,
         }  # fmt: skip
@@ -58,9 +61,10 @@ class Generated:
 def generate(
     target: Target | PreTrainedModel, input_ids: Tensor, drafter: Drafter | str | Path | None = None, max_new_tokens: int = 256, temperature: float = 0.0, *,
     top_k: int = 0, top_p: float = 1.0, k: int = 5, tree: Tree | None = None, rule: Rule = "auto", seed: int | Sequence[int] = 0, stop_ids: Sequence[int] | None = None,
-    attention_mask: Tensor | None = None, adaptive: bool = False, pace: Pacing | None = None, static: bool | None = None, tell: Callable[[list[list[int]]], None] | None = None,
+    attention_mask: Tensor | None = None, adaptive: bool = False, pace: Pacing | None = None, static: bool | None = None,
+    tell: Callable[[list[list[int]]], None] | None = None, stop_strings: Sequence[str] | StopStrings | None = None, spec_exit: SpecExit | None = None,
 ) -> Generated:  # fmt: skip
-    """Continue prompts, exactly as the target would: greedily the same tokens, sampled the same distribution.
+    """Continue prompts, exactly as the target would: greedily the same tokens, sampled the same distribution; but for `spec_exit`.
 
     Args:
         target: a transformers causal language model, or a `Target` around one. Of its generation config stop and padding tokens
@@ -82,10 +86,14 @@ def generate(
             surest of, in whatever row. Sampled tokens keep their distribution, but since times are measured the same seed need not give them twice.
         pace: what changes rounds instead; as is `static`, for `Engine`.
         tell: called with the new tokens of each row, after each round.
+        stop_strings: end a row with the token that completes one of them, as in transformers; a `StopStrings` tells afterwards which.
+            They need a target with its tokenizer.
+        spec_exit: end thoughts where the draft's signals pass these thresholds, which is NOT lossless; needs a draft with `exit_signals`
+            and a target with its tokenizer. None: never.
 
     Raises:
-        UsageError: the mask is of another shape, or pads in between or on the right; the drafter grows no trees; `adaptive` has no drafter,
-            or a pace beside it; or as `Engine.decode` raises.
+        UsageError: the mask is of another shape, or pads in between or on the right; the drafter grows no trees, or has no signals to exit by;
+            `adaptive` has no drafter, or a pace beside it; there is no tokenizer where one is needed; or as `Engine.decode` raises.
         ModelError: the target cannot be decoded speculatively, or the draft is of another target.
     """
     target = target if isinstance(target, Target) else Target(target)
@@ -97,8 +105,11 @@ def generate(
         if proposer is None or pace is not None:
             raise UsageError(786, "adaptive", "nothing is proposed" if proposer is None else "and pace both set what a round does", "leave it out")
         pace = Pace(k, len(prompts), cuts=not (isinstance(proposer, Autoregressive) and proposer.tree is not None))
+    exits = None if spec_exit is None else exits_of(spec_exit, proposer, target, len(prompts))
+    words = stop_strings if stop_strings is None or isinstance(stop_strings, StopStrings) else StopStrings(target.tokenizer, stop_strings)
     engine = Engine(
-        target, proposer, len(prompts), capacity, k=k, warp=Warp(temperature, top_k, top_p), rule=rule, stops=stops, pace=pace, static=static
+        target, proposer, len(prompts), capacity, k=k, warp=Warp(temperature, top_k, top_p), rule=rule, stops=stops, pace=pace, static=static, exits=exits,
+        words=words,
     )  # fmt: skip
     seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
     decoded = engine.decode(prompts, lengths, max_new_tokens, seeds, tell)

@@ -41,6 +41,9 @@ _IDENTITY = (
     "rms_norm_eps",
 )
 
+# tokens between which a model thinks
+THOUGHT = ("<think>", "</think>")
+
 
 @dataclass
 class Step:
@@ -95,7 +98,8 @@ class Target:
         """What a draft must know of it."""
         values = sizes_of(self.config, self._head.weight.shape[0])
         special = {i for i in (self.tokenizer.all_special_ids if self.tokenizer is not None else []) if isinstance(i, int)}
-        return TargetShape(**values, fingerprint=self._fingerprint(values), special_ids=sorted(special | set(self.stop_ids)))
+        thought_end = self.tokenizer.get_vocab().get(THOUGHT[1], -1) if self.tokenizer is not None else -1
+        return TargetShape(**values, fingerprint=self._fingerprint(values), special_ids=sorted(special | set(self.stop_ids)), thought_end_id=thought_end)
 
     def _fingerprint(self, values: Mapping[str, Any]) -> str:
         """sha256 of what the config says and of some rows of the embedding, which quantization leaves as they are and fine-tuning does not."""

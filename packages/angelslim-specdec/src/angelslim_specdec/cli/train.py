@@ -149,8 +149,8 @@ def _is_given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
-def options_of(settings: tuple[str, ...]) -> dict[str, Any]:
-    """Options of a draft, values as YAML.
+def options_of(settings: tuple[str, ...], option: str = "--set", example: str = "ttt_steps=5") -> dict[str, Any]:
+    """What an option such as --set gives by KEY=VALUE, values as YAML.
 
     Raises:
         UsageError: not KEY=VALUE.
@@ -165,5 +165,5 @@ def options_of(settings: tuple[str, ...]) -> dict[str, Any]:
                 raise ValueError
             found[key] = yaml.safe_load(value)
         except (ValueError, yaml.YAMLError) as error:
-            raise UsageError(742, "--set", f"{setting!r:.100} is not KEY=VALUE", "as in ttt_steps=5") from error
+            raise UsageError(742, option, f"{setting!r:.100} is not KEY=VALUE", f"as in {example}") from error
     return found

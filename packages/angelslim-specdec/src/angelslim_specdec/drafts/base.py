@@ -45,7 +45,11 @@ class DraftConfig(BaseModel):
 
 @dataclass(frozen=True)
 class TargetShape:
-    """What a draft must know of a target before there is a model: sizes, rope, and where the template's special tokens are."""
+    """What a draft must know of a target before there is a model: sizes, rope, and where the template's special tokens are.
+
+    Args:
+        thought_end_id: token that closes a thought; -1: it has none.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -59,6 +63,7 @@ class TargetShape:
     max_position_embeddings: int
     fingerprint: str = ""
     special_ids: Sequence[int] = field(default_factory=tuple)
+    thought_end_id: int = -1
 
 
 @dataclass
@@ -90,8 +95,8 @@ class Loss:
         sums: [S], fp32, with gradient.
         counts: [S], fp32: tokens that count in each.
         weights: [S], fp32.
-        hits: [S]: tokens whose first choice is the target's own; out of the draft's vocabulary is a miss.
-        asked: [S]: tokens that `hits` is of.
+        hits: [K]: tokens whose first choice is the target's own, of each one ahead; out of the draft's vocabulary is a miss.
+        asked: [K]: tokens that `hits` is of.
     """
 
     sums: Tensor

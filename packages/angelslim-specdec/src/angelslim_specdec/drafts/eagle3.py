@@ -5,13 +5,16 @@ Source: arXiv:2503.01840; the norms of EAGLE-3.1 by options.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .base import Heads, TargetShape
+from .base import Batch, Draft, Heads, Loss, TargetShape
+from .exit_signals import Signal, labels, losses, read
 from .layers import Attention, RMSNorm, vocabulary_ids
 from .stepwise import Stepwise, StepwiseConfig, layer_parts
 
@@ -19,12 +22,28 @@ DEFAULT_VOCABULARY = 32000
 
 
 class Eagle3Config(StepwiseConfig):
-    """Where EAGLE-3 normalises."""
+    """Where EAGLE-3 normalises, and what it says of thoughts."""
 
     norm_before_residual: bool = Field(False, description="attention adds to the normalised features")
     norm_before_fc: bool = Field(False, description="one norm over all tapped layers, before they are mixed")
     fc_norm: bool = Field(False, description="a norm for each tapped layer, before they are mixed")
     norm_output: bool = Field(False, description="the next step reads the output after the last norm")
+    exit_signals: tuple[Signal, ...] = Field(
+        (), description="what it also says of a thought, for SpecExit, which is not lossless: some of confidence, progress, remain"
+    )
+    thought_end_id: int = Field(-1, ge=-1, description="token that closes a thought, for training these; -1: the target has none")
+    answer_end_ids: tuple[int, ...] = Field((), description="tokens that end an answer, for training these")
+
+    @field_validator("exit_signals", mode="before")
+    @classmethod
+    def _signals(cls, given: Any) -> Any:
+        """Names may come in one, as in confidence_progress_remain."""
+        found = given.split("_") if isinstance(given, str) else given
+        if not isinstance(found, list | tuple):
+            return given
+        if len(found) > len(set(map(str, found))):
+            raise ValueError("one signal is named twice")
+        return tuple(found)
 
 
 class Eagle3(Stepwise):
@@ -38,13 +57,20 @@ class Eagle3(Stepwise):
         super().__init__(config)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         taps, width = len(config.aux_hidden_state_layer_ids), config.target_hidden_size
-        self.fc = nn.Linear(taps * width, hidden, bias=False)
+        self.fc = nn.Linear(taps * width, hidden + len(config.exit_signals), bias=False)
+        nn.init.zeros_(self.fc.weight[hidden:].detach())  # an exponential of what is drawn could be anything
         self.input_norm = RMSNorm(taps * width, eps) if config.norm_before_fc else None
         self.fc_norm = nn.ModuleList(RMSNorm(width, eps) for _ in range(taps)) if config.fc_norm else None
         embedding = {"input_layernorm": RMSNorm(width, eps), "hidden_norm": RMSNorm(hidden, eps)}
         self.midlayer = nn.ModuleDict({**embedding, **layer_parts(config, width + hidden)})
         self.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+
+    @classmethod
+    def from_target(cls, target: TargetShape, *, draft_vocab_size: int | None = None, **options: Any) -> Draft:
+        if options.get("exit_signals"):
+            options = {"thought_end_id": target.thought_end_id, "answer_end_ids": tuple(target.special_ids), **options}
+        return super().from_target(target, draft_vocab_size=draft_vocab_size, **options)
 
     @property
     def attention(self) -> Attention:
@@ -69,13 +95,29 @@ class Eagle3(Stepwise):
             rows = rows if norm is None else rows * norm.float()
             self.lm_head.weight.copy_(rows * (3 * rows.shape[1]) ** -0.5 / rows.std())
 
+    def train_loss(self, batch: Batch, heads: Heads) -> Loss:
+        loss, config = super().train_loss(batch, heads), self.config
+        if not config.exit_signals:
+            return loss
+        told = labels(batch, heads, config.thought_end_id, config.answer_end_ids, confidence="confidence" in config.exit_signals)
+        rows = self._normed(batch.aux.flatten(0, 1)[told.rows])
+        found = losses(functional.linear(rows, self.fc.weight[config.hidden_size :]), told, config.exit_signals)
+        return replace(loss, sums=torch.cat((loss.sums, found[0])), counts=torch.cat((loss.counts, found[1])), weights=torch.cat((loss.weights, found[2])))
+
+    def signals(self, aux: Tensor) -> Tensor:
+        """[..., n], fp32: what `exit_signals` names, of the target's features [..., n H]."""
+        return read(functional.linear(self._normed(aux), self.fc.weight[self.config.hidden_size :]), self.config.exit_signals)
+
     def features(self, aux: Tensor) -> Tensor:
+        return functional.linear(self._normed(aux), self.fc.weight[: self.config.hidden_size])
+
+    def _normed(self, aux: Tensor) -> Tensor:
         aux = aux.to(self.fc.weight.dtype)
         if self.input_norm is not None:
             aux = self.input_norm(aux)
         if self.fc_norm is not None:
             aux = torch.cat([norm(part) for norm, part in zip(self.fc_norm, aux.chunk(len(self.fc_norm), -1), strict=True)], -1)
-        return self.fc(aux)
+        return aux
 
     def mix(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.midlayer["hidden_norm"](carried)

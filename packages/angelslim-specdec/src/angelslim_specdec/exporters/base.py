@@ -119,6 +119,16 @@ class Given:
         return self.config.draft_vocab_size == self.config.vocab_size
 
     @property
+    def left_out(self) -> str:
+        """What of the draft no engine has a place for; "": nothing."""
+        return ", ".join(self.option("exit_signals", ()))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the draft without rows for what is left out."""
+        found = self.draft.read(name)
+        return found[: self.config.hidden_size] if self.left_out and name == "fc.weight" else found
+
+    @property
     def needs_head(self) -> bool:
         """Whether the draft uses rows of the target's head, which an engine does not choose itself."""
         return not self.full_vocabulary and "lm_head.weight" not in self.draft.specs

@@ -81,7 +81,7 @@ def _tensor_problems(checkpoint: Checkpoint, layout: Layout, given: Given) -> li
     seen = [Problem("d2t_offsets" if name == "d2t" else "weights", f"has no tensor {name}") for name in sorted(missing)]
     seen += [Problem("weights", f"has a tensor {name[:200]} that the draft has not") for name in sorted(more)]
     for name in sorted(names.keys() & checkpoint.tensors.keys()):
-        wanted, found = draft.read(names[name]), checkpoint.read(name)
+        wanted, found = given.tensor(names[name]), checkpoint.read(name)
         if name == "d2t":
             try:
                 ids = Vocabulary.from_stored(found, given.config.vocab_size, checkpoint.folder.name).ids

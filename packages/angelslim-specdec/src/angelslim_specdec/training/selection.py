@@ -16,15 +16,12 @@ from ..vocabulary import Vocabulary
 if TYPE_CHECKING:
     from ..target import Target
 
-_THOUGHT_ENDS = ("</think>",)
-
 
 def select(rows: Sequence[Row], target: Target, size: int) -> Vocabulary:
     """The most frequent tokens of the answers; those that end answers and thoughts are always among them."""
-    known = target.tokenizer.get_vocab() if target.tokenizer is not None else {}
-    always = {*target.shape.special_ids, *(known[t] for t in _THOUGHT_ENDS if t in known)}
+    always = {*target.shape.special_ids, target.shape.thought_end_id}
     total = target.shape.vocab_size
-    return Vocabulary.select(counts(rows, total), size, [i for i in always if i < total])
+    return Vocabulary.select(counts(rows, total), size, [i for i in always if 0 <= i < total])
 
 
 def coverage_of(vocabulary: Vocabulary, rows: Sequence[Row]) -> float:

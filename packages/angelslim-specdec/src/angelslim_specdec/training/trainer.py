@@ -201,10 +201,10 @@ def evaluate(draft: Draft, heads: Heads, source: Source, batch: int, group: Grou
             else Loss(totals.sums + found.sums, totals.counts + found.counts, found.weights, totals.hits + found.hits, totals.asked + found.asked)
         )
     device = source.device
-    width = int(group.reduce(torch.tensor(0 if totals is None else len(totals.sums)), "max"))
+    widths = group.reduce(torch.tensor([0, 0] if totals is None else [len(totals.sums), len(totals.hits)]), "max")
     if totals is None:  # more processes than rows
-        zero = torch.zeros(width, device=device)
-        totals = Loss(zero, zero, zero, zero, zero)
+        terms, tokens = (torch.zeros(int(width), device=device) for width in widths)
+        totals = Loss(terms, terms, terms, tokens, tokens)
     weights = group.reduce(totals.weights.float().clone(), "max")
     numbers_of = torch.stack([t.float() for t in (totals.sums, totals.counts)])
     sums, counts = group.reduce(numbers_of)

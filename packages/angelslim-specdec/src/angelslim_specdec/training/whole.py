@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from angelslim_core.context import Progress, never, silent
+from angelslim_core.errors import RecipeError
 from angelslim_core.parallel import Group
 from angelslim_core.training import TrainingOptions
 from angelslim_core.workdir import sha256
 
 from ..data.packing import Order
 from ..drafts.base import Heads
+from ..drafts.exit_signals import any_labels
 from .inputs import from_conversations, from_shards
 from .prepare import new_draft
 from .run import Plan, train
@@ -36,6 +38,9 @@ def train_draft(
         given: options of the command by name, `settings` being a mapping.
         target: may be on another device where features were dumped.
 
+    Raises:
+        RecipeError: exit signals are asked for, and the data have no labels for them.
+
     Returns:
         numbers of `run.train`, and how many conversations, rows and tokens there are.
     """
@@ -44,6 +49,9 @@ def train_draft(
     draft, coverage = new_draft(
         given["draft"], target, inputs.rows, device, vocabulary=vocabulary, size=given["draft_vocab"], options=given["settings"], seed=given["seed"]
     )  # fmt: skip
+    if getattr(draft.config, "exit_signals", ()) and not any_labels(inputs.rows, draft.config.thought_end_id, draft.config.answer_end_ids):
+        what = "no thought is closed in the data and no answer ends with a special token, so that nothing says how much of one was left"
+        raise RecipeError(782, "exit_signals", what, "give data whose answers are whole, or leave the signals out")
     batch = given["batch"] or (4 if device.type == "cuda" else 1)
     per_epoch = len(inputs.rows) / (Order(len(inputs.rows), batch, 0).batch * given["accumulate"])
     options = TrainingOptions(
