@@ -236,9 +236,11 @@ class Engine:
 
     def next_round(self, draws: dict[int, Uniforms]) -> Callable[[], Tensor]:
         """Begin a round; what is returned waits for its results."""
-        how = Round(self.k) if self.pace is None else self.pace.next()
+        how = Round(self.k)
+        if self.pace is not None:
+            how = self.pace.next()
+            self._begun.append((how, time.perf_counter()))
         k = min(how.k, self.k)
-        self._begun.append((how, time.perf_counter()))
         for salt, feed in self._feeds.items() if draws else ():
             feed.send(draws[salt].take(self._uniforms[salt].shape[1]))
         if self._on_host and not self.static:
@@ -271,9 +273,9 @@ class Engine:
         if self.pace is not None:
             now, (how, began) = time.perf_counter(), self._begun.popleft()
             took_part = result[result[:, KEPT] > 0]
-            scores = took_part[:, self._scores].float() / _ONE
+            of = took_part[:, self._scores].float() / _ONE
             # the host may begin a round while the one before runs
-            self.pace.saw(how, now - max(began, self._read), took_part[:, ACCEPTED], took_part[:, PROPOSED].clamp(max=self.k), scores)
+            self.pace.saw(how, now - max(began, self._read), took_part[:, ACCEPTED], took_part[:, PROPOSED].clamp(max=self.k), of)
             self._read = now
         return bool(result[:, GOES_ON].any())
 
