@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from angelslim_core.cli.main import cli
-from angelslim_core.errors import AngelslimError, ModelError, OutputError, PlanError
+from angelslim_core.errors import AngelslimError, ModelError, OutputError, PlanError, UsageError
 from angelslim_core.testing.models import tiny_checkpoint
 from angelslim_specdec.drafts.base import Batch, Heads, TargetShape
 from angelslim_specdec.drafts.dflare import DFlare
@@ -180,6 +180,17 @@ def ids(change):
 
 def absent(key):
     return lambda config, to: (config.pop(key, None), layer(config, to).pop(key, None))
+
+
+@pytest.mark.parametrize(("kind", "most"), [("dflash", 3), ("dspark", 4), ("eagle3", None)])
+def test_no_more_tokens_than_a_block_has(drafts, tmp_path, kind, most):
+    found = export_draft(drafts.root / kind, "vllm", tmp_path / "own")
+    assert f'"num_speculative_tokens": {most or 4}' in found["serve"]
+    export_draft(drafts.root / kind, "vllm", tmp_path / "most", k=most or 9)
+    if most is not None:
+        with pytest.raises(UsageError, match=f"holds {most} tokens"):
+            export_draft(drafts.root / kind, "vllm", tmp_path / "more", k=most + 1)
+        assert not (tmp_path / "more").exists()
 
 
 EAGLE, BLOCK = ("eagle3", ("vllm", "sglang", "speculators")), ("dflash", ("vllm", "sglang", "speculators", "zlab"))

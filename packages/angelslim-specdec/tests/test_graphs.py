@@ -56,6 +56,7 @@ class Flight:
         self.host, self.under_way = host, None
 
     def record(self):
+        assert self.under_way is None, "nobody waited for the copy before"
         self.under_way = self.host.clone()
 
     def synchronize(self):
