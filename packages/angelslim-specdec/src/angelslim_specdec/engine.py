@@ -23,6 +23,7 @@ from angelslim_core.errors import UsageError
 from .drafters.base import Drafter, Proposal, Warp
 from .graphs import Graph, Readout
 from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
+from .kernels.settle import SETTLE
 from .stops import cut
 from .target import Target
 from .uniforms import Uniforms
@@ -31,7 +32,7 @@ from .verification import draw, match, tree_greedy, tree_sample
 Rule = Literal["auto", "ratio", "match"]
 # makes of a round what is called again and again
 Runner = Callable[[Callable[[], None]], Callable[[], None]]
-# columns of what a round gives the host; then come its tokens
+# columns of what a round gives the host, as `kernels.settle` writes them; then come its tokens
 ACCEPTED, KEPT, PROPOSED, GOES_ON, TOKENS = range(5)
 # salts of `Uniforms`
 _FIRST, _PROPOSE, _VERIFY = range(3)
@@ -246,14 +247,12 @@ class Engine:
         proposal = self._proposal(k)
         ids = torch.cat([self._last[:, None], proposal.tokens.clamp(min=0)], 1)
         step = self.target.forward(ids, self.cache, self._layers, proposal.parents)
-        emitted, accepted, path = self._accept(step.logits, proposal, k)
-        kept, ended = cut(emitted, accepted + 1, self._remaining, self._stops)
+        tokens, accepted, following, path = self._accept(step.logits, proposal, k)
+        counts = proposal.counts
+        if path is not None and counts is None:
+            counts = torch.full_like(accepted, proposal.tokens.shape[1])
+        emitted, kept = SETTLE(tokens, accepted, following, counts, self._stops, self._last, self._remaining, self._out)
         self.cache.commit(kept, path)
-        self._remaining.copy_(torch.where(ended, 0, self._remaining - kept))
-        self._last.copy_(emitted.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0])
-        proposed = torch.full_like(kept, proposal.tokens.shape[1]) if proposal.counts is None else proposal.counts
-        self._out[:, :TOKENS] = torch.stack([accepted, kept, proposed, (~ended).long()], 1)
-        self._out[:, TOKENS : TOKENS + emitted.shape[1]] = emitted
         if self.drafter is not None and not self._on_host:
             aux = step.aux
             if aux is not None and path is not None:
@@ -276,8 +275,8 @@ class Engine:
         most = int(found.counts.max())  # nothing is verified that no row proposed
         return replace(found, tokens=found.tokens[:, :most])
 
-    def _accept(self, logits: Tensor, proposal: Proposal, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens of the round [B, N + 1] or [B, K + 1], how many of the proposed ones are accepted [B], and which of a tree's."""
+    def _accept(self, logits: Tensor, proposal: Proposal, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Tokens of the chain or of a tree's path [B, N or K], how many are accepted [B], what follows them [B], and which of the tree's they are."""
         tokens, sampled = proposal.tokens, self.warp.temperature > 0
         uniforms = self._uniforms[_VERIFY]
         if proposal.parents is not None:
@@ -295,9 +294,7 @@ class Engine:
             else:  # the last draw is the same one, however many are proposed
                 own = torch.cat([uniforms[:, :size], uniforms[:, -1:]], 1)
                 accepted, following = ACCEPT_RATIO(logits, self.warp, tokens, proposal.q, proposal.columns, own, proposal.counts)
-        number = torch.arange(tokens.shape[1] + 1, device=tokens.device)
-        emitted = torch.where(number < accepted[:, None], torch.nn.functional.pad(tokens, (0, 1)), following[:, None])
-        return emitted, accepted, path
+        return tokens, accepted, following, path
 
 
 def rows_of(result: Tensor) -> list[list[int]]:
