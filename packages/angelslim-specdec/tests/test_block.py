@@ -123,6 +123,7 @@ def feed(drafter, batch, ends, parts, k=3):
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("vocabulary", [None, 20])
 @pytest.mark.parametrize("draft", ALL)
+@torch.no_grad()
 def test_decoding_computes_what_training_does(draft, vocabulary, anchored):
     draft = made(draft, vocabulary=vocabulary, sample_from_anchor=anchored).double()
     heads = Heads(HEADS.embedding.double(), HEADS.head.double())

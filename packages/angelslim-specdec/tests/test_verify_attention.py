@@ -86,7 +86,7 @@ def test_parts_are_merged_whenever_they_come_and_counters_start_anew(kernel):
     config = kernel.Config(keys=128, alone=128)
     first = kernel.verify_attention(q, k, v, visible, 0.2, config=config)
     assert torch.equal(first, kernel.verify_attention(q, k, v, visible, 0.2, config=config))
-    counters = [made[2] for key, made in visible._made.items() if key[0] == "shared"]
+    counters = [made[2] for made in visible.rooms.values()]
     assert len(counters) == 1 and len(counters[0]) == 6 and not counters[0].any()
 
 

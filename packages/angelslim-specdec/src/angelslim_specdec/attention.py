@@ -43,6 +43,7 @@ class Visible:
         ancestors: [B, T, A], bool: which of the A slots after `lengths` each one sees; None: all up to its own, there being T.
         documents: [B, T], int64: tokens see their own document only; without a cache.
         line: queries come in this line, and what was attended goes back into it; None: they are in their rows.
+        rooms: memory in which kernels work, given on to later calls where it is to be kept.
     """
 
     lengths: Tensor | None
@@ -50,6 +51,7 @@ class Visible:
     ancestors: Tensor | None = None
     documents: Tensor | None = None
     line: Line | None = None
+    rooms: dict[Any, Any] = field(default_factory=dict, repr=False)
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def is_causal(self, window: int | None) -> bool:
@@ -72,6 +74,12 @@ class Visible:
             return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf).repeat(1, 1, groups, 1)
 
         return self.once((keys, window, dtype, groups), make)
+
+    def room(self, key: Any, make: Callable[[], _Made]) -> _Made:
+        """As `once`, but for as long as `rooms` is kept: nothing in it depends on what is visible."""
+        if key not in self.rooms:
+            self.rooms[key] = make()
+        return self.rooms[key]  # type: ignore[no-any-return]
 
     def once(self, key: Any, make: Callable[[], _Made]) -> _Made:
         """What `make` gives, made by the first layer that asks."""

@@ -25,6 +25,7 @@ from .dcut import Line, kept, scores
 from .drafters.base import Drafter, Proposal, Warp
 from .graphs import Feed, Graphs, Readout
 from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
+from .kernels.settle import SETTLE, joined, note
 from .stops import cut
 from .target import Target
 from .uniforms import Uniforms
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 Rule = Literal["auto", "ratio", "match"]
 # makes of a round what is called again and again
 Runner = Callable[[Callable[[], None]], Callable[[], None]]
-# columns of what a round gives the host; then come its tokens
+# columns of what a round gives the host, as `kernels.settle` writes them; then come its tokens
 ACCEPTED, KEPT, PROPOSED, GOES_ON, TOKENS = range(5)
 # salts of `Uniforms`
 _FIRST, _PROPOSE, _VERIFY = range(3)
@@ -285,23 +286,21 @@ class Engine:
         proposal, line = (proposal, None) if self.pace is None or k == 0 else self._chosen(proposal, how)
         ids = torch.cat([self._last[:, None], proposal.tokens.clamp(min=0)], 1)
         step = self.target.forward(ids, self.cache, self._layers, proposal.parents, line)
-        emitted, accepted, path = self._accept(step.logits, proposal, k)
-        if self._exits is not None:
-            emitted, accepted = self._exits.closing(emitted, accepted)
-        kept, ended = cut(emitted, accepted + 1, self._remaining, self._stops)
-        aux = step.aux
-        if aux is not None and path is not None:
-            rows = torch.nn.functional.pad(path.clamp(min=-1) + 1, (1, 0))
-            aux = aux.gather(1, rows[..., None].expand(-1, -1, aux.shape[2]))
-        if self._exits is not None:
+        tokens, accepted, following, path = self._accept(step.logits, proposal, k)
+        counts, aux = proposal.counts, step.aux
+        if path is not None:
+            counts = torch.full_like(accepted, proposal.tokens.shape[1]) if counts is None else counts
+            if aux is not None:
+                rows = torch.nn.functional.pad(path.clamp(min=-1) + 1, (1, 0))
+                aux = aux.gather(1, rows[..., None].expand(-1, -1, aux.shape[2]))
+        if self._exits is None:
+            emitted, kept = SETTLE(tokens, accepted, following, counts, self._stops, self._last, self._remaining, self._out)
+        else:
             assert aux is not None
-            kept, ended = self._exits.cut(emitted, aux, kept, ended)
+            emitted, accepted = self._exits.closing(joined(tokens, accepted, following), accepted)
+            kept, ended = self._exits.cut(emitted, aux, *cut(emitted, accepted + 1, self._remaining, self._stops))
+            note(emitted, accepted, kept, ended, counts, self._last, self._remaining, self._out)
         self.cache.commit(kept, path)
-        self._remaining.copy_(torch.where(ended, 0, self._remaining - kept))
-        self._last.copy_(emitted.gather(1, (kept - 1).clamp(min=0)[:, None])[:, 0])
-        proposed = torch.full_like(kept, proposal.tokens.shape[1]) if proposal.counts is None else proposal.counts
-        self._out[:, :TOKENS] = torch.stack([accepted, kept, proposed, (~ended).long()], 1)
-        self._out[:, TOKENS : TOKENS + emitted.shape[1]] = emitted
         if self.drafter is not None and not self._on_host:
             self.drafter.observe(emitted, aux, kept)
 
@@ -335,8 +334,8 @@ class Engine:
         line = Line.of(counts, places, how.size)
         return replace(proposal, counts=counts if proposal.counts is None else torch.minimum(counts, proposal.counts)), line
 
-    def _accept(self, logits: Tensor, proposal: Proposal, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens of the round [B, N + 1] or [B, K + 1], how many of the proposed ones are accepted [B], and which of a tree's."""
+    def _accept(self, logits: Tensor, proposal: Proposal, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Tokens of the chain or of a tree's path [B, N or K], how many are accepted [B], what follows them [B], and which of the tree's they are."""
         tokens, sampled = proposal.tokens, self.warp.temperature > 0
         uniforms = self._uniforms[_VERIFY]
         if proposal.parents is not None:
@@ -354,9 +353,7 @@ class Engine:
             else:  # the last draw is the same one, however many are proposed
                 own = torch.cat([uniforms[:, :size], uniforms[:, -1:]], 1)
                 accepted, following = ACCEPT_RATIO(logits, self.warp, tokens, proposal.q, proposal.columns, own, proposal.counts)
-        number = torch.arange(tokens.shape[1] + 1, device=tokens.device)
-        emitted = torch.where(number < accepted[:, None], torch.nn.functional.pad(tokens, (0, 1)), following[:, None])
-        return emitted, accepted, path
+        return tokens, accepted, following, path
 
 
 def rows_of(result: Tensor) -> list[list[int]]:

@@ -34,9 +34,11 @@ def angelslim_register_passes() -> list[type[Pass]]:
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
+    from .kernels.layer import KERNELS
+    from .kernels.settle import SETTLE
     from .kernels.verify_attention import VERIFY_ATTENTION
 
-    return [VERIFY_ATTENTION, ACCEPT_GREEDY, ACCEPT_RATIO]
+    return [VERIFY_ATTENTION, ACCEPT_GREEDY, ACCEPT_RATIO, SETTLE, *KERNELS]
 
 
 @hookimpl

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..drafts.layers import rotate, vocabulary_ids
+from ..drafts.layers import MLP, RMSNorm, vocabulary_ids
+from ..kernels import layer as kernels
 from ..verification.draws import draw
 from .base import Drafter, Proposal, Warp
 from .draft_cache import DraftCache
+from .joined import JoinedLayer
 
 if TYPE_CHECKING:
     from ..drafts.base import Heads
@@ -62,21 +64,23 @@ class Autoregressive(Drafter):
     def __init__(self, draft: Stepwise, heads: Heads, tree: Tree | None = None, *, static: bool | None = None) -> None:
         self.draft, self.heads, self.tree, self.warp = draft, heads, tree, Warp()
         self.layer_ids = tuple(draft.config.aux_hidden_state_layer_ids)
-        attention = draft.attention
-        weight = attention.q_proj.weight
+        norm, mlp = draft.layer["post_attention_layernorm"], draft.layer["mlp"]
+        assert isinstance(norm, RMSNorm) and isinstance(mlp, MLP)
+        self._layer = JoinedLayer(draft.attention, norm, mlp)
+        weight = self._layer.projections
         with torch.no_grad():
-            self._projections = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
             self._head, self._columns = draft.head_weight(heads).detach().to(weight.dtype), vocabulary_ids(draft)
         if tree is not None:
             assert tree.top_k <= len(self._head)
         self._static = weight.device.type != "cpu" if static is None else static
         self._cache: DraftCache | None = None
         # what the last confirmed position put out: for the next step, and for the head; cosine and sine of each position
-        self._carried = self._read = self._turns = self._projections[:0]
+        self._carried = self._read = weight[:0]
+        self._turns = self._carried, self._carried
 
     @torch.no_grad()
     def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
-        config, like = self.draft.config, self._projections
+        config, like = self.draft.config, self._layer.projections
         self.warp = warp
         room = capacity + (0 if self.tree is None else (self.tree.depth - 1) * self.tree.top_k)
         shape = (len(prompts), config.num_key_value_heads, room + 1, config.head_dim)
@@ -85,23 +89,22 @@ class Autoregressive(Drafter):
             return
         self._cache = DraftCache(len(prompts), config.num_key_value_heads, room, config.head_dim, like, static=self._static)
         self._carried, self._read = (like.new_zeros(len(prompts), 1, config.hidden_size) for _ in range(2))
-        self._turns = torch.cat(self.draft.rope(torch.arange(room + 1, device=like.device)[None]), -1)[0, 0].to(like.dtype)
+        cos, sin = self.draft.rope(torch.arange(room + 1, device=like.device)[None])
+        self._turns = cos[0, 0].to(like.dtype), sin[0, 0].to(like.dtype)
 
     @torch.no_grad()
     def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
         assert aux is not None and self._cache is not None
         cache = self._cache
         residual, x = self._mixed(tokens, self.draft.features(aux))
-        places = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        q, k, v = self._project(x, places.clamp(max=len(self._turns) - 1))
-        cache.write(0, k, v)
+        q = cache.take(*self._layer.project(x), self._turns, 0)
         cache.confirm(counts)
         last = (counts - 1).clamp(min=0)[:, None, None]
         residual = residual.gather(1, last.expand(-1, -1, residual.shape[2]))
         q = q.gather(2, last[:, None].expand(-1, q.shape[1], -1, q.shape[3]))
         some = (counts > 0)[:, None, None]
         for kept, new in zip((self._carried, self._read), self._attended(residual, q, 0), strict=True):
-            kept.copy_(torch.where(some, new, kept))
+            torch.where(some, new, kept, out=kept)
 
     @torch.no_grad()
     def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
@@ -125,14 +128,14 @@ class Autoregressive(Drafter):
                 carried, read = self._step(tokens[-1][:, None], carried, i, i - 1, None)
             logits = functional.linear(read[:, 0], self._head)
             if uniforms is None:
-                best, chosen = logits.softmax(-1, dtype=torch.float32).max(-1)
-                sure.append(best)
+                token, chance = kernels.CHOOSE(logits, self._columns)
             else:
                 q = self.warp(logits)
                 chosen = draw(q, uniforms[:, i])
                 drawn.append(q)
-                sure.append(q.gather(-1, chosen[:, None])[:, 0])
-            tokens.append(self._ids(chosen))
+                token, chance = self._ids(chosen), q.gather(-1, chosen[:, None])[:, 0]
+            tokens.append(token)
+            sure.append(chance)
         chances = torch.stack(drawn, 1) if drawn else None
         return Proposal(torch.stack(tokens, 1), chances, self._columns if drawn else None, confidence=torch.stack(sure, 1))
 
@@ -172,25 +175,18 @@ class Autoregressive(Drafter):
         assert self._cache is not None
         cache, count = self._cache, tokens.shape[1]
         residual, x = self._mixed(tokens, carried)
-        q, k, v = self._project(x, (cache.lengths[:, None] + (ahead - 1)).expand(-1, count))
-        cache.write(offset, k, v)
+        q = cache.take(*self._layer.project(x), self._turns, offset, ahead - 1)
         return self._attended(residual, q, offset + count, visible)
-
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, h, T, D], keys and values [B, g, T, D] of x [B, T, inputs] at positions [B, T]."""
-        config = self.draft.config
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        cos, sin = functional.embedding(positions, self._turns)[:, None].chunk(2, -1)
-        parts = functional.linear(x, self._projections).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-        turned = rotate(parts[:, : heads + kv_heads], (cos, sin))
-        return turned[:, :heads], turned[:, heads:], parts[:, heads + kv_heads :]
 
     def _attended(self, residual: Tensor, q: Tensor, ahead: int, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert self._cache is not None
-        return self.draft.finish(residual + self.draft.attention.out(self._cache.attend(q, ahead, visible)))
+        hidden, read = self._layer.finish(self._cache.attend(q, ahead, visible), residual, self.draft.norm)
+        return read if self.draft.feeds_normed else hidden, read
 
     def _mixed(self, tokens: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        return self.draft.mix(self.heads.embed(tokens).to(carried.dtype), carried)
+        of_embedding, of_carried = self.draft.norms
+        weights = self.heads.embedding, self.heads.scale, of_embedding.weight, of_carried.weight
+        return self.draft.mixed(kernels.EMBED_NORMS(tokens, carried, *weights, of_embedding.eps), carried)
 
     def _ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._columns is None else self._columns[chosen]

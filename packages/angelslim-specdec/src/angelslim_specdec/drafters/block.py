@@ -16,9 +16,11 @@ from angelslim_core.errors import UsageError
 
 from ..attention import Visible
 from ..drafts.layers import vocabulary_ids
+from ..kernels import layer as kernels
 from ..kernels.verify_attention import VERIFY_ATTENTION
 from ..verification.draws import draw
 from .base import Drafter, Proposal, Warp
+from .joined import JoinedLayer
 
 if TYPE_CHECKING:
     from ..drafts.base import Heads
@@ -37,12 +39,18 @@ class BlockDrafter(Drafter):
         self.draft, self.heads = draft, heads
         self.layer_ids = draft.config.aux_hidden_state_layer_ids
         self.warp = Warp()
+        parts: list[Any] = list(draft.layers)
+        # what each layer's output goes through: the norm that the next one begins with, or the last
+        self.norms = [*(layer.input_layernorm for layer in parts[1:]), draft.norm]
         with torch.no_grad():
             projections, norms = draft.context_weights()
             self.weights = projections.contiguous(), norms
+            self.layers = [JoinedLayer(layer.self_attn, layer.post_attention_layernorm, layer.mlp) for layer in parts]
             self.head = draft.head(heads).to(self.weights[0].dtype)
             self.columns = vocabulary_ids(draft)
         self.lengths = self.last = self.keys = self.values = torch.empty(0)
+        self.turns = self.keys, self.keys
+        self.rooms: dict[Any, Any] = {}
 
     @torch.no_grad()
     def start(self, prompts: Tensor, lengths: Tensor, capacity: int, warp: Warp) -> None:
@@ -55,17 +63,21 @@ class BlockDrafter(Drafter):
             return
         self.keys, self.values = (torch.zeros(shape, dtype=self.head.dtype, device=self.head.device) for _ in range(2))
         self.lengths, self.last = (torch.zeros(rows, dtype=torch.int64, device=self.head.device) for _ in range(2))
+        cos, sin = self.draft.rope(torch.arange(shape[3], device=self.head.device)[None])
+        self.turns = cos[0, 0].to(self.head.dtype), sin[0, 0].to(self.head.dtype)
 
     @torch.no_grad()
     def observe(self, tokens: Tensor, aux: Tensor | None, counts: Tensor) -> None:
         assert aux is not None
-        slots, turn = self._places(tokens.shape[1])
-        self._write(slice(None), slots, *self.draft.context(aux, turn, self.weights))
+        places = self.lengths[:, None] + torch.arange(tokens.shape[1], device=self.lengths.device)
+        places = places.clamp(max=self.keys.shape[3] - 1)  # of padding, which is never read
+        cos, sin = (functional.embedding(places, turn)[:, None] for turn in self.turns)
+        for cache, made in zip((self.keys, self.values), self.draft.context(aux, (cos, sin), self.weights), strict=True):
+            cache.scatter_(-2, places[:, None, :, None].expand(made.shape), made)
         final = tokens.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         self.last.copy_(torch.where(counts > 0, final, self.last))
         self.lengths.add_(counts)
 
-    @torch.no_grad()
     def size(self, k: int) -> int:
         """As `Drafter.size`.
 
@@ -77,14 +89,14 @@ class BlockDrafter(Drafter):
             raise UsageError(722, "k", f"a block of this draft has {most} tokens, {k} are asked for", f"{most} or fewer")
         return k
 
+    @torch.no_grad()
     def propose(self, k: int, uniforms: Tensor | None = None) -> Proposal:
         config = self.draft.config
         assert 1 <= k <= config.num_tokens
         hidden = self._hidden()[:, -config.num_tokens :][:, :k]
         logits = None if self.draft.corrects else functional.linear(hidden, self.head)
         if logits is not None and not self.draft.biases:
-            chosen, q, sure = self._choose(logits, uniforms)
-            tokens = self._ids(chosen)
+            tokens, q, sure = self._choose(logits, uniforms)
         else:
             tokens, q, sure = self._in_turn(hidden, logits, uniforms)
         before = torch.cat((self.last[:, None], tokens[:, :-1]), 1)
@@ -98,21 +110,20 @@ class BlockDrafter(Drafter):
     def _hidden(self) -> Tensor:
         """[B, R, H] of the block that follows each row's last token."""
         config = self.draft.config
-        slots, turn = self._places(config.block_size)
         ids = torch.cat((self.last[:, None], self.last.new_full((len(self.last), config.block_size - 1), config.mask_token_id)), 1)
         ends = self.lengths + config.block_size
         # the host may look at lengths where there is no device to wait for
         bound = int(ends.max()) if ends.device.type == "cpu" else self.keys.shape[3]
         everything = ends.new_ones(1, 1, 1, dtype=torch.bool).expand(len(ends), config.block_size, config.block_size)
-        visible = Visible(self.lengths, torch.arange(config.block_size, device=ends.device), everything)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._write(layer, slots, k, v)
-            keys, values = self.keys[layer, :, :, :bound], self.values[layer, :, :, :bound]
-            found: Tensor = VERIFY_ATTENTION(q, keys, values, visible, q.shape[3] ** -0.5)
-            return found
-
-        return self.draft.block(ids, self.heads, turn, attend)
+        visible = Visible(self.lengths, torch.arange(config.block_size, device=ends.device), everything, rooms=self.rooms)
+        hidden = self.heads.embed(ids).to(self.head.dtype)
+        first: Any = self.draft.layers[0]
+        read = first.input_layernorm(hidden)
+        for layer, norm, keys, values in zip(self.layers, self.norms, self.keys, self.values, strict=True):
+            q = kernels.TURN_AND_STORE(*layer.project(read), *self.turns, keys, values, self.lengths, norms=layer.head_norms)
+            found = VERIFY_ATTENTION(q, keys[:, :, :bound], values[:, :, :bound], visible, q.shape[3] ** -0.5)
+            hidden, read = layer.finish(found, hidden, norm)
+        return read
 
     def _in_turn(self, hidden: Tensor, logits: Tensor | None, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Slots one after another, each knowing the token before it."""
@@ -124,34 +135,18 @@ class BlockDrafter(Drafter):
                 scores = logits[:, slot]
             if self.draft.biases:
                 scores = scores + self.draft.bias(before)
-            chosen, q, sure = self._choose(scores[:, None], None if uniforms is None else uniforms[:, slot : slot + 1])
-            ids = self._ids(chosen)
+            ids, q, sure = self._choose(scores[:, None], None if uniforms is None else uniforms[:, slot : slot + 1])
             before = ids[:, 0]
             found.append((ids, q, sure))
         q = None if uniforms is None else torch.cat([drawn for _, drawn, _ in found if drawn is not None], 1)
         return torch.cat([ids for ids, _, _ in found], 1), q, torch.cat([sure for _, _, sure in found], 1)
 
     def _choose(self, logits: Tensor, uniforms: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The draft's own numbers of tokens [B, K], what they were drawn from [B, K, Vd], and their probabilities [B, K], of logits [B, K, Vd]."""
+        """Tokens [B, K], what they were drawn from [B, K, Vd], and their probabilities [B, K], of logits [B, K, Vd]."""
         if uniforms is None:
-            logits = logits.float()
-            best, chosen = logits.max(-1)
-            return chosen, None, (best - logits.logsumexp(-1)).exp()
+            tokens, sure = kernels.CHOOSE(logits.flatten(0, -2), self.columns)
+            return tokens.view(logits.shape[:-1]), None, sure.view(logits.shape[:-1])
         q = self.warp(logits)
         chosen = draw(q, uniforms)
-        return chosen, q, q.gather(-1, chosen[..., None])[..., 0]
-
-    def _ids(self, chosen: Tensor) -> Tensor:
-        return chosen if self.columns is None else self.columns[chosen]
-
-    def _places(self, count: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Slots [B, 1, count, 1] of the positions after the confirmed ones, those of padding beyond the last one being the last one, and their turns."""
-        places = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
-        cos, sin = self.draft.rope(places)
-        return places.clamp(max=self.keys.shape[3] - 1)[:, None, :, None], (cos.to(self.keys.dtype), sin.to(self.keys.dtype))
-
-    def _write(self, layers: Any, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Keys and values [.., B, g, W, D] go to their slots."""
-        slots = slots.expand(k.shape)
-        self.keys[layers].scatter_(-2, slots, k)
-        self.values[layers].scatter_(-2, slots, v)
+        sure = q.gather(-1, chosen[..., None])[..., 0]
+        return chosen if self.columns is None else self.columns[chosen], q, sure

@@ -20,11 +20,12 @@ from torch.nn import functional
 
 from angelslim_core.errors import UsageError
 
+from ..kernels.layer import rotate
 from ..training.losses import teacher
 from .base import Batch, Draft, DraftConfig, Heads, Loss, TargetShape
 from .block_loss import Kind, Terms, Weighting, per_slot, terms
 from .block_mask import Sight, attention, choose_anchors
-from .layers import MLP, Attention, RMSNorm, Rope, add_vocabulary, draft_rope, rotate, vocabulary_ids
+from .layers import MLP, Attention, RMSNorm, Rope, add_vocabulary, draft_rope, vocabulary_ids
 
 if TYPE_CHECKING:
     from ..drafters.base import Drafter

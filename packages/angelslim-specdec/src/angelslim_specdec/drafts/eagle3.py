@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from .base import Batch, Draft, Heads, Loss, TargetShape
 from .exit_signals import Signal, labels, losses, read
-from .layers import Attention, RMSNorm, vocabulary_ids
+from .layers import RMSNorm, vocabulary_ids
 from .stepwise import Stepwise, StepwiseConfig, layer_parts
 
 DEFAULT_VOCABULARY = 32000
@@ -73,10 +73,18 @@ class Eagle3(Stepwise):
         return super().from_target(target, draft_vocab_size=draft_vocab_size, **options)
 
     @property
-    def attention(self) -> Attention:
-        found = self.midlayer["self_attn"]
-        assert isinstance(found, Attention)
-        return found
+    def layer(self) -> nn.ModuleDict:
+        return self.midlayer
+
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm]:
+        of_embedding, of_carried = self.midlayer["input_layernorm"], self.midlayer["hidden_norm"]
+        assert isinstance(of_embedding, RMSNorm) and isinstance(of_carried, RMSNorm)
+        return of_embedding, of_carried
+
+    @property
+    def feeds_normed(self) -> bool:
+        return bool(self.config.norm_output)
 
     @classmethod
     def default_vocabulary(cls, target: TargetShape) -> int:
@@ -119,14 +127,8 @@ class Eagle3(Stepwise):
             aux = torch.cat([norm(part) for norm, part in zip(self.fc_norm, aux.chunk(len(self.fc_norm), -1), strict=True)], -1)
         return aux
 
-    def mix(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.midlayer["hidden_norm"](carried)
-        return normed if self.config.norm_before_residual else carried, torch.cat((self.midlayer["input_layernorm"](embedding), normed), -1)
-
-    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = hidden + self.midlayer["mlp"](self.midlayer["post_attention_layernorm"](hidden))
-        read = self.norm(hidden)
-        return read if self.config.norm_output else hidden, read
+    def mixed(self, pair: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        return pair[..., self.config.target_hidden_size :] if self.config.norm_before_residual else carried, pair
 
     def head_weight(self, heads: Heads) -> Tensor:
         return self.lm_head.weight

@@ -14,6 +14,8 @@ from torch.nn import functional
 
 from angelslim_core.errors import ModelError
 
+from ..kernels.layer import rotate
+
 # whose frequencies do not depend on how long the text is
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -76,13 +78,6 @@ class Rope(nn.Module):
         angles = positions[:, None, :, None] * self.bits.view(torch.float32)
         angles = torch.cat((angles, angles), -1)
         return angles.cos() * self.scale, angles.sin() * self.scale
-
-
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B, h, T, D] turned by `Rope`'s cosine and sine."""
-    cos, sin = (part.to(x.dtype) for part in turn)
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat((-high, low), -1) * sin
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .base import Heads
-from .layers import Attention, RMSNorm, vocabulary_ids
+from .layers import RMSNorm, vocabulary_ids
 from .stepwise import Stepwise, StepwiseConfig, layer_parts
 
 
@@ -55,29 +55,26 @@ class MTP(Stepwise):
             self.norm.weight.copy_(norm)
 
     @property
-    def attention(self) -> Attention:
-        found = self._layer["self_attn"]
-        assert isinstance(found, Attention)
-        return found
-
-    @property
-    def _layer(self) -> nn.ModuleDict:
+    def layer(self) -> nn.ModuleDict:
         layer = self.layers[0]
         assert isinstance(layer, nn.ModuleDict)
         return layer
+
+    @property
+    def norms(self) -> tuple[RMSNorm, RMSNorm]:
+        return self.pre_fc_norm_embedding, self.pre_fc_norm_hidden
+
+    @property
+    def feeds_normed(self) -> bool:
+        return True
 
     def features(self, aux: Tensor) -> Tensor:
         norm = self.target_norm
         return functional.rms_norm(aux.to(norm.dtype), norm.shape, norm, self.config.rms_norm_eps)
 
-    def mix(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.fc(torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(carried)), -1))
-        return hidden, self._layer["input_layernorm"](hidden)
-
-    def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = hidden + self._layer["mlp"](self._layer["post_attention_layernorm"](hidden))
-        read = self.norm(hidden)
-        return read, read
+    def mixed(self, pair: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.fc(pair)
+        return hidden, self.layer["input_layernorm"](hidden)
 
     def head_weight(self, heads: Heads) -> Tensor:
         ids = vocabulary_ids(self)

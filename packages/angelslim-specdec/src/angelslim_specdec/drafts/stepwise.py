@@ -38,9 +38,16 @@ class StepwiseConfig(DraftConfig):
 
 
 class Stepwise(Draft):
-    """A draft of one layer."""
+    """A draft of one layer.
+
+    Decoding does what `mix` and `finish` do by their parts, the same in fewer launches.
+
+    Attributes:
+        norm: the last one, which the head reads.
+    """
 
     Config: ClassVar[type[StepwiseConfig]] = StepwiseConfig
+    norm: RMSNorm
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -82,20 +89,44 @@ class Stepwise(Draft):
 
     @property
     @abstractmethod
+    def layer(self) -> nn.ModuleDict:
+        """The decoder layer, which has at least `layer_parts`."""
+
+    @property
+    @abstractmethod
+    def norms(self) -> tuple[RMSNorm, RMSNorm]:
+        """Of the next token's embedding, and of what is carried, which stand side by side afterwards."""
+
+    @property
+    def feeds_normed(self) -> bool:
+        """Whether the next step reads what the head reads, and not what that is the norm of."""
+        return False
+
+    @property
     def attention(self) -> Attention:
         """Its projections."""
+        found = self.layer["self_attn"]
+        assert isinstance(found, Attention)
+        return found
 
     @abstractmethod
     def features(self, aux: Tensor) -> Tensor:
         """[..., H], what stands for the draft's own output at step 0, of the target's [..., n H]."""
 
-    @abstractmethod
     def mix(self, embedding: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
         """What attention adds to, [..., H], and what it reads, of the next token's embedding and the features or the own output."""
+        of_embedding, of_carried = self.norms
+        return self.mixed(torch.cat((of_embedding(embedding), of_carried(carried)), -1), carried)
 
     @abstractmethod
+    def mixed(self, pair: Tensor, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """What `mix` gives, of what came out of the norms and what is carried."""
+
     def finish(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The own output that the next step reads, and what the head reads, [..., H], of what attention has been added to."""
+        hidden = hidden + self.layer["mlp"](self.layer["post_attention_layernorm"](hidden))
+        read = self.norm(hidden)
+        return read if self.feeds_normed else hidden, read
 
     @abstractmethod
     def head_weight(self, heads: Heads) -> Tensor:

@@ -89,7 +89,7 @@ def _mutants(target: Target, greedy: Greedy, everyone: list[Way], samples: int) 
     drawn, branching = Way("table", lambda: Table(table), samples=True), Way("tree", lambda: Table(table, tree=True), tree=True)
     found: list[tuple[str, AbstractContextManager[None], Callable[[], float]]] = []
     for name, what in GREEDY.items():
-        job = partial(greedy.stops, chain) if what[1] == "cut" else partial(greedy.alike, subjects.get(name, chain), (4,), PROMPTS)
+        job = partial(greedy.stops, chain) if what[1] == "SETTLE" else partial(greedy.alike, subjects.get(name, chain), (4,), PROMPTS)
         found.append((name, replaced(*what), job))
     for name, what in SAMPLED.items():
         way = branching if what[1] == "tree_sample" else drawn

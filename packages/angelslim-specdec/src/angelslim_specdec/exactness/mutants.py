@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import engine
 from ..cache import SlotCache
 from ..drafters.base import Proposal
+from ..kernels.settle import settle
 from ..verification import draw, greedy, ratio, tree_greedy
 
 
@@ -49,11 +50,8 @@ def _one_token_on_trust(choices: Tensor, tokens: Tensor, counts: Tensor | None =
     return accepted, choices.gather(1, accepted[:, None])[:, 0]
 
 
-def _no_stops(tokens: Tensor, counts: Tensor, remaining: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
-    return _CUT(tokens, counts, remaining, stops[:0])
-
-
-_CUT = engine.cut
+def _no_stops(tokens: Tensor, accepted: Tensor, following: Tensor, counts: Tensor | None, stops: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor]:
+    return settle(tokens, accepted, following, counts, stops[:0], *kept)
 
 
 def _resampled(p: Tensor, tokens: Tensor, q: Tensor, columns: Tensor | None, uniforms: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -100,7 +98,7 @@ GREEDY: Mapping[str, tuple[Any, str, Callable[..., Any]]] = {
     "bonus from the wrong row": (engine, "ACCEPT_GREEDY", _of_choices(_bonus_of_the_row_before)),
     "first token accepted, whatever it is": (engine, "ACCEPT_GREEDY", _of_choices(_one_token_on_trust)),
     "tree's accepted keys not moved": (SlotCache, "commit", _in_order),
-    "stop token missed": (engine, "cut", _no_stops),
+    "stop token missed": (engine, "SETTLE", _no_stops),
 }
 SAMPLED: Mapping[str, tuple[Any, str, Callable[..., Any]]] = {
     "resampled from p after a rejection": (engine, "ACCEPT_RATIO", _of_probabilities(_resampled)),

@@ -152,7 +152,7 @@ def verify_attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: f
     splits = 1 if slots <= config.alone else max(1, min(places, triton.cdiv(slots, config.keys)))
     out = q.new_empty(batch, tokens, heads, v_width)
     # one layer after the other uses the same memory; the counters are 0 again after each
-    part, lse, done = visible.once(("shared", splits, heads_and_tiles, rows, wide_v), lambda: _room(q, splits, batch * heads_and_tiles, rows, wide_v))
+    part, lse, done = visible.room((splits, batch * heads_and_tiles, rows, wide_v), lambda: _room(q, splits, batch * heads_and_tiles, rows, wide_v))
     tree, depths = visible.ancestors, visible.depths
     bits = q if tree is None else tree.view(torch.uint8)
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its arguments are on
