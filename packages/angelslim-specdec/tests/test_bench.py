@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from angelslim_core.cli.main import cli
 from angelslim_core.errors import UsageError
 from angelslim_specdec.bench import PLAIN, Contender, Counts, batches, bench, means, questions
+from angelslim_specdec.cli.opening import open_target
 
 
 def test_acceptance_length_counts_the_token_that_follows():
@@ -114,6 +115,7 @@ def test_bench_of_a_model(model, prompts, tmp_path):
     done = run("--model", model, "--draft", "suffix", *prompts, *options, "--out", str(tmp_path), "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(done.stdout)
+    assert found["fused_modules"] == {}  # on a CPU modules run as they are
     ways = ["plain", "suffix", "suffix", "suffix, adaptive", "ngram"]
     assert [r["drafter"] for r in found["rows"]] == ways * 8 and [r["drafter"] for r in found["means"]] == ways * 4
     for row in found["rows"]:
@@ -125,6 +127,10 @@ def test_bench_of_a_model(model, prompts, tmp_path):
     assert len(found["transformers"]) == 4 and json.loads((tmp_path / "bench.json").read_text()) == found
     page = (tmp_path / "bench.html").read_text()
     assert page.count("<svg") == 2 and "suffix, adaptive" in page and "<script" not in page
+
+
+def test_a_target_is_opened_as_its_modules_are_or_fused(model):
+    assert open_target(model, "cpu", fused=True).fused["norms"] == 5 and open_target(model, "cpu", fused=False).fused == {}
 
 
 def test_first_questions(tmp_path):

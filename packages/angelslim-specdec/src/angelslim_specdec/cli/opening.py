@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 
-def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[str] = ()) -> Target:
+def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[str] = (), fused: bool | None = None) -> Target:
     """A target with its tokenizer.
 
     Args:
         dtype: "auto" is the stored one, but fp32 where the processor multiplies that faster and the memory suffices.
+        fused: as for `Target`.
 
     Raises:
         ModelError: no such folder, or no target.
@@ -38,4 +39,4 @@ def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[
     widens = wanted is None and where == "cpu" and loaded.model.dtype in slow_on_cpu()
     if widens and 4 * loaded.model.num_parameters() < free_ram_bytes() // 2:
         wanted = torch.float32
-    return Target(loaded.model if wanted is None else loaded.model.to(wanted), loaded.tokenizer)
+    return Target(loaded.model if wanted is None else loaded.model.to(wanted), loaded.tokenizer, fused=fused)
