@@ -118,6 +118,7 @@ def test_bench_of_a_model(model, prompts, tmp_path):
     done = run("--model", model, "--draft", "suffix", *prompts, *options, "--out", str(tmp_path), "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(done.stdout)
+    assert found["fused_modules"] == {}  # on a CPU modules run as they are
     ways = ["plain", "suffix", "suffix", "suffix, adaptive", "ngram"]
     assert [r["drafter"] for r in found["rows"]] == ways * 8 and [r["drafter"] for r in found["means"]] == ways * 4
     for row in found["rows"]:
@@ -140,6 +141,10 @@ def test_trees_run_beside_chains(model, prompts, tmp_path):
     found = json.loads(done.stdout)
     assert [r["drafter"] for r in found["rows"]] == ["plain", "d", "d, tree 2 x 5", "d, tree 3 x 4", "ngram"] and found["transformers"] == []
     assert all(r["same_text"] == 1.0 for r in found["rows"][1:])
+
+
+def test_a_target_is_opened_as_its_modules_are_or_fused(model):
+    assert open_target(model, "cpu", fused=True).fused["norms"] == 5 and open_target(model, "cpu", fused=False).fused == {}
 
 
 def test_first_questions(tmp_path):

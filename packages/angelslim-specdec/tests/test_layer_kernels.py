@@ -6,9 +6,11 @@ from functools import partial
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from angelslim_core.errors import EngineError
 from angelslim_core.kernels import Kernel
+from angelslim_specdec import Engine, Target
 from angelslim_specdec.drafters.autoregressive import Autoregressive, Tree
 from angelslim_specdec.drafters.base import Warp
 from angelslim_specdec.drafts import MTP, DFlash, DSpark, Eagle3
@@ -234,3 +236,18 @@ def test_a_layer_of_a_block_takes_few_launches(monkeypatch):
             drafter.propose(3)
         counted.append(launches.found)
     assert (counted[1] - counted[0]).total() <= 10, counted[1] - counted[0]
+
+
+@pytest.mark.parametrize(("fused", "least", "most"), [(False, 30, 50), (True, 1, 14)])
+def test_a_layer_of_a_target_takes_few_launches(tiny, fused, least, most, monkeypatch):
+    counted = []
+    for layers in (2, 3):
+        folder = tiny("llama", dtype="float32", num_hidden_layers=layers)
+        target = Target(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(DEVICE), fused=fused)
+        engine = Engine(target, None, 1, 20, static=True)
+        with torch.no_grad():
+            engine.admit([0], torch.ones(1, 4, dtype=torch.int64), torch.tensor([4]), 9, {})
+            with monkeypatch.context() as patch, Launches(patch) as launches:
+                engine._round(0)
+        counted.append(launches.found)
+    assert least <= (counted[1] - counted[0]).total() <= most, counted[1] - counted[0]

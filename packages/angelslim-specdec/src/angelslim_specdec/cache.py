@@ -75,8 +75,18 @@ class SlotCache:
                 whole[:, :, self._slots : self._slots + self._new] = new
             else:
                 whole[self._of, :, self._slots] = new.transpose(1, 2)
+        return self.seen(layer)
+
+    def slots_of(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """A layer's keys and values [B, H, S, D], for callers that store the new ones behind `lengths` themselves; None: leave it to `update`."""
+        plain = self._prompts is None and self._of is self._rows and not isinstance(self._slots, int)
+        return self._stored.get(layer) if plain else None
+
+    def seen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that new tokens may attend to, once they are stored."""
         seen = self.capacity if self.bound is None else self.bound + self._new
-        return stored[0][:, :, :seen], stored[1][:, :, :seen]
+        keys, values = self._stored[layer]
+        return keys[:, :, :seen], values[:, :, :seen]
 
     def get_seq_length(self, *_: Any) -> int:
         """transformers may ask, to make positions that it is given."""

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .attention import Coupling, Visible
 from .cache import SlotCache
 from .dcut import Line
 from .drafts.base import Heads, TargetShape
+from .fused import Fused
 from .narrow import Narrow
 
 if TYPE_CHECKING:
@@ -65,18 +66,19 @@ class Target:
 
     Args:
         model: stays as it is; other callers may use it in between.
+        fused: run modules in fewer launches where that gives the same (`Fused`); None: on GPUs.
         tokenizer: where the special tokens are listed.
 
     Raises:
         ModelError: it has layers without keys and values, no embedding or no head, or attends in a way of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, fused: bool | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config: Any = model.config.get_text_config()
         _, self.layers = decoder_layers(model, self.config.num_hidden_layers)
         self._couple = Coupling(model, self.config.num_hidden_layers)
-        self._narrow = Narrow(model)
+        self._narrow, self._fuses = Narrow(model), fused
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for module, what in ((embedding, "embedding"), (head, "head")):
             if not isinstance(getattr(module, "weight", None), Tensor):
@@ -120,6 +122,15 @@ class Target:
         """What fills rows that ended early, as transformers' `generate` has it."""
         found = self.model.generation_config.pad_token_id if self.model.generation_config is not None else None
         return int(found) if found is not None else next(iter(self.stop_ids), 0)
+
+    @cached_property
+    def _fused(self) -> Fused | None:
+        return Fused(self.model) if (self.device.type == "cuda" if self._fuses is None else self._fuses) else None
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """How many modules run in fewer launches, by kind, and how many that looked alike do not; empty: none was tried."""
+        return {} if self._fused is None else dict(self._fused.counts)
 
     def heads(self) -> Heads:
         """Embedding and head, shared with the model."""
@@ -209,7 +220,7 @@ class Target:
         self, ids: Tensor, visible: Visible, positions: Tensor, layer_ids: Sequence[int], pick: Callable[[Tensor], Tensor] | None, cache: SlotCache | None = None
     ) -> Step:  # fmt: skip
         held = {} if cache is None else {self._cache_name: cache}
-        with self._tapped(layer_ids, pick) as taps, self._couple(visible), self._narrow(ids.numel()):
+        with self._tapped(layer_ids, pick) as taps, self._couple(visible), self._narrow(ids.numel()), self._fused() if self._fused else nullcontext():
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=cache is not None, **held).logits
         aux = [taps[layer] for layer in layer_ids]
         return Step(logits, aux[0] if len(aux) == 1 else torch.cat(aux, -1) if aux else None, taps["final"])

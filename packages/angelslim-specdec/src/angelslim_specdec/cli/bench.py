@@ -44,12 +44,13 @@ from .opening import device_option, dtype_option, open_target
 )
 @device_option
 @dtype_option
+@click.option("--no-fused", is_flag=True, help="On a GPU, too, run the target's own modules, in many launches each.")
 @click.option("--out", metavar="DIR", help="Folder for bench.json and bench.html.")
 @plugins_option
 @json_option
 def command(
     model: str, drafts: tuple[str, ...], files: tuple[str, ...], batch: str, temperature: str, k: str, trees: tuple[tuple[int, int], ...], rule: Any, adaptive: bool,
-    max_new_tokens: int, samples: int, repeats: int, others: int, device: str, dtype: str, out: str | None, plugins: list[str], as_json: bool,
+    max_new_tokens: int, samples: int, repeats: int, others: int, device: str, dtype: str, no_fused: bool, out: str | None, plugins: list[str], as_json: bool,
 ) -> None:  # fmt: skip
     """Tokens per second with a draft and without it in the same engine, and how many of its tokens are accepted.
 
@@ -66,7 +67,7 @@ def command(
         if len(set(given)) < len(given):
             raise UsageError(764, option, f"two of {', '.join(given)} have one name, by which results go")
     chats = {stem: measuring.questions(Path(file), samples) for stem, file in zip(stems, files, strict=True)}
-    target = open_target(model, device, dtype, plugins)
+    target = open_target(model, device, dtype, plugins, fused=False if no_fused else None)
     renderer = Renderer(target.tokenizer, model)
     sets = {stem: renderer.prompts(rows) for stem, rows in chats.items()}
     longest = max(len(ids) for prompts in sets.values() for ids in prompts) + max_new_tokens
@@ -80,7 +81,7 @@ def command(
     where = target.device.type
     document: dict[str, Any] = {
         "machine": measuring.machine(where), "model": Path(model).name, "dtype": str(target.dtype).removeprefix("torch."), "drafts": names, "rule": rule,
-        "max_new_tokens": max_new_tokens, "samples": samples, "repeats": repeats, "note": measuring.NOTE,
+        "max_new_tokens": max_new_tokens, "samples": samples, "repeats": repeats, "note": measuring.NOTE, "fused_modules": target.fused,
         "transformers": [],
     }  # fmt: skip
     decode = measuring.Decoder(target, makers, longest, max_new_tokens, rule=rule)

@@ -27,12 +27,15 @@ def dtype_option(function: Function) -> Function:
     return click.option("--dtype", default="auto", show_default=True, type=choices, help=about)(function)
 
 
-def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[str] = (), runs_on: str | None = None) -> Target:
+def open_target(
+    model: str, device: str, dtype: str = "auto", plugins: Sequence[str] = (), runs_on: str | None = None, fused: bool | None = None
+) -> Target:  # fmt: skip
     """A target with its tokenizer.
 
     Args:
         dtype: "auto" is the stored one, but fp32 where the processor multiplies that faster and the memory suffices.
         runs_on: the device it is to be moved to; None: it runs where it is opened.
+        fused: as for `Target`.
 
     Raises:
         ModelError: no such folder, or no target.
@@ -54,4 +57,4 @@ def open_target(model: str, device: str, dtype: str = "auto", plugins: Sequence[
         wanted = torch.float32
     if wanted is not None:
         recast(loaded.model, wanted)
-    return Target(loaded.model, loaded.tokenizer)
+    return Target(loaded.model, loaded.tokenizer, fused=fused)
