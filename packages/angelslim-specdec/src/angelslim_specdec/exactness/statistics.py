@@ -79,11 +79,16 @@ def quantiles(p: Tensor, q: Tensor, tokens: Tensor, chances: Tensor) -> Tensor:
 
 
 def uniformity(places: Tensor) -> float:
-    """p value of numbers in [0, 1), [S, N], N even: each by itself, and each with the next of its pair; the smaller counts twice."""
+    """p value of numbers in [0, 1), [S, N], N even: each by itself, each with the next of its pair, and their mean; the smallest counts three times.
+
+    The mean alone tells most where all lean to one side, as they do in the order of what a draft favours.
+    """
     pairs = places.reshape(-1, 2)
     side = max(2, min(8, int((len(pairs) / (2 * _LEAST)) ** 0.5)))
     cells = side * (pairs[:, 0] * side).long().clamp(max=side - 1) + (pairs[:, 1] * side).long().clamp(max=side - 1)
     single = max(2, min(32, int(places.numel() / (2 * _LEAST))))
     alone = (places.reshape(-1) * single).long().clamp(max=single - 1)
     even = [torch.full((n,), 1 / n, dtype=torch.float64) for n in (single, side**2)]
-    return min(1.0, 2 * min(chi_square(alone[:, None], even[0]), chi_square(cells[:, None], even[1])))
+    lean = (places.double().mean() - 0.5).abs() * (12 * places.numel()) ** 0.5  # of standard deviations
+    found = (chi_square(alone[:, None], even[0]), chi_square(cells[:, None], even[1]), float(torch.special.erfc(lean / 2**0.5)))
+    return min(1.0, len(found) * min(found))
