@@ -205,7 +205,7 @@ def test_greedy_text_is_the_target_s_and_only_what_is_kept_is_run(model, rows, k
     pace = Turns(*(Round(k, size) for size in sizes), Round(k), Round(0))
     runs = []
     hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: runs.append(args[0].shape[:2].numel()))
-    decoder = Engine(Target(model), Sure(truth, features, gaps), rows, 7 + new, k=k, pace=pace, static=static)
+    decoder = Engine(Target(model, fused=static), Sure(truth, features, gaps), rows, 7 + new, k=k, pace=pace, static=static)
     wanted = [truth[b, n : n + new].tolist() for b, n in enumerate(lengths.tolist())]
     decoded = decoder.decode(prompts, lengths, new)
     hook.remove()
