@@ -81,7 +81,7 @@ def main() -> None:
     document: dict[str, Any] = {
         "machine": bench.machine(target.device.type), "model": Path(given.model).name, "dtype": str(target.dtype).removeprefix("torch."), "drafts": names,
         "max_new_tokens": given.max_new_tokens, "repeats": given.repeats, "note": bench.NOTE, "opened_in_s": time.perf_counter() - began,
-        "rows": [], "means": [], "transformers": [], "left_out": [],
+        "rows": [], "means": [], "transformers": [], "left_out": [], "failed": [], "fused_modules": target.fused,
     }  # fmt: skip
     for cell in CELLS:
         if time.perf_counter() - began > given.seconds:
@@ -91,10 +91,16 @@ def main() -> None:
         contenders = [Contender(names[0], k, adaptive, tree) for k, adaptive, tree in cell.ways]
         if cell.others:
             contenders += [Contender(name, most_tokens(makers[name])) for name in names[1:]] + [Contender("ngram", 5)]
-        found = bench.bench(
-            {name: prompts[: cell.prompts] for name, prompts in sets.items()}, contenders, decode, sizes=(min(cell.batch, given.rows),),
-            temperatures=(cell.temperature,), repeats=given.repeats, device=target.device.type,
-        )  # fmt: skip
+        try:
+            found = bench.bench(
+                {name: prompts[: cell.prompts] for name, prompts in sets.items()}, contenders, decode, sizes=(min(cell.batch, given.rows),),
+                temperatures=(cell.temperature,), repeats=given.repeats, device=target.device.type,
+            )  # fmt: skip
+        except Exception as error:  # the cells before and after it are worth having; the exit code says that one failed
+            document["failed"].append(f"batch {cell.batch}, temperature {cell.temperature:g}: {type(error).__name__}: {error}"[:500])
+            print(document["failed"][-1], flush=True)
+            write_json(given.out, document)
+            continue
         document["rows"] += found["rows"]
         document["means"] += found["means"]
         for mean in found["means"]:
@@ -105,6 +111,8 @@ def main() -> None:
         document["transformers"] = bench.transformers_speed(target.model, sets, (0.0,), given.max_new_tokens, given.transformers)
         print(document["transformers"], flush=True)
     write_json(given.out, document)
+    if document["failed"]:
+        raise SystemExit(1)
 
 
 def most_tokens(make: Callable[[], Any]) -> int:

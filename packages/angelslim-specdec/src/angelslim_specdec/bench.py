@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from .target import Target
 
 PLAIN = "plain"
-NOTE = "Acceptance length counts the token that follows the accepted ones: 1 + accepted / rounds. Times hold prompts, too."
+NOTE = (
+    "Acceptance length counts the token that follows the accepted ones: 1 + accepted / rounds. Times hold prompts, too; what is called decoding is what follows "
+    "the first token."
+)
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,20 @@ class Counts:
         tokens: emitted.
         rounds: of rows, verifications by the target; one without a proposal, which a lookup may not have, is one too.
         accepted_at: rounds in which the proposed token of each position was accepted.
+        prompt_seconds: until the first token of every row.
     """
 
     tokens: int = 0
     rounds: int = 0
     accepted_at: list[int] = field(default_factory=list)
+    prompt_seconds: float = 0.0
 
     def add(self, other: Counts) -> None:
         """Another batch's."""
         size = max(len(self.accepted_at), len(other.accepted_at))
         padded = [[*c.accepted_at, *[0] * (size - len(c.accepted_at))] for c in (self, other)]
         self.tokens, self.rounds, self.accepted_at = self.tokens + other.tokens, self.rounds + other.rounds, [a + b for a, b in zip(*padded, strict=True)]
+        self.prompt_seconds += other.prompt_seconds
 
     @property
     def acceptance_length(self) -> float:
@@ -153,7 +159,7 @@ class Decoder:
             self._engines[contender] = self._engine(contender, len(prompts), temperature)
         seeds = range(seed * len(prompts), (seed + 1) * len(prompts))
         found = self._engines[contender].decode(ids, lengths, self._max_new_tokens, seeds)
-        return found.tokens, Counts(sum(map(len, found.tokens)), sum(found.rounds), found.by_position)
+        return found.tokens, Counts(sum(map(len, found.tokens)), sum(found.rounds), found.by_position, found.prompt_seconds)
 
     def _engine(self, contender: Contender, rows: int, temperature: float) -> Engine:
         tree = None if contender.tree is None else Tree(contender.k, *contender.tree)
@@ -212,6 +218,11 @@ class _Run:
     def speed(self) -> float:
         return self.counts.tokens / self.seconds
 
+    @property
+    def decoding(self) -> float:
+        """Tokens per second after the first ones."""
+        return self.counts.tokens / (self.seconds - self.counts.prompt_seconds)
+
 
 def _run(parts: Iterable[Sequence[Sequence[int]]], contender: Contender, temperature: float, decode: Decode, device: str) -> _Run:
     texts: list[list[int]] = []
@@ -232,17 +243,23 @@ def _run(parts: Iterable[Sequence[Sequence[int]]], contender: Contender, tempera
 
 def _rows(runs: Mapping[Contender, Sequence[_Run]], where: Mapping[str, Any]) -> list[dict[str, Any]]:
     plain = next(found for contender, found in runs.items() if contender.name == PLAIN)
-    plain_speed = median(r.speed for r in plain)
+    plain_speed, plain_decoding = (median(values) for values in zip(*((r.speed, r.decoding) for r in plain), strict=True))
     rows = []
     for contender, found in runs.items():
         counts, texts = found[0].counts, found[0].texts
-        speed = median(r.speed for r in found)
+        speed, decoding = (median(values) for values in zip(*((r.speed, r.decoding) for r in found), strict=True))
         row: dict[str, Any] = {
-            **where, "drafter": str(contender), "k": contender.k, "tokens": counts.tokens, "tokens_per_s": speed,
+            **where, "drafter": str(contender), "k": contender.k, "tokens": counts.tokens, "tokens_per_s": speed, "decoding_tokens_per_s": decoding,
             "spread": [min(r.speed for r in found), max(r.speed for r in found)], "peak_bytes": found[0].peak_bytes,
         }  # fmt: skip
         if contender.name != PLAIN:
-            row |= {"speedup": speed / plain_speed, "acceptance_length": counts.acceptance_length, "rates": counts.rates, "rounds": counts.rounds}
+            row |= {
+                "speedup": speed / plain_speed,
+                "decoding_speedup": decoding / plain_decoding,
+                "acceptance_length": counts.acceptance_length,
+                "rates": counts.rates,
+                "rounds": counts.rounds,
+            }
             if not where["temperature"]:
                 row["same_text"] = sum(a == b for a, b in zip(texts, plain[0].texts, strict=True)) / len(texts)
         rows.append(row)
@@ -257,7 +274,7 @@ def means(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for (batch, temperature, drafter, k), members in groups.items():
         mean: dict[str, Any] = {"set": "mean", "batch": batch, "temperature": temperature, "drafter": drafter, "k": k, "sets": len(members)}
-        for key in ("tokens_per_s", "speedup", "acceptance_length", "same_text"):
+        for key in ("tokens_per_s", "decoding_tokens_per_s", "speedup", "decoding_speedup", "acceptance_length", "same_text"):
             if all(key in m for m in members):
                 mean[key] = sum(m[key] for m in members) / len(members)
         if all("rates" in m for m in members):
