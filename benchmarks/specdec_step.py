@@ -24,6 +24,7 @@ import torch
 from measure import median, table, write
 
 from angelslim_specdec import Engine, Target, engine
+from angelslim_specdec.adaptive import Round
 from angelslim_specdec.bench import machine, maker
 from angelslim_specdec.drafters.base import Drafter
 from angelslim_specdec.graphs import Graph
@@ -67,11 +68,11 @@ def functions(target: Target, make: Callable[[], Drafter], given: argparse.Names
         aux, followers = made.admit(range(given.batch), prompts, lengths, 1, {})  # one token, after which rows have ended
         made._start(prompts, lengths, followers, aux)
         if drafter is None:
-            found["plain"] = partial(made._round, 0)
+            found["plain"] = partial(made._round, Round(0))
             continue
         for k in sorted({1, *given.k}):
             found[f"propose {k}"] = partial(drafter.propose, k)
-            found[f"round {k}"] = partial(made._round, k)
+            found[f"round {k}"] = partial(made._round, Round(k))
     return {name: _ready(function) for name, function in found.items()}
 
 

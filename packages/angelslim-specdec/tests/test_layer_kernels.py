@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from angelslim_core.errors import EngineError
 from angelslim_core.kernels import Kernel
 from angelslim_specdec import Engine, Target
+from angelslim_specdec.adaptive import Round
 from angelslim_specdec.drafters.autoregressive import Autoregressive, Tree
 from angelslim_specdec.drafters.base import Warp
 from angelslim_specdec.drafts import MTP, DFlash, DSpark, Eagle3
@@ -248,6 +249,6 @@ def test_a_layer_of_a_target_takes_few_launches(tiny, fused, least, most, monkey
         with torch.no_grad():
             engine.admit([0], torch.ones(1, 4, dtype=torch.int64), torch.tensor([4]), 9, {})
             with monkeypatch.context() as patch, Launches(patch) as launches:
-                engine._round(0)
+                engine._round(Round(0))
         counted.append(launches.found)
     assert least <= (counted[1] - counted[0]).total() <= most, counted[1] - counted[0]
