@@ -27,7 +27,7 @@ from angelslim_specdec import Engine, Target, engine
 from angelslim_specdec.adaptive import Round
 from angelslim_specdec.bench import machine, maker
 from angelslim_specdec.drafters.base import Drafter
-from angelslim_specdec.graphs import Graph
+from angelslim_specdec.graphs import Graphs
 from angelslim_specdec.kernels import layer
 
 GPU = torch.cuda.is_available()
@@ -81,7 +81,7 @@ def _ready(function: Callable[[], Any]) -> Callable[[], Any]:
         with torch.no_grad():
             function()
 
-    graph = Graph(call) if GPU else call
+    graph = Graphs()(call) if GPU else call
     for _ in range(3 if GPU else 1):
         graph()
     return graph
