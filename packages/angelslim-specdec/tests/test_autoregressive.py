@@ -140,6 +140,13 @@ def test_a_tree_of_one_child_is_the_chain(eagle, text):
 
 
 @torch.no_grad()
+def test_one_row_whose_length_the_host_knows_is_like_any(eagle, text):
+    known, other = (observed(Autoregressive(*eagle, Tree(4, 3, 11), static=static), text, [9], rows=slice(1)).propose(4) for static in (False, True))
+    assert torch.equal(known.tokens, other.tokens) and torch.equal(known.parents, other.parents)
+    torch.testing.assert_close(known.confidence, other.confidence)
+
+
+@torch.no_grad()
 def test_drawn_tokens_come_with_what_they_were_drawn_from(eagle, text):
     drafter = observed(Autoregressive(*eagle), text, [9, 4], rows=slice(2))
     drafter.warp = Warp(0.7, top_k=6)
