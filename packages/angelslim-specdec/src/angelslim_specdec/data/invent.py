@@ -104,6 +104,6 @@ def invent(
             if found.written == missing:
                 break
             if stop_requested():
-                raise StoppedError(2, str(out), f"stopped as asked with {len(rows.ids)} of {count} prompts", "run the same command again to go on")
+                raise StoppedError(6, str(out), f"stopped as asked with {len(rows.ids)} of {count} prompts", "run the same command again to go on")
         found.seconds = time.perf_counter() - began
     return found
