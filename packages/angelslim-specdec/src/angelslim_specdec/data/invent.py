@@ -16,11 +16,11 @@ from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import ModelError, StoppedError
 
 from .appended import AppendedRows
+from .spans import STAND_IN
 
 if TYPE_CHECKING:
     from .spans import Renderer
 
-_STAND_IN = "\u2603stand-in\u2603"
 # of prompts in a row that are of no use, before it is given up
 _MOST_USELESS = 2000
 
@@ -53,8 +53,8 @@ def opening(renderer: Renderer) -> list[int]:
     Raises:
         ModelError: the template does not show what a user says.
     """
-    text = renderer.render([[{"role": "user", "content": _STAND_IN}]])[0]
-    before, shown, _ = text.partition(_STAND_IN)
+    text = renderer.render([[{"role": "user", "content": STAND_IN}]])[0]
+    before, shown, _ = text.partition(STAND_IN)
     found = renderer.encode(before)
     if not shown or not found:
         raise ModelError(768, "chat template", "opens no user's turn that the target could go on with")

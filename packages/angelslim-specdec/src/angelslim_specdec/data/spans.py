@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Turns = Literal["joined", "each"]
-_STAND_IN = "\u2603stand-in\u2603"
+STAND_IN = "\u2603stand-in\u2603"
 _AT_ONCE = 1024  # conversations a process renders
 _PROCESSES = 4  # that render at once, at most
 
@@ -126,7 +126,7 @@ class Renderer:
                 messages = conversation.messages
                 upto.append(messages[: i + 1])
                 before.append(messages[:i])
-                stands.append([*messages[:i], {**messages[i], "content": _STAND_IN}])
+                stands.append([*messages[:i], {**messages[i], "content": STAND_IN}])
         found = iter(zip(self.render(upto), self.render(before, prompt=True), self.render(stands), strict=True))
         return [[_Turn(i, *next(found)) for i in indices] for indices in answers]
 
@@ -153,8 +153,8 @@ class Renderer:
     def _span(self, name: str, message: dict[str, Any], turn: _Turn) -> Span:
         """Where an answer lies in `turn.whole`, which ends with it."""
         content, whole, prompt, stand = str(message["content"]), turn.whole, turn.prompt, turn.stand
-        at = stand.rfind(_STAND_IN)
-        tail = stand[at + len(_STAND_IN) :]
+        at = stand.rfind(STAND_IN)
+        tail = stand[at + len(STAND_IN) :]
         starts = ([at] if at >= 0 and whole[:at] == stand[:at] else []) + ([len(prompt)] if whole.startswith(prompt) else [])
         for start in starts if at >= 0 else []:
             end = len(whole) - len(tail)
