@@ -21,7 +21,7 @@ def normal(*shape, seed=0, dtype=torch.bfloat16):
 
 def near(found, wanted):
     """To an ulp of BF16, and equal nearly everywhere."""
-    torch.testing.assert_close(found, wanted, rtol=1 / 128, atol=1e-3)
+    torch.testing.assert_close(found, wanted, rtol=1 / 128, atol=1 / 128)
     assert (found == wanted).float().mean() > 0.99
 
 

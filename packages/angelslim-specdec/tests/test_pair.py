@@ -99,6 +99,17 @@ def test_trees_are_verified_where_a_draft_grows_them(target):
         assert pair._equality(target, verification, PROMPTS, plain, 4, 3, 10)["equal"] == 3, verification.name
 
 
+def test_trees_are_looked_at_for_near_ties_too(target):
+    from angelslim_specdec.exactness.subject import ways
+
+    way = next(w for w in ways(target) if w.name == "eagle3")
+    near = near_ties(target, lambda: way.make, PROMPTS, k=3, max_new_tokens=12, dtype=torch.float32)
+    assert near["ok"] and not near["tree_parted"] and not near["tree_gaps"] and near["tree_rate"] == 0
+    with replaced(*mutants.GREEDY["bonus from the wrong row"]):
+        near = near_ties(target, lambda: way.make, PROMPTS, k=3, max_new_tokens=12, dtype=torch.float32)
+    assert not near["ok"] and near["tree_rate"] == near["tree_parted"] / 3
+
+
 @pytest.mark.parametrize(("name", "seen"), [("bonus from the wrong row", "greedy"), ("first token accepted, whatever it is", "greedy")])
 def test_a_pair_that_parts_for_no_reason(target, name, seen):
     table = bigrams(target)

@@ -23,9 +23,10 @@ from angelslim_core.errors import UsageError
 from .adaptive import Pacing, Round
 from .dcut import Line, kept, scores
 from .drafters.base import Drafter, Proposal, Warp
-from .graphs import Feed, Graphs, Readout
+from .graphs import Feed, Graphs, Readout, Runner
 from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
 from .kernels.settle import SETTLE, joined, note
+from .prompts import Prompts
 from .stops import cut
 from .target import Target
 from .uniforms import Uniforms
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from .stop_strings import StopStrings
 
 Rule = Literal["auto", "ratio", "match"]
-# makes of a round what is called again and again
-Runner = Callable[[Callable[[], None]], Callable[[], None]]
 # columns of what a round gives the host, as `kernels.settle` writes them; then come its tokens
 ACCEPTED, KEPT, PROPOSED, GOES_ON, TOKENS = range(5)
 # salts of `Uniforms`
@@ -97,7 +96,7 @@ class Engine:
         stops: tokens that end an answer.
         pace: changes the number of tokens from round to round, k being the most, and how many of them are verified.
         static: fixed shapes; None: on a GPU.
-        runner: how rounds run; None: as graphs on a GPU, if shapes are fixed. The host runs ahead of one that is given.
+        runner: how rounds, and prompts, run; None: as graphs on a GPU, if shapes are fixed. The host runs ahead of one that is given.
         exits: ends thoughts early, which is NOT lossless.
         words: strings that end an answer.
 
@@ -135,6 +134,7 @@ class Engine:
         fits = self.static and (drafter is None or drafter.graphable or self._on_host)
         graphs = Graphs() if fits and device.type == "cuda" else runner
         self._runner = runner or graphs or (lambda function: function)
+        self._prompts = Prompts(target, self.cache, self._layers, capacity, graphs)
         # the host may run ahead where it has no part in a round
         self.lag = 1 if graphs is not None and not self._on_host else 0
         self._rounds: dict[Round, Callable[[], None]] = {}
@@ -210,7 +210,7 @@ class Engine:
             raise UsageError(711, "prompts", what, "prompts and answers have at least one token")
         device = self.target.device
         prompts, lengths, at = prompts[:, :longest].to(device), lengths.to(device), torch.tensor(rows, device=device)
-        step = self.target.prefill(prompts, lengths, self.cache, self._layers, at)
+        step = self._prompts(prompts, lengths, at)
         logits = step.logits[:, 0]
         first = draw(self.warp(logits), draws[_FIRST].take(1)[at.cpu(), 0].to(device)) if draws else logits.argmax(-1)
         kept, ended = cut(first[:, None], torch.ones_like(first), torch.full_like(first, max_new_tokens), self._stops)

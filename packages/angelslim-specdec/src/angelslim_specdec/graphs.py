@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+# makes of a function what is called again and again
+Runner = Callable[[Callable[[], None]], Callable[[], None]]
 _WARM_UP = 2
 
 

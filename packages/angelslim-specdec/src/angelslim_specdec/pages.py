@@ -65,14 +65,19 @@ def check_sections(document: Mapping[str, Any]) -> list[Section]:
     sections = []
     if (pair := document.get("pair")) is not None:
         near = pair["near_ties"]
+        texts = [
+            ("with the draft", near["gaps"]),
+            *([("in trees", near["tree_gaps"])] if "tree_gaps" in near else []),
+            ("in batches without it", near["control_gaps"]),
+        ]
         ties = [
             (who, f"{len(gaps)} of {near['rows']}", f"{len(gaps) / near['rows']:.3f}", f"{max((g['gap'] or 0.0 for g in gaps), default=0.0):.4f}",
              str(sum(not g["near_tie"] for g in gaps)))
-            for who, gaps in ((f"with the draft, {near['dtype']}", near["gaps"]), (f"in batches without it, {near['dtype']}", near["control_gaps"]))
+            for who, gaps in texts
         ]  # fmt: skip
         gaps = [
             (who, str(g["row"]), str(g["position"]), "one ends" if g["gap"] is None else f"{g['gap']:.4f}", "near tie" if g["near_tie"] else "NOT A TIE")
-            for who, found in (("with the draft", near["gaps"]), ("in batches without it", near["control_gaps"])) for g in found
+            for who, found in texts for g in found
         ]  # fmt: skip
         equal = [(c["name"], f"{c['equal']} of {c['rows']}", _verdict(c["ok"])) for c in pair["equality"]]
         sampled = [(c["name"], str(c["tokens"]), f"{c['p']:.3g}", f"{c['p_if_warmer']:.2g}", _verdict(c["ok"])) for c in pair["sampled"]]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .drafters.base import Warp
-from .engine import GOES_ON, Engine, Runner, rows_of
+from .engine import GOES_ON, Engine, rows_of
+from .graphs import Runner
 from .target import Target
 
 Key = TypeVar("Key")

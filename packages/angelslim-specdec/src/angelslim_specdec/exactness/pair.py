@@ -125,7 +125,7 @@ def near_ties(
     target: Target, load: Callable[[], Make], prompts: Sequence[Sequence[int]], *, k: int = 5, max_new_tokens: int = 64, dtype: torch.dtype = torch.bfloat16,
     tolerance: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Greedy text in 16 bits, with the draft and without, and without in batches as a control: batches alone part as well.
+    """Greedy text in 16 bits, with the draft, in trees where it grows any, and without; and without in batches as a control: batches alone part as well.
 
     Where texts part, both prefixes being the same, the target reads them in fp32. Two passes in 16 bits, each of which is off by no more than
     some number in the difference between two tokens, agree on their order unless they are closer than that: then it is a near tie, which
@@ -136,11 +136,12 @@ def near_ties(
 
     Returns:
         `ok`, `dtype`, `tolerance`, `rounding`, `rows`, `tokens`, `parted`, `rate` (of rows), `gaps` [{row, position, gap, near_tie}], `within_tolerance`
-        of them, and `control_parted`, `control_rate`, `control_gaps`.
+        of them, and `control_parted`, `control_rate`, `control_gaps`, and `tree_parted`, `tree_rate`, `tree_gaps`, which trees must pass, too.
     """
     recast(target.model, dtype)
     make = load()
-    plain, drafted, control = (_texts(target, way, prompts, rows, max_new_tokens, k=k) for way, rows in ((None, 1), (make, 1), (None, _ROWS)))
+    ways = [(None, 1), (make, 1), (None, _ROWS), *([(partial(_branching, make), 1)] if isinstance(make(), Autoregressive) else [])]
+    plain, drafted, control, *trees = (_texts(target, way, prompts, rows, max_new_tokens, k=k) for way, rows in ways)
     said = [_read(target, prompt, text).topk(_LIKELIEST) for prompt, text in zip(prompts, plain, strict=True)]
     recast(target.model, torch.float32)  # the same weights: what 16 bits can hold, 32 can
     least = TOLERANCE[dtype] if tolerance is None else tolerance
@@ -148,12 +149,13 @@ def near_ties(
     for prompt, text, (values, ids) in zip(prompts, plain, said, strict=True):
         off = values.float() - _read(target, prompt, text).gather(1, ids)
         rounding = max(rounding, float((off - off[:, :1]).abs().max()))
-    gaps, of_control = (_gaps(target, prompts, plain, found, max(least, rounding)) for found in (drafted, control))
+    gaps, of_control, *of_trees = (_gaps(target, prompts, plain, found, max(least, rounding)) for found in (drafted, control, *trees))
+    also = {f"tree_{key}": value for of in of_trees for key, value in (("parted", len(of)), ("rate", len(of) / len(prompts)), ("gaps", of))}
     return {
-        "ok": all(g["near_tie"] for g in gaps), "dtype": str(dtype).removeprefix("torch."), "tolerance": least, "rounding": rounding, "rows": len(prompts),
+        "ok": all(g["near_tie"] for g in [*gaps, *(g for of in of_trees for g in of)]), "dtype": str(dtype).removeprefix("torch."), "tolerance": least, "rounding": rounding, "rows": len(prompts),
         "tokens": sum(map(len, plain)), "parted": len(gaps), "rate": len(gaps) / len(prompts), "gaps": gaps,
         "within_tolerance": sum(g["gap"] is not None and g["gap"] < least for g in gaps),
-        "control_parted": len(of_control), "control_rate": len(of_control) / len(prompts), "control_gaps": of_control,
+        "control_parted": len(of_control), "control_rate": len(of_control) / len(prompts), "control_gaps": of_control, **also,
     }  # fmt: skip
 
 
