@@ -1,0 +1,115 @@
+"""What a strategy reads, and what it says: tokens of a pool, and which of them stay or are merged.
+
+Shapes: P pools, N tokens of the largest, K kept ones of the one that keeps most, D width of the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Source = Literal["encoder", "llm"]
+# of attention, as `statistics` computes them: "importance" is the row of the class token where the encoder has one, else what every token receives
+Statistic = Literal["importance", "received", "keys", "last_row", "pooled_diagonal", "pooled_max", "hidden", "raw_keys"]
+
+
+class Need(NamedTuple):
+    """A statistic of one attention layer.
+
+    Args:
+        source: which stack of layers.
+        layer: its number; negative ones count from the end.
+    """
+
+    source: Source
+    layer: int
+    statistic: Statistic
+
+
+class Grid(NamedTuple):
+    """Frames, rows and columns of an image or video, in tokens as the language model gets them."""
+
+    frames: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Tokens among which a strategy chooses: all of a prompt, of an image, a frame or a clip; P pools side by side.
+
+    Args:
+        features: [P, N, D], in the language model's space, of its dtype; what stands behind a pool's tokens is not read.
+        counts: tokens of each pool, known to the host, so that nothing waits for a device.
+        segments: [P, N], int64: which image, frame or clip of its pool each token is of, from 0; None: a pool is one.
+        grids: of each pool, those of its segments in order; empty: none are known.
+        statistics: what the strategy asked for: [P, N], [P, N, d] for keys and hidden states.
+        text: [P, M, D]: embeddings of the prompts' text; None: not asked for.
+        text_counts: of each pool.
+    """
+
+    features: Tensor
+    counts: tuple[int, ...]
+    segments: Tensor | None = None
+    grids: tuple[tuple[Grid, ...], ...] = ()
+    statistics: Mapping[Need, Tensor] = field(default_factory=dict)
+    text: Tensor | None = None
+    text_counts: tuple[int, ...] = ()
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """[P, N], bool: which are tokens at all."""
+        counts = torch.tensor(self.counts, device=self.features.device)
+        return torch.arange(self.features.shape[1], device=self.features.device) < counts[:, None]
+
+    def one(self, number: int) -> Pool:
+        """A pool of its own, without padding."""
+        n = self.counts[number]
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[number : number + 1, :n]
+
+        text = None if self.text is None else self.text[number : number + 1, : self.text_counts[number]]
+        return Pool(
+            self.features[number : number + 1, :n], (n,), cut(self.segments), self.grids[number : number + 1],
+            {need: x[number : number + 1, :n] for need, x in self.statistics.items()}, text, self.text_counts[number : number + 1],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which tokens of each pool stay, and what of the others goes into them.
+
+    Args:
+        keep: [P, K], int64, ascending: the token that stands for each kept one and lends it its position; -1 behind the last of a pool.
+        groups: [P, N], int64: which of the K each token is merged into, -1 none; None: nothing is merged.
+        weights: [P, N], fp32: a token's share in its group, all of a group's being 1.
+    """
+
+    keep: Tensor
+    groups: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, kept: Sequence[Tensor]) -> Plan:
+        """Pruning: of each pool the numbers of the tokens that stay, int64, in any order."""
+        most = max((len(k) for k in kept), default=0)
+        return cls(torch.stack([torch.nn.functional.pad(k.sort().values, (0, most - len(k)), value=-1) for k in kept]))
+
+    def apply(self, values: Tensor) -> Tensor:
+        """[P, K, D] of values [P, N, D], in their dtype: gathered, or sums by weight made in FP32; 0 behind the last of a pool."""
+        pools, kept = self.keep.shape
+        real = self.keep >= 0
+        if self.groups is None or self.weights is None:
+            found = values.gather(1, self.keep.clamp(min=0)[..., None].expand(-1, -1, values.shape[2]))
+            return found * real[..., None].to(values.dtype)
+        # tokens that go nowhere are added to one row more, which is cut off
+        to = torch.where(self.groups < 0, kept, self.groups) + (kept + 1) * torch.arange(pools, device=values.device)[:, None]
+        out = torch.zeros(pools * (kept + 1), values.shape[2], dtype=torch.float32, device=values.device)
+        out.index_add_(0, to.flatten(), (values.float() * self.weights[..., None]).flatten(0, 1))
+        return out.view(pools, kept + 1, -1)[:, :kept].to(values.dtype)
