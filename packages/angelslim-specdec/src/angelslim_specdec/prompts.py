@@ -16,8 +16,8 @@ from .cache import SlotCache
 from .graphs import Runner
 from .target import Step, Target
 
-# tokens of a pass from which on the device is what takes the time
-MOST_TOKENS = 2048
+# multiplications and additions of a pass from which on the device is what takes the time, some 10 ms of it; what a graph works in stays reserved
+MOST_WORK = 4e12
 # the least padded length; each further one is a third or a half more than the one before
 _LEAST = 32
 
@@ -33,13 +33,14 @@ class Prompts:
 
     def __init__(self, target: Target, cache: SlotCache, layers: Sequence[int], capacity: int, runner: Runner | None) -> None:
         self._target, self._cache, self._layers, self._capacity, self._runner = target, cache, layers, capacity, runner
+        self._most_tokens = MOST_WORK / (2 * sum(p.numel() for p in target.model.parameters()))
         self._padded: dict[tuple[int, int], _Padded] = {}
 
     def __call__(self, prompts: Tensor, lengths: Tensor, rows: Tensor) -> Step:
         """As `Target.prefill`, of prompts [G, P], lengths [G] and rows [G] on the device. What is returned lasts until the next call."""
         batch, longest = prompts.shape
         length = padded_length(longest)
-        if self._runner is None or batch * length > MOST_TOKENS or length > self._capacity:
+        if self._runner is None or batch * length > self._most_tokens or length > self._capacity:
             return self._read(prompts, lengths, rows)
         if (batch, length) not in self._padded:
             self._padded[batch, length] = _Padded(self._read, batch, length, self._target.device, self._runner)
