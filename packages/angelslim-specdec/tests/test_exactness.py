@@ -99,6 +99,15 @@ def test_command(monkeypatch, tiny, tmp_path):
     assert "ngram with" in page and "near ties in bfloat16" in page and "batches of 4" in page and "wrong KV trim" in page
 
 
+def test_a_pair_alone(monkeypatch, tiny):
+    monkeypatch.setattr(kit, "run", lambda *_: pytest.fail("the small targets were to be left out"))
+    options = ["--model", str(tiny("llama", dtype="float32", max_position_embeddings=512)), "--draft", "ngram", "--max-new-tokens", "8", "--texts", "128"]
+    done = CliRunner().invoke(cli, ["specdec", "check", "--only-pair", "--tolerance", "0.5", "--device", "cpu", *options, "--json"])
+    found = json.loads(done.stdout)
+    assert found["checks"] == found["mutants"] == [] and found["ok"] == found["pair"]["ok"] and done.exit_code == (0 if found["ok"] else 8)
+    assert "--only-pair" in str(CliRunner().invoke(cli, ["specdec", "check", "--only-pair"]).exception)
+
+
 def test_command_says_not_ok(monkeypatch):
     from angelslim_specdec.exactness import mutants
 
