@@ -7,7 +7,7 @@ from angelslim_specdec.attention import Visible
 from angelslim_specdec.drafters.base import Warp
 from angelslim_specdec.kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
 from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
-from angelslim_specdec.target import ancestors_of
+from angelslim_specdec.kernels.tree import ancestors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -26,8 +26,8 @@ def case(batch, tokens, slots, heads, kv_heads, width, dtype, tree=False, seed=0
     if not tree:
         return q, k, v, Visible(lengths, torch.arange(tokens, device="cuda"))
     parents = (torch.rand(batch, tokens - 1, device="cuda") * torch.arange(1, tokens, device="cuda")).long() - 1
-    ancestors = ancestors_of(parents)
-    return q, k, v, Visible(lengths, ancestors.sum(-1) - 1, ancestors)
+    ancestors, depths = ancestors_of(parents)
+    return q, k, v, Visible(lengths, depths, ancestors)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

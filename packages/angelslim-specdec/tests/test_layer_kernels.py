@@ -252,3 +252,33 @@ def test_a_layer_of_a_target_takes_few_launches(tiny, fused, least, most, monkey
                 engine._round(Round(0))
         counted.append(launches.found)
     assert least <= (counted[1] - counted[0]).total() <= most, counted[1] - counted[0]
+
+
+def of_a_round(tiny, tree, k, monkeypatch, layers=2):
+    """What a round asks a GPU for; for some products the CPU makes copies that a GPU does not."""
+    folder = tiny("llama", dtype="float32", num_hidden_layers=layers)
+    target = Target(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(DEVICE), fused=True)
+    draft = Eagle3.from_target(target.shape, aux_hidden_state_layer_ids=(0, 1), draft_vocab_size=64).eval().to(DEVICE)
+    engine = Engine(target, Autoregressive(draft, target.heads(), tree, static=True), 1, 60, k=k, static=True)
+    ids, lengths = torch.ones(1, 4, dtype=torch.int64), torch.tensor([4])
+    with torch.no_grad():
+        aux, followers = engine.admit([0], ids, lengths, 20, {})
+        engine._start(ids, lengths, followers, aux)
+        engine._round(Round(k))
+        with monkeypatch.context() as patch, Launches(patch) as launches:
+            engine._round(Round(k))
+    launches.found.pop("clone.default", None)
+    return launches.found
+
+
+def test_a_tree_takes_few_launches_more_than_a_chain(tiny, monkeypatch):
+    chain, tree = (of_a_round(tiny, shape, 5, monkeypatch) for shape in (None, Tree(5, 8, 32)))
+    assert (tree - chain).total() <= 20, tree - chain
+
+
+def test_layers_of_a_target_cost_a_tree_what_they_cost_a_chain(tiny, monkeypatch):
+    more = []
+    for tree in (None, Tree(5, 8, 32)):
+        fewer, all_layers = (of_a_round(tiny, tree, 5, monkeypatch, layers) for layers in (2, 3))
+        more.append(all_layers - fewer)
+    assert more[0] == more[1]

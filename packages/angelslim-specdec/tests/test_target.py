@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM
 from angelslim_core.errors import ModelError, UsageError
 from angelslim_specdec.attention import Visible
 from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
-from angelslim_specdec.target import Target, ancestors_of
+from angelslim_specdec.kernels.tree import ancestors_of
+from angelslim_specdec.target import Target
 
 KINDS = {
     "llama": {}, "qwen3": {}, "mistral": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 4}, "qwen3_moe": {}, "deepseek_v3": {}, "seed_oss": {},
@@ -135,8 +136,7 @@ def test_prompts_go_into_freed_rows(tiny):
 def test_attention_matches_its_reference(tree, window):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 19, 8), torch.randn(2, 2, 19, 12)
-    ancestors = ancestors_of(torch.tensor([[-1, 0, -1, 2], [-1, -1, 1, 2]])) if tree else None
-    depths = torch.arange(5) if ancestors is None else ancestors.sum(-1) - 1
+    ancestors, depths = ancestors_of(torch.tensor([[-1, 0, -1, 2], [-1, -1, 1, 2]])) if tree else (None, torch.arange(5))
     visible = Visible(torch.tensor([4, 14]), depths, ancestors)
     close(VERIFY_ATTENTION(q, k, v, visible, 0.3, window), VERIFY_ATTENTION(q, k, v, visible, 0.3, window, executor="reference"))
     own = Visible(None, torch.arange(5), documents=None if not tree else torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]))
@@ -146,8 +146,9 @@ def test_attention_matches_its_reference(tree, window):
 
 
 def test_ancestors_of_a_long_chain():
-    assert torch.equal(ancestors_of(torch.arange(-1, 8)[None])[0], torch.ones(10, 10).tril().bool())
-    assert ancestors_of(torch.zeros(1, 0, dtype=torch.int64)).tolist() == [[[True]]]
+    seen, depths = ancestors_of(torch.arange(-1, 8)[None])
+    assert torch.equal(seen[0], torch.ones(10, 10).tril().bool()) and depths.tolist() == [list(range(10))]
+    assert ancestors_of(torch.zeros(1, 0, dtype=torch.int64))[0].tolist() == [[[True]]]
 
 
 def test_states_that_cannot_go_back_are_refused(tiny):

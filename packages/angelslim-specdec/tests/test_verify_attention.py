@@ -8,7 +8,8 @@ import torch
 from angelslim_core.errors import EngineError
 from angelslim_specdec.attention import Visible
 from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
-from angelslim_specdec.target import Target, ancestors_of
+from angelslim_specdec.kernels.tree import ancestors_of
+from angelslim_specdec.target import Target
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,8 +48,8 @@ def visible_of(lengths, tokens, tree):
     lengths = torch.tensor(lengths, device=DEVICE)
     if not tree:
         return Visible(lengths, torch.arange(tokens, device=DEVICE))
-    ancestors = ancestors_of(tree_of(len(lengths), tokens - 1))
-    return Visible(lengths, ancestors.sum(-1) - 1, ancestors)
+    ancestors, depths = ancestors_of(tree_of(len(lengths), tokens - 1))
+    return Visible(lengths, depths, ancestors)
 
 
 def wanted(q, k, v, visible, scale, window):

@@ -13,6 +13,7 @@ from torch import Tensor
 from angelslim_core.errors import UsageError
 
 from .dcut import Line
+from .kernels.tree import KEEP_PATH, Stored
 
 
 class SlotCache:
@@ -34,6 +35,7 @@ class SlotCache:
         self.bound: int | None = None if static else 0
         self._rows = torch.arange(batch, device=device)[:, None]
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self._all: Stored | None = None
         self._slots: Tensor | int = 0
         self._of = self._rows  # row of each slot
         self._prompts: Tensor | None = None
@@ -64,6 +66,7 @@ class SlotCache:
         """Store k, v [B, H, T, D] of the new tokens, or [1, H, N, D] in a line; returns [B, H, S, D], what these may attend to."""
         if layer not in self._stored:
             batch = len(self.lengths)
+            self._all = None
             self._stored[layer] = tuple(x.new_zeros(batch, x.shape[1], self.capacity, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
         stored = self._stored[layer]
         if self._prompts is not None:
@@ -105,11 +108,9 @@ class SlotCache:
             path: [B, D], int64: which of the others, from 0, each further one is, -1 behind them; None: they stand in order.
         """
         if path is not None:
-            to = self.lengths[:, None] + 1 + torch.arange(path.shape[1], device=path.device)
-            came = self.lengths[:, None] + 1 + path.clamp(min=0)
-            for pair in self._stored.values():
-                for whole in pair:
-                    whole[self._rows, :, to] = whole[self._rows, :, came]
+            if self._all is None:  # once for all rounds: a graph is captured after a round that was run for real
+                self._all = Stored.of([x for pair in self._stored.values() for x in pair])
+            KEEP_PATH(self._all, self.lengths, path)
         self.lengths += counts
         self._measure()
 

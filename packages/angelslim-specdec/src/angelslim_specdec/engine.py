@@ -26,11 +26,12 @@ from .drafters.base import Drafter, Proposal, Warp
 from .graphs import Feed, Graphs, Readout, Runner
 from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
 from .kernels.settle import SETTLE, joined, note
+from .kernels.tree import ACCEPT_TREE
 from .prompts import Prompts
 from .stops import cut
 from .target import Target
 from .uniforms import Uniforms
-from .verification import draw, match, tree_greedy, tree_sample
+from .verification import draw, match, tree_sample
 
 if TYPE_CHECKING:
     from .spec_exit import Exits
@@ -291,7 +292,7 @@ class Engine:
         if path is not None:
             counts = torch.full_like(accepted, proposal.tokens.shape[1]) if counts is None else counts
             if aux is not None:
-                rows = torch.nn.functional.pad(path.clamp(min=-1) + 1, (1, 0))
+                rows = torch.nn.functional.pad(path + 1, (1, 0))
                 aux = aux.gather(1, rows[..., None].expand(-1, -1, aux.shape[2]))
         if self._exits is None:
             emitted, kept = SETTLE(tokens, accepted, following, counts, self._stops, self._last, self._remaining, self._out)
@@ -341,9 +342,9 @@ class Engine:
         if proposal.parents is not None:
             if sampled:
                 path, accepted, following = tree_sample(self.warp(logits), tokens, proposal.parents, uniforms[:, : tokens.shape[1] + 1], k)
+                tokens = tokens.gather(1, path.clamp(min=0))
             else:
-                path, accepted, following = tree_greedy(logits.argmax(-1), tokens, proposal.parents, k)
-            tokens = tokens.gather(1, path.clamp(min=0))
+                path, accepted, following, tokens = ACCEPT_TREE(logits, tokens, proposal.parents, k)
         else:
             path, size = None, tokens.shape[1]
             if not sampled:

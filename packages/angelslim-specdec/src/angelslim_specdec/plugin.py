@@ -36,9 +36,10 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.accept import ACCEPT_GREEDY, ACCEPT_RATIO
     from .kernels.layer import KERNELS
     from .kernels.settle import SETTLE
+    from .kernels.tree import KERNELS as TREE_KERNELS
     from .kernels.verify_attention import VERIFY_ATTENTION
 
-    return [VERIFY_ATTENTION, ACCEPT_GREEDY, ACCEPT_RATIO, SETTLE, *KERNELS]
+    return [VERIFY_ATTENTION, ACCEPT_GREEDY, ACCEPT_RATIO, SETTLE, *KERNELS, *TREE_KERNELS]
 
 
 @hookimpl

@@ -25,6 +25,7 @@ from .cache import SlotCache
 from .dcut import Line
 from .drafts.base import Heads, TargetShape
 from .fused import Fused
+from .kernels.tree import ANCESTORS_OF
 from .narrow import Narrow
 
 if TYPE_CHECKING:
@@ -207,8 +208,8 @@ class Target:
         if parents is None:
             visible = Visible(cache.lengths, number, line=line)
         else:
-            ancestors = ancestors_of(parents)
-            visible = Visible(cache.lengths, ancestors.sum(-1) - 1, ancestors)
+            ancestors, depths = ANCESTORS_OF(parents)
+            visible = Visible(cache.lengths, depths, ancestors)
         cache.begin(ids.shape[1], line=line)
         positions = cache.lengths[:, None] + visible.depths
         if line is None:
@@ -271,17 +272,3 @@ def sizes_of(config: Any, vocab_size: int) -> dict[str, Any]:
         "vocab_size": vocab_size, "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
         "rope_parameters": dict(rope), "max_position_embeddings": config.max_position_embeddings,
     }  # fmt: skip
-
-
-def ancestors_of(parents: Tensor) -> Tensor:
-    """Which tokens of a tree each one follows, itself included: [B, K + 1, K + 1], bool, the root first.
-
-    Args:
-        parents: [B, K], int64: -1 is the root; parents come before their children.
-    """
-    batch, proposed = parents.shape
-    steps = torch.eye(proposed + 1, device=parents.device).repeat(batch, 1, 1)
-    steps[:, 1:].scatter_(2, parents[..., None] + 1, 1.0)
-    for _ in range((proposed - 1).bit_length() if proposed else 0):  # each product doubles how far back it reaches
-        steps = (steps @ steps).clamp(max=1.0)
-    return steps > 0

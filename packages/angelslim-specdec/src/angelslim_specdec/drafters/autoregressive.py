@@ -1,7 +1,7 @@
 """Drafts that propose a token at a time, each from their own output for the one before: a chain, or a tree of the best.
 
 Shapes: B rows of the batch, K proposed tokens, W confirmed positions, H hidden, Vd draft vocabulary, k children of a node and nodes
-of a level that go on, M nodes that are expanded, C candidates.
+of a level that go on, C candidates.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ..drafts.layers import MLP, RMSNorm, vocabulary_ids
 from ..kernels import layer as kernels
+from ..kernels.tree import CHOOSE_TREE, EXPAND, Candidates, Front
 from ..verification.draws import draw
 from .base import Drafter, Proposal, Warp
 from .draft_cache import DraftCache
@@ -140,31 +141,19 @@ class Autoregressive(Drafter):
         return Proposal(torch.stack(tokens, 1), chances, self._columns if drawn else None, confidence=torch.stack(sure, 1))
 
     def _grow(self, tree: Tree, levels: int) -> Proposal:
-        carried, read, width = self._carried, self._read, tree.top_k
-        batch, device = len(carried), carried.device
-        own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        # of the nodes that are expanded: numbers as candidates, scores, and which of the nodes so far each sees
-        beam, reached = torch.full((batch, 1), -1, device=device), torch.zeros(batch, 1, device=device)
-        visible = own[:, :1, :0]
-        tokens: list[Tensor] = []
-        parents: list[Tensor] = []
-        scores: list[Tensor] = []
-        sure: list[Tensor] = []
+        carried, read, width, depth = self._carried, self._read, tree.top_k, min(levels, tree.depth)
+        found = Candidates.room(len(carried), tree.candidates(levels), carried.device)
+        front: Front | None = None
         base = 0
-        for level in range(min(levels, tree.depth)):
-            if level:
-                best, at = scores[-1].topk(width, -1)
-                reached, origin, beam = best, (at // width)[..., None], base + at
-                base += scores[-1].shape[1]
-                carried = carried.gather(1, origin.expand(-1, -1, carried.shape[2]))
-                visible = torch.cat((visible.gather(1, origin.expand(-1, -1, visible.shape[2])), own), -1)
-                carried, read = self._step(tokens[-1].gather(1, at), carried, level, (level - 1) * width, visible)
-            logs, chosen = functional.linear(read, self._head).float().log_softmax(-1).topk(width, -1)  # [B, 1 or k, k]
-            tokens.append(self._ids(chosen).flatten(1))
-            parents.append(beam[..., None].expand_as(chosen).flatten(1))
-            scores.append((reached[..., None] + logs).flatten(1))
-            sure.append(logs.exp().flatten(1))
-        return _best(torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1), torch.cat(sure, 1), self.size(levels))
+        for level in range(depth):
+            if front is not None:
+                carried = carried.gather(1, front.origin[..., None].expand(-1, -1, carried.shape[2]))
+                carried, read = self._step(front.tokens, carried, level, (level - 1) * width, front.visible)
+            logits = functional.linear(read, self._head)
+            front = EXPAND(logits, self._columns, front, found, base, width, level == depth - 1)
+            base += logits.shape[1] * width
+        tokens, parents, sure = CHOOSE_TREE(found, self.size(levels))
+        return Proposal(tokens, parents=parents, confidence=sure)
 
     def _step(self, tokens: Tensor, carried: Tensor, ahead: int, offset: int, visible: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step for tokens [B, T] `ahead` of the last confirmed position, kept at `offset` behind it.
@@ -190,13 +179,3 @@ class Autoregressive(Drafter):
 
     def _ids(self, chosen: Tensor) -> Tensor:
         return chosen if self._columns is None else self._columns[chosen]
-
-
-def _best(tokens: Tensor, parents: Tensor, scores: Tensor, sure: Tensor, count: int) -> Proposal:
-    """The `count` candidates of C with the greatest scores, parents first; all are [B, C], parents by number of candidate."""
-    # a parent's score is never below its child's and of equal ones the earlier comes first, so that no child is without its parent
-    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
-    place = torch.zeros_like(tokens).scatter_(1, chosen, torch.arange(count, device=tokens.device).expand_as(chosen))
-    of = parents.gather(1, chosen)
-    of = torch.where(of < 0, of, place.gather(1, of.clamp(min=0)))
-    return Proposal(tokens.gather(1, chosen), parents=of, confidence=sure.gather(1, chosen))

@@ -13,7 +13,7 @@ PIECE = 2048
 
 
 @triton.jit
-def _best(logits, values, numbers, vocabulary, ls_b, ls_t, tokens, PIECE: tl.constexpr):
+def best_of_piece(logits, values, numbers, vocabulary, ls_b, ls_t, tokens, PIECE: tl.constexpr):
     piece, row = tl.program_id(0), tl.program_id(1)
     v = piece * PIECE + tl.arange(0, PIECE)
     at = logits + (row // tokens).to(tl.int64) * ls_b + (row % tokens).to(tl.int64) * ls_t + v
@@ -183,7 +183,7 @@ def accept_greedy(logits: Tensor, tokens: Tensor, counts: Tensor | None) -> tupl
     numbers = torch.empty_like(values, dtype=torch.int32)
     accepted, following = (torch.empty(batch, dtype=torch.int64, device=logits.device) for _ in range(2))
     with torch.cuda.device_of(logits):
-        _best[(pieces, batch * places)](logits, values, numbers, vocabulary, *logits.stride()[:2], places, PIECE=PIECE, num_warps=8)
+        best_of_piece[(pieces, batch * places)](logits, values, numbers, vocabulary, *logits.stride()[:2], places, PIECE=PIECE, num_warps=8)
         _greedy[(batch,)](
             values, numbers, tokens, tokens if counts is None else counts, accepted, following, pieces, vocabulary, places - 1, *tokens.stride(),
             COUNTS=counts is not None, TP=wide_t, NP=wide_p, num_warps=min(8, max(1, wide_t * wide_p // 512)),
