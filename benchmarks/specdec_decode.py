@@ -54,6 +54,8 @@ CELLS = (
     Cell(1, 0.0, ((4, False, None), (6, False, None), (6, True, None), (6, False, (8, 48))), False, 12),
 )
 
+TREES = (Cell(1, 0.0, ((5, False, None), *((k, False, tree) for k, tree in ((5, (8, 32)), (5, (4, 16)), (6, (4, 24)), (6, (8, 48)), (8, (4, 32))))), True, 12),)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--most", default=80, type=int, help="prompts of a set, at most")
     parser.add_argument("--rows", default=256, type=int, help="of a batch, at most")
     parser.add_argument("--transformers", default=2, type=int, help="prompts of each set for transformers' generate")
+    parser.add_argument("--trees", action="store_true", help="only batch 1, greedily: the chain, and trees of several shapes")
     given = parser.parse_args()
     began = time.perf_counter()
     target = open_target(given.model, given.device, given.dtype)
@@ -83,7 +86,7 @@ def main() -> None:
         "max_new_tokens": given.max_new_tokens, "repeats": given.repeats, "note": bench.NOTE, "opened_in_s": time.perf_counter() - began,
         "rows": [], "means": [], "transformers": [], "left_out": [], "failed": [], "fused_modules": target.fused,
     }  # fmt: skip
-    for cell in CELLS:
+    for cell in TREES if given.trees else CELLS:
         if time.perf_counter() - began > given.seconds - 40 * bool(given.transformers):
             document["left_out"].append(f"batch {cell.batch}, temperature {cell.temperature:g}, {len(cell.ways)} ways")
             continue
