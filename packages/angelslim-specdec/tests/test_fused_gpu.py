@@ -7,6 +7,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from angelslim_specdec import Engine, Target
+from angelslim_specdec.adaptive import Round
+from angelslim_specdec.drafters.autoregressive import Autoregressive, Tree
 from angelslim_specdec.drafters.base import Warp
 from angelslim_specdec.drafts import MTP, DFlash, Eagle3
 from angelslim_specdec.kernels import layer as kernels
@@ -103,3 +105,27 @@ def test_a_step_takes_few_kernels(tiny, draft, most):
                 torch.cuda.synchronize()
         counted.append(sum(event.device_type == DeviceType.CUDA and not event.name.startswith(("Memset", "Memcpy")) for event in found.events()))
     assert 0 < counted[1] - counted[0] <= most
+
+
+def kernels_of_a_round(tiny, tree, layers):
+    target = Target(AutoModelForCausalLM.from_pretrained(tiny("llama", dtype="float32", num_hidden_layers=layers), dtype=torch.bfloat16).eval().cuda())
+    draft = Eagle3.from_target(target.shape, aux_hidden_state_layer_ids=(0, 1), draft_vocab_size=64).to("cuda", torch.bfloat16).eval()
+    engine = Engine(target, Autoregressive(draft, target.heads(), tree), 1, 60, k=5)
+    ids, lengths = torch.ones(1, 4, dtype=torch.int64), torch.tensor([4])
+    with torch.no_grad():
+        aux, followers = engine.admit([0], ids, lengths, 20, {})
+        engine._start(ids, lengths, followers, aux)
+        engine._round(Round(5))
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            engine._round(Round(5))
+            torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA and not event.name.startswith(("Memset", "Memcpy")) for event in found.events())
+
+
+def test_a_tree_takes_few_kernels_more_than_a_chain(tiny):
+    """Of a level: its candidates, the nodes to go on from and what these carry; products of more rows may take two kernels instead of one."""
+    chain, tree = (kernels_of_a_round(tiny, shape, 2) for shape in (None, Tree(5, 8, 32)))
+    assert 0 < tree - chain <= 60
+    more = [kernels_of_a_round(tiny, shape, 4) - kernels_of_a_round(tiny, shape, 2) for shape in (None, Tree(5, 8, 32))]
+    assert more[1] - more[0] <= 10

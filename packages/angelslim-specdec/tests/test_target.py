@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from angelslim_core.errors import ModelError, UsageError
 from angelslim_specdec.attention import Visible
-from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
 from angelslim_specdec.kernels.tree import ancestors_of
+from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
 from angelslim_specdec.target import Target
 
 KINDS = {

@@ -7,8 +7,8 @@ import torch
 
 from angelslim_core.errors import EngineError
 from angelslim_specdec.attention import Visible
-from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
 from angelslim_specdec.kernels.tree import ancestors_of
+from angelslim_specdec.kernels.verify_attention import VERIFY_ATTENTION
 from angelslim_specdec.target import Target
 
 pytest.importorskip("triton")

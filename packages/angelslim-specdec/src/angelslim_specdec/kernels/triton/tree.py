@@ -216,14 +216,15 @@ def expand(logits: Tensor, columns: Tensor | None, front: Front | None, into: Ca
     tokens, origin, numbers = (keys.new_empty(batch, k) for _ in range(3))
     found = Front(tokens, origin, numbers, highs.new_empty(batch, k), keys.new_empty(batch, k, seen + k, dtype=torch.bool))
     of = found if front is None else Front(*(x.contiguous() for x in front))
-    wide_w, wide_n = triton.next_power_of_2(nodes), triton.next_power_of_2(pieces * k)
+    wide_w, wide_k, wide_n = (triton.next_power_of_2(n) for n in (nodes, k, pieces * k))
+    warps = 16 if wide_w * wide_k > 64 else 8 if wide_w * wide_n > 2048 else 4  # of many children a program compares each with each
     with torch.cuda.device_of(logits):
         _top[(pieces, rows)](logits, keys, highs, sums, width, nodes, k, *logits.stride()[:2], PIECE=piece, num_warps=max(1, piece // 512))
         _level[(batch,)](
             keys, highs, sums, keys if columns is None else columns, of.numbers, of.scores, of.visible.view(torch.uint8), *into, *found[:4],
             found.visible.view(torch.uint8), pieces, width, nodes, k, base, into.tokens.shape[1], seen,
-            ROOT=front is None, COLUMNS=columns is not None, LAST=last, WP=wide_w, KP=triton.next_power_of_2(k), PP=triton.next_power_of_2(pieces),
-            NP=wide_n, AP=triton.next_power_of_2(seen + k), num_warps=8 if wide_w * wide_n > 2048 else 4,
+            ROOT=front is None, COLUMNS=columns is not None, LAST=last, WP=wide_w, KP=wide_k, PP=triton.next_power_of_2(pieces),
+            NP=wide_n, AP=triton.next_power_of_2(seen + k), num_warps=warps,
         )  # fmt: skip
     return None if last else found
 
