@@ -48,7 +48,7 @@ class VisionZip(Strategy):
         step = numbers(steps, pool)[:, None]
         target = others & (place % step == 0) & (place // step < count)
 
-        targets = kept(target, contexts)  # [P, C]
+        targets = kept(target, [max(1, c) for c in contexts])  # [P, C]
         numbered = torch.arange(pool.features.shape[1], device=attention.device).expand_as(target)
         rows = unit(keys, pool.valid)
         cosines = rows @ rows.gather(1, targets.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2])).mT
