@@ -1,0 +1,1 @@
+"""Operations with a reference and faster implementations."""

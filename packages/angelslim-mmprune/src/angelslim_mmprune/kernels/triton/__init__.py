@@ -1,0 +1,1 @@
+"""Kernels in Triton; nothing here is imported before one is run."""
