@@ -1,1 +1,1 @@
-"""Operations with a reference and faster implementations."""
+"""Operations where time goes: a readable reference each, and faster implementations beside it."""

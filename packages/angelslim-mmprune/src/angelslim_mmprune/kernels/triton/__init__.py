@@ -1,1 +1,1 @@
-"""Kernels in Triton; nothing here is imported before one is run."""
+"""Implementations in Triton, one file an operation; imported where one is called."""
