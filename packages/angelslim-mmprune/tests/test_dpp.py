@@ -122,7 +122,7 @@ def test_bad_input():
     for keep, counts in (([6], None), ([-1], None), ([1, 1], None), ([3], [2]), ([3], [6])):
         with pytest.raises(UsageError, match="keep"):
             dpp(x, r, keep, counts)
-    with pytest.raises(UsageError, match="shapes"):
+    with pytest.raises(UsageError, match="relevance"):
         dpp(x, r[:, :4], [2])
     for bad in (float("nan"), float("inf")):
         x[0, 3, 1] = bad

@@ -137,6 +137,8 @@ def test_degenerate_clips(executor):
         for k in (1, 4, 9):
             found = samp(constant, weight, relevance, k, threshold, executor=executor)
             assert len(found.groups) == k and torch.allclose(found.features, constant[:k], atol=1e-5)
+            if threshold < 1:  # all fit alike: the first are released
+                assert found.groups == ([[0, *range(k, 9)]] + [[i] for i in range(1, k)])
     # rank 1: the most relevant stay
     assert samp(constant, weight, relevance, 3, 1.1, executor=executor).groups == [[i] for i in sorted(relevance.topk(3).indices.tolist())]
     one = samp(x[:1], weight[:1], relevance[:1], 1, executor=executor)

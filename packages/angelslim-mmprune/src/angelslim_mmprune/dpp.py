@@ -46,11 +46,11 @@ def dpp(features: Tensor, relevance: Tensor, keep: Sequence[int], counts: Sequen
         UsageError: shapes that do not fit, or more to keep than there are.
         NotFiniteError: features or relevance are NaN or infinite.
     """
-    if features.dim() != 3 or relevance.shape != features.shape[:2]:
-        raise UsageError(840, "features", f"shapes {[*features.shape]} and {[*relevance.shape]} of relevance", "[B, N, D] and [B, N]")
     counts = [features.shape[1]] * len(features) if counts is None else counts
-    if not len(keep) == len(counts) == len(features) or any(not 0 <= k <= n <= features.shape[1] for k, n in zip(keep, counts, strict=True)):
-        raise UsageError(841, "keep", f"{[*keep]} of {[*counts]} tokens of {[*features.shape[:2]]}", "one number a clip, 0 to as many as it has")
+    fits = features.dim() == 3 and relevance.shape == features.shape[:2] and len(keep) == len(counts) == len(features)
+    if not fits or any(not 0 <= k <= n <= features.shape[1] for k, n in zip(keep, counts, strict=True)):
+        shapes = f"keep {[*keep]} of {[*counts]} tokens of features {[*features.shape]} and relevance {[*relevance.shape]}"
+        raise UsageError(841, "dpp", shapes, "features [B, N, D], relevance [B, N], and 0 to as many tokens of each clip as it has")
     on_device = of_host(counts, features.device)
     finite = all_finite(before(on_device, features.shape[1]), norms(features), relevance)
     picks = DPP(features, relevance, of_host(keep, features.device), on_device, max(keep, default=0), executor=executor)
@@ -88,6 +88,11 @@ def norms(features: Tensor) -> Tensor:
 def inverse(lengths: Tensor) -> Tensor:
     """What scales tokens of these lengths to 1; 0 of those that are 0."""
     return torch.where(lengths > 0, 1 / lengths, 0)
+
+
+def told_apart(cosines: Tensor) -> Tensor:
+    """Cosines to 2**-20, which is more than rounding moves them: copies of a token are equally like their neighbours, and are ties."""
+    return (cosines * 2**20).round()
 
 
 def unit(features: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from angelslim_core.errors import UsageError
 from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
-from .dpp import DPP, ascending, before, inverse, norms, of_host, on_cpu, on_gpu, unit
+from .dpp import DPP, ascending, before, chosen, inverse, norms, of_host, on_cpu, on_gpu, told_apart, unit
 from .finite import all_finite, require
 from .plan import Plan
 
@@ -60,14 +60,14 @@ def samp(
     """
     if features.dim() != 2 or merge_weight.shape != features.shape[:1] or relevance.shape != features.shape[:1]:
         shapes = ", ".join(str([*x.shape]) for x in (features, merge_weight, relevance))
-        raise UsageError(843, "samp", f"shapes {shapes}", "features [N, D], merge_weight [N], relevance [N]")
+        raise UsageError(840, "samp", f"shapes {shapes}", "features [N, D], merge_weight [N], relevance [N]")
     tokens = len(features)
     if isinstance(keep_tokens, bool) or not 1 <= keep_tokens <= tokens:
-        raise UsageError(844, "keep_tokens", f"{keep_tokens} of {tokens} tokens", "1 to as many as there are")
+        raise UsageError(843, "keep_tokens", f"{keep_tokens} of {tokens} tokens", "1 to as many as there are")
     if isnan(threshold):
-        raise UsageError(845, "threshold", "NaN", "a cosine")
+        raise UsageError(844, "threshold", "NaN", "a cosine")
     if bool((merge_weight < 0).any() | (relevance < 0).any()):
-        raise UsageError(846, "samp", "weights or relevance below 0", "shares of attention are not negative")
+        raise UsageError(845, "samp", "weights or relevance below 0", "shares of attention are not negative")
     plan = samp_plan(features[None], merge_weight[None], relevance[None], [tokens], [keep_tokens], threshold, executor=executor)
     groups: list[list[int]] = [[] for _ in range(keep_tokens)]
     assert plan.groups is not None
@@ -88,7 +88,7 @@ def samp_plan(
         merge_weight, relevance: [P, N].
         counts, keep: tokens of each clip, and how many stay.
         segments: [P, N], int64: where it changes a group ends.
-        executor: of both kernels.
+        executor: of all kernels.
 
     Raises:
         NotFiniteError: features, weights or relevance are NaN or infinite.
@@ -104,7 +104,7 @@ def samp_plan(
     found = first.sum(1, keepdim=True)
 
     # fewer groups than are to stay: the tokens that fit their groups least are tokens of their own again
-    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+    rank = told_apart(score).argsort(dim=1, stable=True).argsort(dim=1)
     alone = first | (rank < (budget[:, None] - found).clamp(min=0))
     head = torch.where(alone, positions, torch.where(first, positions, 0).cummax(1).values)
     group = (alone.cumsum(1) - 1).gather(1, head)
@@ -119,10 +119,11 @@ def samp_plan(
 
     # more groups than are to stay: a DPP chooses
     mean = torch.zeros_like(weight).scatter_add_(1, group, relevance.to(score.dtype).masked_fill(~valid, 0)) / sizes.clamp(min=1)
-    merged = merge(features, group, shares, valid)
-    picks = DPP(merged, mean, torch.where(found[:, 0] > budget, budget, 0), found[:, 0], most, executor=executor)
+    over = found[:, 0] > budget
+    merged = SAMP_MERGE(features, group, shares, torch.where(over, on_device, 0), executor=executor)
+    picks = DPP(merged, mean, torch.where(over, budget, 0), found[:, 0], most, executor=executor)
     numbers = torch.arange(most, device=device)
-    kept = torch.where(found > budget[:, None], ascending(picks, tokens), torch.where(numbers < budget[:, None], numbers, -1))
+    kept = torch.where(over[:, None], ascending(picks, tokens), torch.where(numbers < budget[:, None], numbers, -1))
 
     slot = torch.full((len(valid), tokens + 1), -1, device=device)
     slot.scatter_(1, torch.where(kept < 0, tokens, kept), numbers.expand(kept.shape))
@@ -136,12 +137,42 @@ def samp_plan(
     return plan
 
 
-def merge(features: Tensor, group: Tensor, shares: Tensor, valid: Tensor) -> Tensor:
-    """Sums by share of the tokens of each group, [P, N, D] in the dtype of shares; 0 where there is no group."""
+def plan_of_groups(opens: Tensor, valid: Tensor, keep: Sequence[int]) -> Plan:
+    """Plain means of neighbours.
+
+    Args:
+        opens: [P, N], bool: tokens with which a group begins.
+        valid: [P, N], bool.
+        keep: how many groups of each pool stay: the first, where it has more.
+    """
+    group = (opens & valid).cumsum(1) - 1
+    group = torch.where(valid & (group < of_host(keep, opens.device)[:, None]), group, -1)
+    to = group.clamp(min=0)
+    sizes = torch.zeros(opens.shape, device=opens.device).scatter_add_(1, to, (group >= 0).float())
+    return Plan(chosen(opens & (group >= 0), max(keep, default=0)), group, 1 / sizes.gather(1, to).clamp(min=1))
+
+
+def merge(features: Tensor, group: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
+    """Sums by share of the tokens of each group.
+
+    Args:
+        features: [P, N, D].
+        group: int64 [P, N]: those of a group are neighbours.
+        shares: [P, N].
+        counts: int64 [P]: tokens of each clip; 0 of those that nobody asks for.
+
+    Returns:
+        [P, N, D] in the dtype of shares: of each group its sum; behind a clip's groups there may be anything.
+    """
     out = torch.zeros(features.shape, dtype=shares.dtype, device=features.device)
-    # what stands behind a clip's tokens may be NaN
-    values = torch.where(valid[..., None], features.to(shares.dtype), 0) * shares[..., None]
+    values = torch.where(before(counts, features.shape[1])[..., None], features.to(shares.dtype), 0) * shares[..., None]
     return out.scatter_add_(1, group[..., None].expand(features.shape), values)
+
+
+def _merge_triton(features: Tensor, group: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
+    from .kernels.triton.samp import merge as on_device
+
+    return on_device(features, group, shares, counts)
 
 
 def reference(features: Tensor, counts: Tensor, threshold: float, segments: Tensor | None = None) -> Tensor:
@@ -208,4 +239,9 @@ SAMP_GROUPS = Kernel(
     "mmprune.samp_groups",
     reference,
     (Implementation("torch", _torch, on_cpu), Implementation("triton", _triton, _fits, triton_runs), Implementation("steps", _torch)),
+)
+SAMP_MERGE = Kernel(
+    "mmprune.samp_merge",
+    merge,
+    (Implementation("torch", merge, on_cpu), Implementation("triton", _merge_triton, _fits, triton_runs), Implementation("steps", merge)),
 )

@@ -14,7 +14,16 @@ from angelslim_core.errors import UsageError
 from .base import Strategy
 
 # file -> class
-CLASSES: Mapping[str, str] = MappingProxyType({"random": "Random"})
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "random": "Random",
+        "samp": "Samp",
+        "atome": "AToMe",
+        "fastadasp": "FastAdaSP",
+        "segmentwise": "Segmentwise",
+        "cdpruner": "CDPruner",
+    }
+)
 
 
 def strategy_class(name: str) -> type[Strategy]:

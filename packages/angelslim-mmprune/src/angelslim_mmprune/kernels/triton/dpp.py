@@ -30,8 +30,9 @@ def _outer(
     rows = i * TILE + tl.arange(0, TILE)
     columns = j * TILE + tl.arange(0, TILE)
     row_ok, column_ok = rows < tokens, columns < tokens
-    # one bound that is a multiple of 16 for all, where there is one, so that loads are wide; what lies between is not stored
-    row_in, column_in = rows < reach, columns < reach
+    row_in, column_in = row_ok, column_ok
+    if MINUS:  # tokens are beside each other: a bound that is a multiple of 16, so that loads are wide; what lies between is not stored
+        row_in, column_in = rows < reach, columns < reach
     a += b * sa_b
     total = tl.zeros([TILE, TILE], tl.float32)
     for start in range(0, width, BK):

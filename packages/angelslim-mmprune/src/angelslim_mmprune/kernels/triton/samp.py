@@ -1,4 +1,7 @@
-"""Groups of neighbours in one pass over the tokens, a program a clip: the open group's sum of unit vectors stays in registers."""
+"""Groups of neighbours in one pass over the tokens, a program a clip: the open group's sum of unit vectors stays in registers.
+
+Their means: a program a group.
+"""
 
 import torch
 import triton
@@ -46,3 +49,41 @@ def groups(features: Tensor, scale: Tensor, counts: Tensor, threshold: float, se
             SEGMENTS=segments is not None, BD=triton.next_power_of_2(width), num_warps=8 if width <= 4096 else 16,
         )  # fmt: skip
     return scores
+
+
+@triton.jit
+def _merge(x, group, shares, counts, out, width, sx_b, sx_n, ss_b, so_b, so_n, BD: tl.constexpr):
+    first, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tokens = tl.load(counts + b).to(tl.int32)
+    if first >= tokens:
+        return
+    group += b * ss_b
+    shares += b * ss_b
+    number = tl.load(group + first)
+    before = tl.load(group + first - 1, first > 0, -1)
+    if before == number:
+        return
+    end = first + 1
+    while (end < tokens) & (tl.load(group + tl.minimum(end, tokens - 1)) == number):
+        end += 1
+    for start in range(0, width, BD):
+        d = start + tl.arange(0, BD)
+        ok = d < width
+        total = tl.zeros([BD], tl.float32)
+        for j in range(first, end):
+            total += tl.load(x + b * sx_b + j * sx_n + d, ok, 0.0).to(tl.float32) * tl.load(shares + j)
+        tl.store(out + b * so_b + number * so_n + d, total, ok)
+
+
+def merge(features: Tensor, group: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
+    """As `samp.merge`."""
+    clips, tokens, width = features.shape
+    out = torch.empty(features.shape, dtype=torch.float32, device=features.device)
+    if out.numel():
+        group, shares = group.contiguous(), shares.contiguous()
+        with torch.cuda.device_of(features):
+            _merge[(tokens, clips)](
+                features, group, shares, counts, out, width, *features.stride()[:2], tokens, *out.stride()[:2],
+                BD=min(2048, triton.next_power_of_2(width)), num_warps=4,
+            )  # fmt: skip
+    return out
