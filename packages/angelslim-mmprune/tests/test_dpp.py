@@ -91,6 +91,8 @@ def test_degenerate_kernels(executor):
     assert dpp(ones * 0, some, [2], executor=executor).tolist() == [[1, 2]]
     eye = torch.eye(6, device=DEVICE)[None]
     assert dpp(eye, some, [5], executor=executor).tolist() == [[0, 1, 2, 4, 5]]
+    eye[0, 1] = 0  # silence differs from nothing, however relevant
+    assert dpp(eye, some + 0.05, [5], executor=executor).tolist() == [[0, 2, 3, 4, 5]]
     # of tokens without relevance those that differ come first
     twice = torch.eye(3, device=DEVICE).repeat_interleave(2, 0)[None]
     assert dpp(twice, some * 0, [3], executor=executor).tolist() == [[0, 2, 4]]
@@ -103,7 +105,8 @@ def test_degenerate_kernels(executor):
 def test_scale_and_order_do_not_matter(executor):
     x, r = clips(7, [30], 32, 2)
     found = dpp(x, r, [11], executor=executor)
-    assert dpp(x * 1e-4, r * 1e5, [11], executor=executor).equal(found)
+    for scale in (1e5, 1e-12):
+        assert dpp(x * 1e-4, r * scale, [11], executor=executor).equal(found)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     assert order[dpp(x[:, order], r[:, order], [11], executor=executor)[0]].sort().values.equal(found[0])
 

@@ -125,8 +125,11 @@ def test_no_merge_and_one_group(executor):
     assert torch.allclose(one.features[0], (weight[:, None] * x).sum(0) / weight.sum(), atol=1e-5)
     for k in (2, 9, 14):
         same(samp(x, weight, relevance, k, -1, executor=executor), oracle(x, weight, relevance, k, -1))
-    opposite = torch.tensor([[1.0, 0.3], [-1.0, -0.3], [2.0, 0.6]], device=DEVICE)
-    assert samp(opposite, weight[:3], relevance[:3], 1, -1, executor=executor).groups == [[0, 1, 2]]
+    # rounding does not keep opposite tokens apart, and a token that is as near as the threshold says joins
+    for seed in range(6):
+        token = clip(seed, 1)[0]
+        assert samp(torch.cat([token, -token]), weight[:2], relevance[:2], 1, -1, executor=executor).groups == [[0, 1]]
+    assert samp(torch.eye(3, device=DEVICE), weight[:3], relevance[:3], 1, 0, executor=executor).groups == [[0, 1, 2]]
 
 
 @executors
