@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from ..budget import Scope
-from ..dpp import before, chosen, of_host
+from ..dpp import chosen
 from ..finite import all_finite, require
 from ..plan import Need, Plan, Pool
 from .base import Modality, Strategy
@@ -37,20 +37,18 @@ class Segmentwise(Strategy):
         score = pool.statistics[self.needs[0]].float()
         tokens, device = score.shape[1], score.device
         finite = all_finite(pool.valid, score)
-        of_token, starts, quotas = [], [], []
+        rows = []
         for count, kept in zip(pool.counts, keep, strict=True):
-            parts = max(1, min(self.segments, count))
-            sizes = [count // parts + (s < count % parts) for s in range(parts)]
+            parts = torch.arange(max(1, min(self.segments, count)))
             # the first are the largest
-            quota = [kept // parts + (s < kept % parts) for s in range(parts)]
-            of_token += [s for s, size in enumerate(sizes) for _ in range(size)] + [parts] * (tokens - count)
-            starts += [sum(sizes[:s]) for s in range(parts) for _ in range(sizes[s])] + [count] * (tokens - count)
-            quotas += [quota[s] for s in range(parts) for _ in range(sizes[s])] + [0] * (tokens - count)
-        segment, start, most = (of_host(values, device).view(score.shape) for values in (of_token, starts, quotas))
+            size, quota = (whole // len(parts) + (parts < whole % len(parts)).long() for whole in (count, kept))
+            of_token = torch.stack([parts, size.cumsum(0) - size, quota]).repeat_interleave(size, 1)
+            rows.append(torch.nn.functional.pad(of_token, (0, tokens - count), value=tokens))
+        segment, start, most = torch.stack(rows, 1).to(device, non_blocking=True)
         # by segment, in it by score; ties go to the lower index
         order = score.argsort(dim=1, descending=True, stable=True)
         order = order.gather(1, segment.gather(1, order).argsort(dim=1, stable=True))
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=device).expand(order.shape))
-        plan = Plan(chosen((rank - start < most) & before(of_host(pool.counts, device), tokens), max(keep)))
+        plan = Plan(chosen((rank - start < most) & pool.valid, max(keep)))
         require(finite, 846, self.name)
         return plan
