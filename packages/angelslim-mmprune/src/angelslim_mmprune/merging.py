@@ -3,8 +3,9 @@
 Shapes: P clips, N tokens of the longest, D width of the language model, K kept tokens of the clip that keeps most.
 
 Source: Samp (preprint 202606.0741, first called SA-MAP), and for clips that merge below the budget its published code for Kimi-Audio.
-Of the paper: groups, their weights, relevance and the kernel. Ours: the guards (a group without weight is a plain mean, relevance
-relative to a clip's highest, ties to the lower index), and that groups end where a clip does.
+Of the paper: groups, their weights, relevance and the kernel. Ours: the guards (a group without weight is a plain mean, relevance is
+relative to a clip's highest), that ties go to the lower index, tokens that fit their groups alike to 2**-20 being ties, and that
+groups end where a clip does.
 """
 
 from __future__ import annotations
