@@ -36,7 +36,7 @@ def _groups(x, scale, counts, segments, scores, threshold, width, sx_b, sx_n, ss
 
 
 def groups(features: Tensor, scale: Tensor, counts: Tensor, threshold: float, segments: Tensor | None) -> Tensor:
-    """As `merging.reference`; scale [P, N] makes tokens' lengths 1."""
+    """As `samp.reference`; scale [P, N] makes tokens' lengths 1."""
     clips, tokens, width = features.shape
     scores = torch.full((clips, tokens), float("inf"), device=features.device)
     if not scores.numel():
@@ -76,7 +76,7 @@ def _merge(x, group, shares, counts, out, width, sx_b, sx_n, ss_b, so_b, so_n, B
 
 
 def merge(features: Tensor, group: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
-    """As `merging.merge`."""
+    """As `samp.merge`."""
     clips, tokens, width = features.shape
     out = torch.empty(features.shape, dtype=torch.float32, device=features.device)
     if out.numel():
