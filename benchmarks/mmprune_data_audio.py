@@ -83,10 +83,10 @@ class Clip(NamedTuple):
 
 
 class Clips:
-    """Clips of one part.
+    """Clips of one part; those for training are played faster and slower, and filtered, others are as they were recorded.
 
     Args:
-        changed: whether recordings are played faster and slower, and filtered, as training does.
+        speaker: whom training never hears.
     """
 
     def __init__(self, takes: Takes, part: Part, *, speaker: str = HELD_SPEAKER, seed: int = 0) -> None:
@@ -194,10 +194,14 @@ def masked(features: Tensor, spans: Tensor) -> Tensor:
     return features
 
 
+def frames(length: int) -> int:
+    """Of features, of a clip of so many samples at 8 kHz."""
+    return -(-length // (RATE // 100))
+
+
 def tokens(length: int) -> int:
     """Of a clip of so many samples at 8 kHz, as Qwen2-Audio counts them."""
-    mel = -(-length // (RATE // 100))
-    return ((mel - 1) // 2 + 1 - 2) // 2 + 1
+    return ((frames(length) - 1) // 2 + 1 - 2) // 2 + 1
 
 
 class Batches:
@@ -214,7 +218,7 @@ class Batches:
 
 def stacked(clips: Sequence[Clip], rng: np.random.Generator) -> dict[str, Numbers]:
     """Clips side by side, with the places of their noise and what training hides of them."""
-    said = np.array([[int(c) for c in clip.digits.ljust(MOST_DIGITS, "x").replace("x", "")] + [-1] * (MOST_DIGITS - len(clip.digits)) for clip in clips])
+    said = np.array([[*map(int, clip.digits), *[-1] * (MOST_DIGITS - len(clip.digits))] for clip in clips])
     spans = rng.random((len(clips), 4, 2)) * [[0.9, 0.12], [0.9, 0.12], [1, 0.02], [1, 0.02]]
     return {
         "slots": np.stack([clip.slots for clip in clips]), "lengths": np.array([clip.length for clip in clips]), "said": said,

@@ -93,6 +93,21 @@ def measured(model: Any, cell: Cell, ask: Callable[[], Measured], one: Callable[
     return row | {"seconds": time.perf_counter() - start}
 
 
+def available(strategies: Mapping[str, Mapping[str, Any]], modality: str) -> list[str]:
+    """The labels whose strategies the package has for a modality; what it lacks is named."""
+    from angelslim_mmprune.strategies import CLASSES, strategy_class
+
+    found = [label for label in strategies if label.split()[0] in CLASSES and modality in strategy_class(label.split()[0]).modalities]
+    if lacking := [label for label in strategies if label not in found]:
+        print(f"there are no {modality} strategies {', '.join(lacking)}", flush=True)
+    return found
+
+
+def cells_of(strategies: Mapping[str, Mapping[str, Any]], labels: Sequence[str], ratios: Sequence[float]) -> list[Cell]:
+    """All labels at the first keep ratio, then at the next; a label's first word is the strategy's name."""
+    return [Cell(label, label.split()[0], strategies.get(label, {}), ratio) for ratio in ratios for label in labels]
+
+
 def coupled(model: Any, cell: Cell) -> Any:
     """The model with the cell's strategy; as it is for none."""
     if not cell.strategy:
@@ -140,7 +155,8 @@ def speed(model: Any, inputs: Mapping[str, Tensor], repeats: int = 7) -> Measure
 
 
 def show(rows: Sequence[Measured], score: str) -> None:
-    """Print strategies over keep ratios."""
+    """Print strategies over keep ratios; shares in percent."""
+    factor = 1 if score.endswith("_ms") else 100
     ratios = sorted({row["keep_ratio"] for row in rows}, reverse=True)
     labels = list(dict.fromkeys(row["label"] for row in rows))
     cells = {(row["label"], row["keep_ratio"]): row for row in rows}
@@ -149,9 +165,9 @@ def show(rows: Sequence[Measured], score: str) -> None:
         row = cells.get((label, ratio))
         if row is None:
             return ""
-        return "failed" if "error" in row else f"{100 * row[score]:.1f}"
+        return "failed" if "error" in row else f"{row[score] * factor:.1f}"
 
-    table([[label, *(text(label, ratio) for ratio in ratios)] for label in labels], [f"{score}, %", *(f"{r:g}" for r in ratios)])
+    table([[label, *(text(label, ratio) for ratio in ratios)] for label in labels], [score if factor == 1 else f"{score}, %", *(f"{r:g}" for r in ratios)])
 
 
 def plot(out: Path, score: str) -> None:

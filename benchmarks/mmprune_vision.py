@@ -23,7 +23,7 @@ from typing import Any
 
 import mmprune_data_vision as data
 import torch
-from mmprune_evaluation import Cell, Measured, evaluate, plot
+from mmprune_evaluation import Measured, available, cells_of, evaluate, plot
 from mmprune_training import Feed, Phase, answer_loss, compile_layers, train, with_language_model
 from torch import Tensor, nn
 
@@ -217,9 +217,9 @@ class Exam:
 def run_evaluation(kit: Kit) -> None:
     given = kit.given
     exam = Exam(kit)
-    chosen = given.strategies or list(STRATEGIES)
-    options = {name: {k: v.replace("WORK", str(given.work)) if isinstance(v, str) else v for k, v in STRATEGIES.get(name, {}).items()} for name in chosen}
-    cells = [Cell(name, name.split()[0], options[name], ratio) for ratio in given.ratios for name in chosen]
+    # a scorer's folder is named when it is known
+    options = {label: {k: v.replace("WORK", str(given.work)) if k == "scorer" else v for k, v in of.items()} for label, of in STRATEGIES.items()}
+    cells = cells_of(options, given.strategies or available(STRATEGIES, "vision"), given.ratios)
     head = {"score": "accuracy", "tower": exam.student.model.config.vision_config.num_hidden_layers, "image_tokens": data.GRID**2}
     evaluate(exam.student.model, cells, exam.ask, exam.one, given.out, seconds=given.seconds, head=head)
 
