@@ -164,7 +164,7 @@ class Exam:
 
     def __init__(self, kit: Kit) -> None:
         self.kit, self.student = kit, kit.trained()
-        self.sets = {name: self._clips(part) for name, part in (("wer", "speaker"), ("wer_takes", "takes"))}
+        self.sets = {"wer": self._clips("speaker"), "wer_takes": self._clips("takes")}
 
     def _clips(self, part: data.Part) -> tuple[list[data.Clip], dict[str, np.ndarray[Any, Any]]]:
         clips = self.kit.clips(part)

@@ -96,7 +96,8 @@ def shapes() -> Tensor:
     """[6, HEIGHT, WIDTH]: disc, ring, box, frame, triangle, line."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, HEIGHT), torch.linspace(-1.25, 1.25, WIDTH), indexing="ij")
     radius, square = (x**2 + y**2).sqrt(), torch.maximum(x.abs(), y.abs())
-    found = [radius < 0.9, (radius < 0.9) & (radius > 0.65), square < 0.8, (square < 0.85) & (square > 0.65), (y > -0.8) & (y < 0.8) & (x.abs() < (y + 0.8) / 2)]
+    triangle = (y.abs() < 0.8) & (x.abs() < (y + 0.8) / 2)
+    found = [radius < 0.9, (radius < 0.9) & (radius > 0.65), square < 0.8, (square < 0.85) & (square > 0.65), triangle]
     return torch.stack([*found, y.abs() < 0.05]).float()
 
 
@@ -168,26 +169,26 @@ class Scenes:
                 slots[at] = [rng.choice(self.scans[digit]), *middle, size / HEIGHT, rng.uniform(-0.15, 0.15), *TINTS[tint], 1]
                 _mark(kind, colour, place, middle, (size * 0.75, size * 0.9), 1 + digit, tint, 0)
                 seen[digit] = 1
-                asked += [Question("digit at", f"Which digit is in the {where}?", str(digit)), Question("digit by colour", f"Which digit is {name}?", str(digit))]
+                asked.append(Question("digit at", f"Which digit is in the {where}?", str(digit)))
+                asked.append(Question("digit by colour", f"Which digit is {name}?", str(digit)))
                 at += 1
             else:
                 word = self._word(rng)
                 at = self._write(slots, at, rng, word, middle, tint, (kind, colour, place))
                 seen[[10 + LETTERS.index(c) for c in word]] = 1
                 spelt = " ".join(word)
-                asked += [Question("word at", f"Which word is in the {where}?", spelt), Question("word by colour", f"What word is written in {name}?", spelt)]
+                asked.append(Question("word at", f"Which word is in the {where}?", spelt))
+                asked.append(Question("word by colour", f"What word is written in {name}?", spelt))
         self._litter(slots, rng, clutter)
         ground = np.concatenate([rng.uniform(0, 0.3, 3), clutter * rng.uniform(-0.2, 0.2, 108), [clutter * rng.uniform(0.02, 0.12)], rng.integers(0, 176, 2)])
         return Scene(slots, ground.astype(np.float32), kind, colour, place, seen, asked)
 
     def _word(self, rng: np.random.Generator) -> str:
         if rng.random() < self.invented:
-            return "".join((LETTERS[i] for i in rng.integers(0, 26, int(rng.integers(3, LONGEST + 1)))))
+            return "".join(LETTERS[i] for i in rng.integers(0, 26, int(rng.integers(3, LONGEST + 1))))
         return self.words[int(rng.integers(len(self.words)))]
 
-    def _write(
-        self, slots: Numbers, at: int, rng: np.random.Generator, word: str, middle: Numbers, tint: int, marks: tuple[Numbers, Numbers, Numbers]
-    ) -> int:
+    def _write(self, slots: Numbers, at: int, rng: np.random.Generator, word: str, middle: Numbers, tint: int, marks: tuple[Numbers, Numbers, Numbers]) -> int:
         """Letters side by side, turned together; the slot behind them."""
         font, angle = int(rng.integers(len(self.glyphs.letters))), rng.uniform(-0.08, 0.08)
         letters = [LETTERS.index(c) for c in word]

@@ -107,7 +107,7 @@ def train(module: nn.Module, phases: Sequence[Phase], feed: Feed, *, seconds: fl
         print(f"going on with {phases[begun].name}, batch {stored['number']}", flush=True)
     for index in range(begun, len(phases)):
         _phase(module, phases, index, feed, seconds, state_file, stored if index == begun else None, every, save_every)
-    torch.save({name: value for name, value in module.state_dict().items()}, folder / "weights.pt")
+    torch.save(dict(module.state_dict()), folder / "weights.pt")
     state_file.unlink(missing_ok=True)
 
 
