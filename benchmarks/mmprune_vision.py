@@ -2,7 +2,7 @@
 
     python benchmarks/mmprune_data_vision.py prepare DATA                       # once, elsewhere
     python benchmarks/mmprune_vision.py train --lm SMOLLM2 --data DATA --work WORK --seconds 360
-    python benchmarks/mmprune_vision.py scorer --lm SMOLLM2 --data DATA --work WORK --seconds 60
+    python benchmarks/mmprune_vision.py scorer --lm SMOLLM2 --data DATA --work WORK --steps 300
     python benchmarks/mmprune_vision.py evaluate --lm SMOLLM2 --data DATA --work WORK --out benchmarks/results/mmprune_vision.json
     python benchmarks/mmprune_vision.py plot --out benchmarks/results/mmprune_vision.json
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "nu
 # strategies beside the baseline, and options that a tower of eight layers needs or that are worth comparing
 STRATEGIES: dict[str, dict[str, Any]] = {
     "idpruner": {"scorer": "WORK/scorer"},
-    "idpruner attention": {"importance": "attention"},
+    "idpruner attention": {"importance": "attention", "layer": -2},
     "vision_selector": {"scorer": "WORK/scorer"},
     "random": {"seed": 0}, "random 1": {"seed": 1}, "random 2": {"seed": 2},
     "divprune": {}, "scope": {}, "vispruner": {}, "hiprune": {"object_layer": 3}, "visionzip": {}, "fastv": {}, "dart": {}, "pyramiddrop": {},
@@ -156,7 +157,8 @@ def run_training(kit: Kit) -> None:
 
 def run_scorer(kit: Kit) -> None:
     """Train the scorer of VisionSelector and IDPruner on the trained, frozen model."""
-    from angelslim_mmprune.scorer_training import train_scorer
+    from angelslim_mmprune.scorer import save_scorer
+    from angelslim_mmprune.scorer_training import ScorerOptions, train_scorer
 
     given = kit.given
     maker = data.Batches(kit.scenes("train"), data.TextIds(kit.tokenizer), size=given.batch, turns=2, length=40, ramp=1, seed=3)
@@ -171,9 +173,12 @@ def run_scorer(kit: Kit) -> None:
             yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "labels": labels}
 
     start = time.perf_counter()
-    scorer = train_scorer(student.model, batches(), steps=given.steps)
-    scorer.save(given.work / "scorer")
+    trained = train_scorer(student.model, batches(), ScorerOptions(steps=given.steps, lr=given.scorer_lr))
+    save_scorer(trained.scorer, given.work / "scorer", replace=True)
     feed.close()
+    tenth = max(1, given.steps // 10)
+    for name, values in (("answers", trained.task), ("distance to a hard choice", trained.distance)):
+        print(f"{name}: {statistics.fmean(values[:tenth]):.3f} at first, {statistics.fmean(values[-tenth:]):.3f} at last", flush=True)
     print(f"scorer: {given.steps} steps, {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -233,10 +238,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mmprune_vision.json"))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--seconds", type=float, default=360.0, help="of training, or after which evaluate begins no cell")
-    parser.add_argument("--steps", type=int, default=400, help="of the scorer's training")
+    parser.add_argument("--steps", type=int, default=300, help="of the scorer's training")
+    parser.add_argument("--scorer-lr", type=float, default=5e-4, help="ten times the published one, for fewer steps")
     parser.add_argument("--batch", type=int, default=32, help="scenes; twice as many while the tower trains alone")
-    parser.add_argument("--eval-batch", type=int, default=96)
-    parser.add_argument("--items", type=int, default=768, help="held-out questions")
+    parser.add_argument("--eval-batch", type=int, default=256)
+    parser.add_argument("--items", type=int, default=1020, help="held-out questions")
     parser.add_argument("--workers", type=int, default=6, help="processes that make batches, of each phase")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between lines of progress")
     parser.add_argument("--strategies", nargs="+")
