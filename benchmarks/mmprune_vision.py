@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 IMAGE = 3  # <repo_name>, which the language model's tokenizer has and no text here uses
 TOWER = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
 # strategies beside the baseline, and options that a tower of eight layers needs or that are worth comparing
 STRATEGIES: dict[str, dict[str, Any]] = {
     "idpruner": {"scorer": "WORK/scorer"},
