@@ -143,7 +143,7 @@ class Kit:
 def run_training(kit: Kit) -> None:
     given = kit.given
     clips = kit.clips("train")
-    feed = Feed({"listening": data.Batches(clips, 2 * given.batch), "answering": data.Batches(clips, given.batch)}, given.workers)
+    feed = Feed({"listening": data.Batches(clips, 2 * given.batch), "answering": data.Batches(clips, given.batch)}, given.workers, given.device == "cuda")
     student = kit.student()
     if given.compile:
         compile_layers(student.model)

@@ -135,7 +135,7 @@ class Sound:
             noise: [B, 2]: amplitude, and where in the noise to begin, 0 to 1.
         """
         device = self.samples.device
-        slots, lengths, noise = slots.to(device), lengths.to(device), noise.to(device)
+        slots, lengths, noise = (x.to(device, non_blocking=True) for x in (slots, lengths, noise))
         time = torch.arange(SAMPLES, device=device)
         offset = (noise[:, 1:] * 7 * SAMPLES).long()
         out = self.noise[offset + time] * noise[:, :1] * 0.5

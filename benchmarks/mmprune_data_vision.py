@@ -241,7 +241,7 @@ class Painter:
             ground: [B, 114].
         """
         device, margin = self.textures.device, 64
-        slots, ground = slots.to(device), ground.to(device)
+        slots, ground = (x.to(device, non_blocking=True) for x in (slots, ground))
         light = torch.nn.functional.interpolate(ground[:, 3:111].view(-1, 3, 6, 6), size=SIDE, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
         at = ground[:, 112:].long()[:, None] + torch.arange(SIDE, device=device)[None, :, None]  # [B, SIDE, 2]
         inner = ground[:, None, None, :3] + light + ground[:, 111, None, None, None] * self.noise[at[:, :, None, 0], at[:, None, :, 1]]

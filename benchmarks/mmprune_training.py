@@ -40,10 +40,11 @@ class Feed:
     Args:
         makers: sources by name.
         workers: processes of each; 0: batches are made where they are asked for.
+        pins: whether batches lie in pinned memory, from which a GPU reads them while the processor goes on.
     """
 
-    def __init__(self, makers: Mapping[str, Make], workers: int) -> None:
-        self._makers = makers
+    def __init__(self, makers: Mapping[str, Make], workers: int, pins: bool = False) -> None:
+        self._makers, self._pins = makers, pins
         context = multiprocessing.get_context("fork")
         self._pools = {name: context.Pool(workers, _begin, (make,)) for name, make in makers.items() if workers}
         self._ahead = 3 * workers
@@ -61,7 +62,8 @@ class Feed:
                     waiting.append(self._pools[name].apply_async(_one, (number,)))
                     number += 1
                 made = waiting.popleft().get()
-            yield {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in made.items()}
+            tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in made.items()}
+            yield {key: tensor.pin_memory() for key, tensor in tensors.items()} if self._pins else tensors
 
     def close(self) -> None:
         for pool in self._pools.values():

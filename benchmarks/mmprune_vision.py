@@ -140,7 +140,7 @@ def run_training(kit: Kit) -> None:
         # the second phase begins where the first one's curriculum ended
         "answering": data.Batches(scenes, encode, size=given.batch, seed=2, ramp=1),
     }
-    feed = Feed(makers, given.workers)
+    feed = Feed(makers, given.workers, given.device == "cuda")
     student = kit.student()
     if given.compile:
         compile_layers(student.model)
@@ -162,7 +162,7 @@ def run_scorer(kit: Kit) -> None:
 
     given = kit.given
     maker = data.Batches(kit.scenes("train"), data.TextIds(kit.tokenizer), size=given.batch, turns=2, length=40, ramp=1, seed=3)
-    feed = Feed({"all": maker}, given.workers)
+    feed = Feed({"all": maker}, given.workers, given.device == "cuda")
     student = kit.trained()
 
     def batches() -> Iterator[dict[str, Tensor]]:
