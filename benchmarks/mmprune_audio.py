@@ -14,6 +14,7 @@ A command that is cut off goes on where it was when it is given again; `evaluate
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +212,7 @@ def run_evaluation(kit: Kit) -> None:
     given = kit.given
     exam = Exam(kit)
     cells = cells_of(STRATEGIES, given.strategies or available(STRATEGIES, "audio"), given.ratios)
-    head = {"score": "wer", "speaker": given.speaker, "clips": given.items}
+    head = {"training": json.loads((given.work / "training.json").read_text()), "score": "wer", "speaker": given.speaker, "clips": given.items}
     evaluate(exam.student.model, cells, exam.ask, exam.one, given.out, seconds=given.seconds, head=head)
 
 

@@ -5,6 +5,7 @@ Weights compute in the model's dtype; the optimizer has FP32 copies of them (mas
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -91,7 +92,7 @@ class Phase:
 
 
 def train(module: nn.Module, phases: Sequence[Phase], feed: Feed, *, seconds: float, folder: Path, every: float = 10.0, save_every: float = 150.0) -> None:
-    """Train for so many seconds in all, going on from folder/state.pt where it exists, and write folder/weights.pt.
+    """Train for so many seconds in all, going on from folder/state.pt where it exists, and write folder/weights.pt and training.json.
 
     Args:
         every: seconds between lines of progress.
@@ -127,7 +128,7 @@ def _phase(
     last = shown_at = saved_at = time.perf_counter()
     shown_number = number
     module.train()
-    while spent < budget:
+    while True:
         rise = min(1.0, (number + 1) / 100)
         fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, spent / budget)) if phase.decays else 1.0
         loss, numbers = phase.loss(next(batches))
@@ -146,6 +147,12 @@ def _phase(
         if now - saved_at >= save_every:
             _save(state_file, module, index, number, spent, masters.state())
             saved_at = time.perf_counter()
+        if spent >= budget:
+            break
+    record_file = state_file.with_name("training.json")
+    record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    record[phase.name] = {"batches": number, "seconds": round(spent, 1), "loss": float(loss.detach())} | {k: float(v.detach()) for k, v in numbers.items()}
+    record_file.write_text(json.dumps(record, indent=2))
     if index + 1 < len(phases):
         _save(state_file, module, index + 1, 0, 0.0, None)
 

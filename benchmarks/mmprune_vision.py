@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -225,7 +226,12 @@ def run_evaluation(kit: Kit) -> None:
     # a scorer's folder is named when it is known
     options = {label: {k: v.replace("WORK", str(given.work)) if k == "scorer" else v for k, v in of.items()} for label, of in STRATEGIES.items()}
     cells = cells_of(options, given.strategies or available(STRATEGIES, "vision"), given.ratios)
-    head = {"score": "accuracy", "tower": exam.student.model.config.vision_config.num_hidden_layers, "image_tokens": data.GRID**2}
+    head = {
+        "training": json.loads((given.work / "training.json").read_text()),
+        "score": "accuracy",
+        "tower": exam.student.model.config.vision_config.num_hidden_layers,
+        "image_tokens": data.GRID**2,
+    }
     evaluate(exam.student.model, cells, exam.ask, exam.one, given.out, seconds=given.seconds, head=head)
 
 

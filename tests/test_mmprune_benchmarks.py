@@ -159,6 +159,7 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     stop[0] = 10**9
     training.train(module, phases, training.Feed({"all": make}, 0), seconds=stored["spent"] + 0.05, **arguments)
     assert asked[0] == 3
+    assert json.loads((tmp_path / "training.json").read_text())["only"]["batches"] == 3 + len(asked)
     assert (tmp_path / "weights.pt").exists() and not (tmp_path / "state.pt").exists()
 
 
