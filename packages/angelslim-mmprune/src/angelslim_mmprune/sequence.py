@@ -153,8 +153,9 @@ def cut(inputs: dict[str, Any], state: State) -> None:
         return
     if isinstance(mask, Tensor) and mask.ndim == 2:
         new = mask.shape[1] - state.seen
-    elif positions is not None:  # generation leaves a mask without padding out
-        new = int(((positions[-3:].amax(0) if positions.ndim == 3 else positions) >= state.next[:, None]).sum(1).max())
+    elif positions is not None:  # generation leaves a mask without padding out; its first of four rows counts tokens
+        counted = positions.ndim == 3 and len(positions) == 4
+        new = int(((positions[0] if positions.ndim == 3 else positions) >= (state.seen if counted else state.next[:, None])).sum(1).max())
     else:
         return
     if new < 1:

@@ -111,7 +111,5 @@ def _layer_of(towers: Towers, strategy: Strategy, stage: Stage) -> int:
     if layer == len(towers.layers) - 1:
         raise PlanError(824, f"{strategy.name}.layer", f"nothing comes behind layer {layer}", f"the last that is of use is {layer - 1}")
     if layer < towers.first_free:
-        raise PlanError(
-            825, f"{strategy.name}.layer", f"behind layer {layer} the model still adds features of its encoder", f"the least is {towers.first_free}"
-        )
+        raise PlanError(825, f"{strategy.name}.layer", f"behind layer {layer} features of the encoder are still added; the least is {towers.first_free}")
     return layer
