@@ -359,6 +359,9 @@ def test_what_cannot_be():
     qwen = prompt("qwen3_vl", ONE["qwen3_vl"])
     with attach(qwen3, Random()), pytest.raises(UsageError, match="placeholders"):
         qwen3(**dict(qwen, image_grid_thw=torch.tensor([[1, 12, 6]])))
+    rows = prompt("qwen3_vl", [[2, (1, 2, 2), 2], [2, (1, 3, 3), 2]])
+    with attach(qwen3, Random()), pytest.raises(UsageError, match="in two prompts"):
+        qwen3(**dict(rows, image_grid_thw=rows["image_grid_thw"].flip(0)))
 
 
 def test_a_cache_that_is_no_longer_what_pruning_left():
