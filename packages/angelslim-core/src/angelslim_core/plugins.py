@@ -25,6 +25,8 @@ from .hookspecs import HOOK_VERSION, OFFICIAL
 from .registry import Registry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .packed import PackedLinear
 
 GROUP = "angelslim"
@@ -156,7 +158,7 @@ class PluginHost:
                 add(name, self._call(name, module, hook))
         self.loaded[name] = plugin or Installed(name, "", "", getattr(module, "__name__", name), "", "")
 
-    def default_steps(self, names: Sequence[str], device: str) -> list[dict[str, Any]]:
+    def default_steps(self, names: Sequence[str], device: str, model: Path | None = None) -> list[dict[str, Any]]:
         """Steps of each plugin's default preset, in the order named.
 
         Raises:
@@ -165,7 +167,7 @@ class PluginHost:
         steps: list[dict[str, Any]] = []
         for name in names:
             module = self.manager.get_plugin(name)
-            found = self._call(name, module, "angelslim_default_steps", device=device) if hasattr(module, "angelslim_default_steps") else []
+            found = self._call(name, module, "angelslim_default_steps", device=device, model=model) if hasattr(module, "angelslim_default_steps") else []
             if not found:
                 has = [p for p in self.registry.passes if p.startswith(f"{name}.")]
                 what = "has no default preset" if has else "registers no passes yet"
