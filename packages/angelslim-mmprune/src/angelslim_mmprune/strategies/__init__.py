@@ -14,7 +14,20 @@ from angelslim_core.errors import UsageError
 from .base import Strategy
 
 # file -> class
-CLASSES: Mapping[str, str] = MappingProxyType({"random": "Random"})
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "random": "Random",
+        "divprune": "DivPrune",
+        "scope": "SaliencyCoverage",
+        "vispruner": "VisPruner",
+        "vispruner_audio": "VisPrunerAudio",
+        "hiprune": "HiPrune",
+        "visionzip": "VisionZip",
+        "visionzip_audio": "VisionZipAudio",
+        "prunesid": "PruneSID",
+        "id_selection": "IDSelection",
+    }
+)
 
 
 def strategy_class(name: str) -> type[Strategy]:

@@ -1,0 +1,119 @@
+"""What strategies that pick tokens share: cosines, orders, exact counts, and one check of the numbers.
+
+Shapes: P pools, N tokens of the largest, K kept ones of the one that keeps most, D width. Nothing here waits for a device but `check_finite`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from angelslim_core.errors import NumericError
+
+from .plan import Pool
+
+# tokens up to which all cosines of a pool are held: 64 MiB of FP32 a pool
+GRAM_TOKENS = 4096
+# the layer that published code looks at in CLIP, and what an option `layer` says of it
+LAYER = -2
+LAYER_MEANING = "layer of the encoder whose attention counts; -2 is that of LLaVA's features, -1 that of Qwen-VL's and Qwen2-Audio's"
+
+
+class NumbersError(NumericError, ValueError):
+    """Features or statistics are not finite."""
+
+
+def check_finite(pool: Pool, *statistics: Tensor) -> None:
+    """Look once, after all work was handed to the device, whether features and statistics [P, N] or [P, N, D] were numbers.
+
+    Raises:
+        NumbersError: they were not, where there are tokens.
+    """
+    found = [(values.isfinite() if values.ndim == 2 else values.isfinite().all(-1)) | ~pool.valid for values in (pool.features, *statistics)]
+    if not bool(torch.stack(found).all()):
+        raise NumbersError(850, "tokens", "features or statistics of attention hold NaN or Inf", "look at the model's inputs and dtype")
+
+
+def numbers(values: Sequence[int], pool: Pool) -> Tensor:
+    """[P], int64, of a number of each pool that the host knows."""
+    return torch.tensor(tuple(values), device=pool.features.device)
+
+
+def unit(values: Tensor, valid: Tensor) -> Tensor:
+    """[P, N, D] as FP32 rows of length 1; rows that are 0 stay so, and so become those that are no tokens."""
+    return torch.nn.functional.normalize(values.float().masked_fill(~valid[..., None], 0), dim=-1)
+
+
+class Cosines:
+    """Cosines between the tokens of each pool, held up to GRAM_TOKENS of them and else computed as asked for.
+
+    Args:
+        rows: [P, N, D], of length 1.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._all = rows @ rows.mT if rows.shape[1] <= GRAM_TOKENS else None
+        self._pools = torch.arange(len(rows), device=rows.device)
+
+    def of(self, token: Tensor) -> Tensor:
+        """[P, N]: to one token [P] of each pool."""
+        if self._all is not None:
+            return self._all[self._pools, token]
+        return (self.rows @ self.rows[self._pools, token][..., None])[..., 0]
+
+    def between(self, these: Tensor, those: Tensor) -> Tensor:
+        """[P, A, B] between tokens [P, A] and [P, B]."""
+        pools = self._pools[:, None]
+        if self._all is not None:
+            return self._all[pools[..., None], these[:, :, None], those[:, None]]
+        return self.rows[pools, these] @ self.rows[pools, those].mT
+
+    def nearest(self, valid: Tensor, block: int = 1024) -> Tensor:
+        """[P, N]: of each token, the cosine to the token nearest to it, itself left out; -1 where there is no other."""
+        tokens = self.rows.shape[1]
+        found = []
+        for start in range(0, tokens, block):
+            stop = min(tokens, start + block)
+            cosines = (self.rows[:, start:stop] @ self.rows.mT).masked_fill_(~valid[:, None], -1)
+            cosines.diagonal(start, 1, 2).fill_(-1)
+            found.append(cosines.amax(-1))
+        return torch.cat(found, 1)
+
+
+def ranks(scores: Tensor, valid: Tensor) -> Tensor:
+    """[P, N], int64: the place of each token, the largest score first, equal ones by number, behind all what is no token."""
+    order = scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def kept(chosen: Tensor, keep: Sequence[int]) -> Tensor:
+    """A plan's `keep` of bool [P, N] that holds exactly `keep` tokens of each pool."""
+    tokens = chosen.shape[1]
+    places = torch.arange(tokens, device=chosen.device)
+    found = torch.where(chosen, places, tokens).sort(1).values[:, : max(keep, default=0)]
+    return found.masked_fill(found == tokens, -1)
+
+
+def one_by_one(valid: Tensor, keep: Sequence[int], scores: Tensor, after: Callable[[Tensor], Tensor]) -> Tensor:
+    """Greedy picks: bool [P, N] that holds exactly `keep` tokens of each pool; the largest score wins, of equal ones the first.
+
+    Args:
+        scores: [P, N], of the first pick.
+        after: the scores of the next, given the pick [P] of each pool; that of a pool that has enough already counts for nothing.
+    """
+    free, chosen = valid.clone(), torch.zeros_like(valid)
+    pools = torch.arange(len(valid), device=valid.device)
+    wanted = torch.tensor(tuple(keep), device=valid.device)
+    steps = max(keep, default=0)
+    for step in range(steps):
+        picked = scores.masked_fill(~free, -torch.inf).argmax(1)
+        active = step < wanted
+        chosen[pools, picked] |= active
+        free[pools, picked] &= ~active
+        if step < steps - 1:
+            scores = after(picked)
+    return chosen
