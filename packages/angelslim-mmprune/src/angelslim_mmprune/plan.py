@@ -51,6 +51,8 @@ class Pool:
         statistics: what the strategy asked for: [P, N], [P, N, d] for keys and hidden states.
         text: [P, M, D]: embeddings of the prompts' text; None: not asked for.
         text_counts: of each pool.
+        text_statistics: [P, M, d], of the text's tokens: what the strategy's `text_needs` names.
+        text_before: of each pool, how many of its text's tokens stand before the last of its tokens in the prompt.
     """
 
     features: Tensor
@@ -60,6 +62,8 @@ class Pool:
     statistics: Mapping[Need, Tensor] = field(default_factory=dict)
     text: Tensor | None = None
     text_counts: tuple[int, ...] = ()
+    text_statistics: Mapping[Need, Tensor] = field(default_factory=dict)
+    text_before: tuple[int, ...] = ()
 
     @cached_property
     def valid(self) -> Tensor:
@@ -74,10 +78,13 @@ class Pool:
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[number : number + 1, :n]
 
-        text = None if self.text is None else self.text[number : number + 1, : self.text_counts[number]]
+        def cut_text(x: Tensor) -> Tensor:
+            return x[number : number + 1, : self.text_counts[number]]
+
         return Pool(
             self.features[number : number + 1, :n], (n,), cut(self.segments), self.grids[number : number + 1],
-            {need: x[number : number + 1, :n] for need, x in self.statistics.items()}, text, self.text_counts[number : number + 1],
+            {need: x[number : number + 1, :n] for need, x in self.statistics.items()}, None if self.text is None else cut_text(self.text),
+            self.text_counts[number : number + 1], {need: cut_text(x) for need, x in self.text_statistics.items()}, self.text_before[number : number + 1],
         )  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def of_pieces(
     if statistic not in ("received", "importance", "keys", "pooled_diagonal", "pooled_max"):
         raise UsageError(860, "statistic", f"{statistic!r:.40} is none of an encoder's attention")
     if not pieces or (lengths is not None and len(pieces) != 1):
-        raise UsageError(861, "pieces", f"{len(pieces)} calls of attention{' with lengths' if lengths is not None else ''}", "give one, or more without padding")
+        raise UsageError(
+            861, "pieces", f"{len(pieces)} calls of attention{' with lengths' if lengths is not None else ''}", "give one, or more without padding"
+        )
     if cls and statistic.startswith("pooled"):
         raise UsageError(862, "statistic", f"{statistic} of an encoder with a class token")
     # of one size, side by side: windows are many and small

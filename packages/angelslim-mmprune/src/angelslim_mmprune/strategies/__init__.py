@@ -26,6 +26,9 @@ CLASSES: Mapping[str, str] = MappingProxyType(
         "visionzip_audio": "VisionZipAudio",
         "prunesid": "PruneSID",
         "id_selection": "IDSelection",
+        "fastv": "FastV",
+        "dart": "Dart",
+        "pyramiddrop": "PyramidDrop",
     }
 )
 

@@ -53,6 +53,15 @@ class Strategy(Budget, ABC):
         """Statistics of attention that it reads, and nothing else is captured; computed from its options."""
         return ()
 
+    @property
+    def text_needs(self) -> tuple[Need, ...]:
+        """Those of `needs` that it reads of the prompt's text too."""
+        return ()
+
+    def at_depth(self, layers: int) -> Strategy:
+        """What it is for a language model of so many layers: itself, unless its stages depend on that."""
+        return self
+
     @abstractmethod
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         """Choose.
