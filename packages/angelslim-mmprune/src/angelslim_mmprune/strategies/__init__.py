@@ -29,6 +29,11 @@ CLASSES: Mapping[str, str] = MappingProxyType(
         "fastv": "FastV",
         "dart": "Dart",
         "pyramiddrop": "PyramidDrop",
+        "samp": "Samp",
+        "atome": "AToMe",
+        "fastadasp": "FastAdaSP",
+        "segmentwise": "Segmentwise",
+        "cdpruner": "CDPruner",
     }
 )
 
