@@ -90,9 +90,8 @@ def _picks(gram, importance, counts, ks, order, tokens, stride, most, lam, rest,
     """All picks of a sample; a pick is a maximum over the program and the load of a row."""
     b = tl.program_id(0)
     n = tl.arange(0, BN)
-    count = tl.load(counts + b)
     gram += b.to(tl.int64) * tokens * stride
-    free = n < count
+    free = n < tl.load(counts + b)
     weight = tl.load(importance + b * tokens + n, free, 0.0)
     score = weight
     nearest = tl.full([BN], -1.0, tl.float32)
@@ -102,7 +101,8 @@ def _picks(gram, importance, counts, ks, order, tokens, stride, most, lam, rest,
         else:
             score = tl.where((t > 0) & (t % parallel_k == 0), lam * weight - rest * nearest, score)
         best = _number(tl.max(_key(score, n, free), 0))
-        row = tl.load(gram + best.to(tl.int64) * stride + n, n < count, 0.0)
+        # up to the stride, a multiple of 16, and not to the count, for whole words of 16 bytes; what is read behind is not free
+        row = tl.load(gram + best.to(tl.int64) * stride + n, n < stride, 0.0)
         tl.store(order + b * most + t, best.to(tl.int64))
         free = free & (n != best)
         nearest = tl.maximum(nearest, row)
@@ -190,14 +190,15 @@ def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], k
     device = features.device
     on = [on_device(values, device) for values in (counts, ks)]
     high, low, inverse = _halves(features, on[0])
-    stride, tiles = _stride(tokens), -(-tokens // TILE)
+    tile, part = (TILE, WIDTH) if features.is_cuda else (16, 16)  # small ones are quicker to interpret
+    stride, tiles = _stride(tokens), -(-tokens // tile)
     gram = torch.empty(batch, tokens, stride, dtype=torch.float32, device=device)
-    boxes = [TensorDescriptor(x, x.shape, x.stride(), [1, TILE, WIDTH]) for x in (high, low)]
+    boxes = [TensorDescriptor(x, x.shape, x.stride(), [1, tile, part]) for x in (high, low)]
     split = low is not high
     # 64 KiB a stage where features are split, else 32
     stages = 3 if not split else max(1, min(3, _shared_bytes(device) // (4 * TILE * WIDTH * 2)))
     _cosines[(tiles * (tiles + 1) // 2, batch)](
-        *boxes, inverse, gram, on[0], tokens, stride, width, SPLIT=split, TILE=TILE, WIDTH=WIDTH, num_warps=8, num_stages=stages
+        *boxes, inverse, gram, on[0], tokens, stride, width, SPLIT=split, TILE=tile, WIDTH=part, num_warps=8, num_stages=stages
     )
     order = torch.full((batch, max(ks)), -1, device=device)
     held = max(256, triton.next_power_of_2(tokens))
