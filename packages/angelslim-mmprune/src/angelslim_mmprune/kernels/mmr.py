@@ -54,8 +54,9 @@ def reference(features: Tensor, importance: Tensor, counts: Sequence[int], ks: S
             best = score.argmax()
             order[b, t] = best
             score[best] = -torch.inf
-            # a product and a sum a row, not a matrix product, gives copies of a token the very same cosine
-            nearest = nearest.maximum((x * x[best]).sum(-1))
+            cosine = (x * x[best]).sum(-1)
+            # rounding must not make one token's copies differ from another's
+            nearest = nearest.maximum(torch.where((x == x[best]).all(-1) & (cosine > 0.999), 1.0, cosine))
     return Picks(order, finite)
 
 
@@ -92,8 +93,9 @@ def _together(features: Tensor, importance: Tensor, counts: Sequence[int], ks: S
         best = torch.where(free, score, -torch.inf).argmax(1)
         order[:, t] = torch.where(t < picks, best, -1)
         free[row, best] = False
-        found = products[row, best] if products is not None else (x @ x[row, best][..., None])[..., 0]
-        nearest = nearest.maximum(found.gather(1, twin))
+        cosine = products[row, best] if products is not None else (x @ x[row, best][..., None])[..., 0]
+        cosine = cosine.gather(1, twin)
+        nearest = nearest.maximum(torch.where((twin == twin[row, best][:, None]) & (cosine > 0.999), 1.0, cosine))
     return Picks(order, finite)
 
 

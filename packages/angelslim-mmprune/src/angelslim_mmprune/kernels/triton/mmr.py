@@ -1,7 +1,7 @@
 """Maximal marginal relevance on a GPU: all cosines by tensor cores, then every pick of a sample in one program that keeps its scores in registers.
 
 FP32 features are split into two BF16 numbers each, whose three products add up to FP32's but for 2**-16 of it; BF16 and FP16 are multiplied as they are.
-Products are symmetric to the bit, so that copies of a token have the same cosines. Without memory for all cosines a launch makes a pick.
+Products are symmetric to the bit, and cosines that differ from 1 by their rounding only are 1, so that copies of tokens tie. Without memory for all cosines a launch makes a pick.
 """
 
 from collections.abc import Sequence
@@ -33,6 +33,11 @@ def _key(score, n, free):
 @triton.jit
 def _number(key):
     return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _one(cosine):
+    return tl.where(tl.abs(cosine - 1) < 2e-6, 1.0, cosine)
 
 
 @triton.jit
@@ -77,7 +82,7 @@ def _cosines(high, low, inverse, gram, counts, tokens, stride, width, SPLIT: tl.
                 below = tl.dot(low.load([b, i * TILE, start]).reshape([TILE, WIDTH]), tl.trans(c), below)
         m, n = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
         scale = tl.load(inverse + b * tokens + m, m < tokens, 0.0)[:, None] * tl.load(inverse + b * tokens + n, n < tokens, 0.0)[None, :]
-        cosine = (product + (above + below)) * scale
+        cosine = _one((product + (above + below)) * scale)
         gram += b.to(tl.int64) * tokens * stride
         inside = (m < tokens)[:, None] & (n < tokens)[None, :]
         tl.store(gram + m.to(tl.int64)[:, None] * stride + n[None, :], cosine, inside)
@@ -144,7 +149,7 @@ def _step(
                     has = start + d < width
                     picked = tl.load(x + best.to(tl.int64) * xs_n + start + d, has, 0.0).to(tl.float32)
                     total += tl.load(x + n.to(tl.int64)[:, None] * xs_n + start + d[None, :], here[:, None] & has[None, :], 0.0).to(tl.float32) * picked[None, :]
-                cosine = tl.sum(total, 1) * (tl.load(inverse + at, here, 0.0) * tl.load(inverse + b * tokens + best))
+                cosine = _one(tl.sum(total, 1) * (tl.load(inverse + at, here, 0.0) * tl.load(inverse + b * tokens + best)))
                 closest = tl.where(n == best, 3.0, tl.maximum(tl.load(nearest + at, here, 0.0), cosine))
                 own = tl.load(score + at, here, 0.0)
                 if (t + 1) % parallel_k == 0:
