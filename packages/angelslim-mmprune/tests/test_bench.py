@@ -11,9 +11,8 @@ from angelslim_core.errors import UsageError
 from angelslim_mmprune.bench import drawn
 from angelslim_mmprune.candidates import candidates
 from angelslim_mmprune.models import towers
-from angelslim_mmprune.plan import Need
 from angelslim_mmprune.prompts import around, synthetic
-from angelslim_mmprune.strategies import CLASSES
+from angelslim_mmprune.strategies import CLASSES, make_strategy
 
 
 def run(*arguments):
@@ -61,10 +60,14 @@ def test_random_media_have_the_size_asked_for(tiny, architecture):
 
 
 def test_pools_that_are_drawn_are_whole():
-    needs = (Need("encoder", -1, "keys"), Need("encoder", -1, "importance"))
-    pool = drawn(12, 8, needs, True, 3, "cpu")
-    assert pool.features.shape == (3, 12, 8) and pool.counts == (12,) * 3 and pool.text.shape[0] == 3 and pool.grids[0][0] == (1, 3, 4)
-    assert pool.statistics[needs[0]].ndim == 3 and pool.statistics[needs[1]].shape == (3, 12)
+    for name in CLASSES.keys() & {"visionzip", "dart", "divprune"}:
+        strategy = make_strategy(name)
+        pool = drawn(12, 8, strategy, 3, "cpu")
+        assert pool.features.shape == (3, 12, 8) and pool.counts == (12,) * 3 and pool.grids[0][0] == (1, 3, 4) and pool.text is None
+        assert {need: x.ndim for need, x in pool.statistics.items()} == {
+            need: 2 + (need.statistic in ("keys", "hidden", "raw_keys")) for need in strategy.needs
+        }
+        assert [x.shape[:2] for x in pool.text_statistics.values()] == [(3, 32)] * len(strategy.text_needs)
 
 
 def test_strategies_are_named_with_options():

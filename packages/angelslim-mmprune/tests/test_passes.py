@@ -24,6 +24,7 @@ from angelslim_core.validation import validate
 from angelslim_mmprune import attach, attachment, make_strategy
 from angelslim_mmprune.passes import PASSES, pass_of
 from angelslim_mmprune.plan import Plan
+from angelslim_mmprune.scorer import Scorer, load_scorer, save_scorer
 from angelslim_mmprune.strategies import CLASSES
 from angelslim_mmprune.strategies.base import Strategy
 
@@ -140,7 +141,7 @@ class Late(Strategy):
         return (type(super().stages[0])(self.layer),)
 
     def plan(self, pool, keep: Sequence[int]) -> Plan:
-        assert (self.weights / "config.json").read_text() == "{}" and sorted(p.name for p in self.weights.iterdir()) == ["config.json", "model.safetensors"]
+        assert load_scorer(self.weights).in_features == pool.features.shape[2]
         return Plan.of([torch.arange(k) for k in keep])
 
 
@@ -158,11 +159,9 @@ def host():
 
 @pytest.fixture
 def weights(tmp_path):
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors", "modeling.py"):
-        (folder / name).write_text("{}")
-    return folder
+    save_scorer(Scorer(64, 8), tmp_path / "weights")
+    (tmp_path / "weights/modeling.py").write_text("raise SystemExit")
+    return tmp_path / "weights"
 
 
 def test_files_travel_in_the_artifact(tiny, tmp_path, host, weights):
@@ -181,20 +180,24 @@ def test_files_travel_in_the_artifact(tiny, tmp_path, host, weights):
 
 
 def test_layers_and_files_are_looked_for_before_work_starts(tiny, tmp_path, host, weights):
-    for options, says in (({"layer": 7}, "layer 7 of 2"), ({"layer": 1}, "nothing comes behind"), ({"weights": str(tmp_path)}, "has no config.json")):
+    save_scorer(Scorer(96, 8), tmp_path / "wide")
+    for options, says in (
+        ({"layer": 7}, "layer 7 of 2"),
+        ({"layer": 1}, "nothing comes behind"),
+        ({"weights": str(tmp_path)}, "has no config.json"),
+        ({"weights": str(tmp_path / "wide")}, "tokens of 96"),
+    ):
         with pytest.raises(PlanError, match=says):
             prepare(tiny("llava"), recipe={"steps": [step("late", **{"weights": str(weights), **options})]}, plugins=["mmprune"], host=host)
     assert "model" not in [p.name for p in tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("given", ["../x", "/etc", ".", "", "link", "inner", "nowhere", 3, [], "a\0b"], ids=repr)
+@pytest.mark.parametrize("given", ["../x", "/etc", ".", "", "link", "nowhere", 3, [], "a\0b"], ids=repr)
 def test_hostile_names_of_files(tiny, tmp_path, host, weights, given):
     out = tmp_path / "o"
     compress(tiny("llava"), out=out, recipe={"steps": [step("late", weights=str(weights))]}, plugins=["mmprune"], host=host)
     shutil.copytree(weights, out / "x")
     (out / "mmprune/link").symlink_to(weights)
-    (out / "mmprune/inner").mkdir()
-    (out / "mmprune/inner/config.json").symlink_to(weights / "config.json")
     policy = {"keep_ratio": 0.5, "weights": given}
     (out / "angelslim/runtime.json").write_text(json.dumps({"policies": [{"pass": "mmprune.late", "policy": policy}]}))
     with pytest.raises(ModelError, match="no folder under mmprune/") as caught:
@@ -202,6 +205,23 @@ def test_hostile_names_of_files(tiny, tmp_path, host, weights, given):
     assert caught.value.where == "runtime.json: mmprune.late.weights"
     with pytest.raises(ModelError, match="lie in an artifact"):
         pass_of(Late).install(torch.nn.Module(), policy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_hostile_scorers(tiny, tmp_path, host, weights, name):
+    out = tmp_path / "o"
+    compress(tiny("llava"), out=out, recipe={"steps": [step("late", weights=str(weights))]}, plugins=["mmprune"], host=host)
+    inside = out / "mmprune/weights" / name
+    kept = inside.read_bytes()
+    for content in (b"", b"{}", kept[:-3], kept[:40] + b"9" + kept[40:]):
+        inside.write_bytes(content)
+        with pytest.raises(ModelError) as caught:
+            load_model(out, "cpu", host=host)
+        assert "\n" not in str(caught.value)
+    inside.unlink()
+    inside.symlink_to(weights / name)
+    with pytest.raises(ModelError):
+        load_model(out, "cpu", host=host)
 
 
 GOOD = {"keep_ratio": 0.5}

@@ -20,8 +20,11 @@ from .timing import peak_mib, timed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .strategies.base import Strategy
+
 # of keys and hidden states, and tokens of text
 _WIDTH, _TEXT = 128, 32
+_WIDE = ("keys", "hidden", "raw_keys")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -34,8 +37,8 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "versions": {"angelslim-mmprune": __version__, **versions()}}
 
 
-def drawn(tokens: int, width: int, needs: Sequence[Need], reads_text: bool, batch: int, device: str, seed: int = 0) -> Pool:
-    """Pools of one image each with features from N(0, 1), and statistics of attention from U(0, 1)."""
+def drawn(tokens: int, width: int, strategy: Strategy, batch: int, device: str, seed: int = 0) -> Pool:
+    """Pools of one image each, with features from N(0, 1), and of attention what a strategy needs, from U(0, 1); text stands behind them."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -43,16 +46,22 @@ def drawn(tokens: int, width: int, needs: Sequence[Need], reads_text: bool, batc
 
     rows = max(n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0)
     grid = Grid(1, rows, tokens // rows)
-    statistics = {
-        need: normal(batch, tokens, _WIDTH) if need.statistic in ("keys", "hidden", "raw_keys") else torch.rand(batch, tokens, generator=generator, device=device)
-        for need in needs
-    }
-    text = (normal(batch, _TEXT, width), (_TEXT,) * batch) if reads_text else (None, ())
+
+    def statistics(needs: Sequence[Need], count: int) -> dict[Need, torch.Tensor]:
+        return {
+            need: normal(batch, count, _WIDTH) if need.statistic in _WIDE else torch.rand(batch, count, generator=generator, device=device) for need in needs
+        }
+
+    text = normal(batch, _TEXT, width) if strategy.reads_text else None
+    counts = (_TEXT,) * batch if strategy.reads_text or strategy.text_needs else ()
     segments = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     features = normal(batch, tokens, width)
     if device == "cuda":
         features = features.bfloat16()
-    return Pool(features, (tokens,) * batch, segments, ((grid,),) * batch, statistics, *text)
+    return Pool(
+        features, (tokens,) * batch, segments, ((grid,),) * batch, statistics(strategy.needs, tokens), text, counts,
+        statistics(strategy.text_needs, _TEXT), (0,) * len(counts),
+    )  # fmt: skip
 
 
 def selection(
@@ -75,7 +84,7 @@ def selection(
                 strategy = candidate.strategy
                 share = strategy.stages[0].share
                 kept = strategy.count(tokens) if share is None else max(1, round(share * tokens))
-                pool = drawn(tokens, width, strategy.needs, strategy.reads_text, batch, device)
+                pool = drawn(tokens, width, strategy, batch, device)
 
                 def plan(candidate: Candidate = candidate, pool: Pool = pool, kept: int = kept) -> None:
                     candidate.strategy.plan(pool, [kept] * len(pool.counts)).apply(pool.features)
@@ -118,7 +127,7 @@ def first_token(
     with torch.no_grad(), products(device):
         for size in sizes:
             inputs = around(model, parts, kind, synthetic(parts, kind, size), range(3, 35), range(35, 67))
-            tokens = sum(math.prod(grid) for grid in kind.grids(parts.config, parts.encoder, inputs, kind))
+            tokens = sum(math.prod(size.grid) for size in kind.sizes(parts.config, parts.encoder, inputs[kind.told]))
 
             def prefill(inputs: dict[str, Any] = inputs) -> None:
                 model(**inputs, use_cache=True, **last)

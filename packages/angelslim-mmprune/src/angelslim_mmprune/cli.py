@@ -132,5 +132,7 @@ def show_command(
         emit(document)
     else:
         for stage in found["stages"]:
-            click.echo(f"{'before the language model' if stage['layer'] is None else 'behind layer ' + str(stage['layer'])}: {stage['after']} of {found['tokens']}")
+            click.echo(
+                f"{'before the language model' if stage['layer'] is None else 'behind layer ' + str(stage['layer'])}: {stage['after']} of {found['tokens']}"
+            )
         click.echo(str(Path(out) / "show.html"))

@@ -23,10 +23,10 @@ def around(model: PreTrainedModel, towers: Towers, kind: Kind, media: Mapping[st
         media: what the encoder reads, by name of the argument.
         before, after: token numbers of the text.
     """
-    grids = kind.grids(towers.config, towers.encoder, media, kind)
+    sizes = kind.sizes(towers.config, towers.encoder, media[kind.told])
     start, end = ([n] if (n := getattr(towers.config, f"vision_{side}_token_id", None)) is not None else [] for side in ("start", "end"))
     placeholder = at(towers.config, kind.placeholder)
-    shown = [number for grid in grids for number in (*start, *[placeholder] * math.prod(grid), *end)]
+    shown = [number for size in sizes for number in (*start, *[placeholder] * math.prod(size.grid), *end)]
     ids = torch.tensor([[*before, *shown, *after]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **media}
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
@@ -37,7 +37,7 @@ def around(model: PreTrainedModel, towers: Towers, kind: Kind, media: Mapping[st
 def synthetic(towers: Towers, kind: Kind, tokens: int, seed: int = 0) -> dict[str, Tensor]:
     """Random media of about so many tokens, at least one image or clip where their size is fixed."""
     generator = torch.Generator().manual_seed(seed)
-    media: dict[str, Tensor] = _SYNTHETIC[kind.sizes](towers.config, towers.encoder, tokens, generator)
+    media: dict[str, Tensor] = _SYNTHETIC[kind.told](towers.config, towers.encoder, tokens, generator)
     return media
 
 
@@ -63,5 +63,5 @@ def _clips(config: Any, encoder: Any, tokens: int, generator: torch.Generator) -
     return {"input_features": features, "feature_attention_mask": torch.ones(number, frames, dtype=torch.int64)}
 
 
-# by the argument that tells sizes
-_SYNTHETIC = {"": _images, "image_grid_thw": _one_image, "feature_attention_mask": _clips}
+# by the argument that tells their sizes
+_SYNTHETIC = {"pixel_values": _images, "image_grid_thw": _one_image, "feature_attention_mask": _clips}

@@ -54,8 +54,8 @@ def shown(loaded: Loaded, folder: Path, strategy: Strategy, prompt: str, image: 
         assert sound is not None
         samples, rate = read_sound(sound)
         media, samples, rate = _heard(folder, samples, rate)
-    wanted = {name: media[name] for name in (kind.inputs, kind.sizes) if name}
-    (grid,) = kind.grids(parts.config, parts.encoder, wanted, kind)[:1]
+    wanted = {name: media[name] for name in (kind.inputs, kind.told)}
+    grid = kind.sizes(parts.config, parts.encoder, wanted[kind.told])[0].grid
     inputs = around(model, parts, kind, wanted, before, after)
     first = len(before) + (1 if getattr(parts.config, "vision_start_token_id", None) is not None else 0)
     tokens = math.prod(grid)

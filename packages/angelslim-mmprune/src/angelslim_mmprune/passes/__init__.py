@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 # folder of an artifact under which each option that names files has a folder of its own
 FOLDER = "mmprune"
-# what belongs into it; nothing else of a folder that an option names is copied
-_FILES = ("config.json", "model.safetensors")
 
 
 class MediaPruning(RuntimePass):
@@ -45,27 +42,25 @@ class MediaPruning(RuntimePass):
 
         where = plan.recipe.where(f"steps[{next(s.index for s in plan.steps if s.pass_ is self)}]")
         try:
-            steps_of(towers_of(plan.source.config, plan.description), [self.config])
+            parts = towers_of(plan.source.config, plan.description)
+            steps_of(parts, [self.config])
+            for option in scorers_of(type(self.config)):
+                if (folder := getattr(self.config, option)) is not None:
+                    _check_scorer(folder, parts.language)
         except AngelslimError as error:
             raise PlanError(880, where, f"{self.id}: {error.where}: {error.what}", error.hint) from error
-        for option in files_of(type(self.config)):
-            folder: Path | None = getattr(self.config, option)
-            if folder is not None and (lacking := [name for name in _FILES if not (folder / name).is_file()]):
-                raise PlanError(881, f"{where}.with.{option}", f"{folder} has no {lacking[0]}")
 
     def policy(self, context: Context) -> Mapping[str, Any]:
         found: dict[str, Any] = self.config.model_dump(mode="json")
-        return found | {option: option for option in files_of(type(self.config)) if found[option] is not None}
+        return found | {option: option for option in scorers_of(type(self.config)) if found[option] is not None}
 
     def leave(self, folder: Path) -> None:
-        for option in files_of(type(self.config)):
-            given: Path | None = getattr(self.config, option)
-            if given is not None:
-                into = folder / FOLDER / option
-                shutil.rmtree(into, ignore_errors=True)  # of a run that was killed since
-                into.mkdir(parents=True)
-                for name in _FILES:
-                    shutil.copyfile(given / name, into / name)
+        from ..scorer import load_scorer, save_scorer
+
+        for option in scorers_of(type(self.config)):
+            if (given := getattr(self.config, option)) is not None:
+                (folder / FOLDER).mkdir(exist_ok=True)
+                save_scorer(load_scorer(given), folder / FOLDER / option, replace=True)
 
     @classmethod
     def install(cls, model: Module, policy: Mapping[str, Any]) -> None:
@@ -79,18 +74,23 @@ class MediaPruning(RuntimePass):
     def _install(cls, folder: Path | None, model: Module, policy: Mapping[str, Any]) -> None:
         from ..attachment import attachment
         from ..coupling import attach
+        from ..models import towers
 
         where = f"runtime.json: {cls.id}"
         if not isinstance(policy, Mapping):
             raise ModelError(882, where, "is no object")
         options = dict(policy)
-        for option in files_of(cls.Config):
+        for option in scorers_of(cls.Config):
             if options.get(option) is not None:
                 options[option] = _inside(folder, options[option], f"{where}.{option}")
         if attachment(model) is not None:
             raise ModelError(883, where, "the model drops media tokens already, by another policy")
         try:
-            attach(model, cls.Config.model_validate(options))  # type: ignore[arg-type]
+            strategy = cls.Config.model_validate(options)
+            for option in scorers_of(cls.Config):  # type: ignore[arg-type]
+                if (path := getattr(strategy, option)) is not None:
+                    _check_scorer(path, towers(model).language)  # type: ignore[arg-type]
+            attach(model, strategy)  # type: ignore[arg-type]
         except ValidationError as error:
             first = error.errors()[0]
             raise ModelError(884, ".".join([where, *map(str, first["loc"])]), first["msg"].removeprefix("Value error, ")) from error
@@ -108,15 +108,26 @@ def _inside(folder: Path | None, given: object, where: str) -> Path:
         raise ModelError(886, where, "names files, which lie in an artifact's folder", "load that folder")
     home = (folder / FOLDER).resolve()
     path = home / given if isinstance(given, str) and "\0" not in given else home
-    files = [path.resolve(), *((path / name).resolve() for name in _FILES)]
-    if files[0] == home or not all(file.is_relative_to(home) for file in files) or not path.is_dir():
+    if path.resolve() == home or not path.resolve().is_relative_to(home) or not path.is_dir():
         raise ModelError(887, where, f"{given!r:.100} is no folder under {FOLDER}/ of the artifact")
     return path
 
 
+def _check_scorer(folder: Path, language: Any) -> None:
+    """
+    Raises:
+        ModelError: the folder holds no scorer, or one of another width.
+    """
+    from ..scorer import load_scorer
+
+    scorer, width = load_scorer(folder), language.config.hidden_size
+    if scorer.in_features != width:
+        raise ModelError(881, folder.name, f"scores tokens of {scorer.in_features} numbers, and the model's have {width}", "give the model's own scorer")
+
+
 @cache
-def files_of(kind: type[Strategy]) -> tuple[str, ...]:
-    """Options of a strategy that name folders of weights."""
+def scorers_of(kind: type[Strategy]) -> tuple[str, ...]:
+    """Options of a strategy that name the folder of a scorer."""
     return tuple(name for name, field in kind.model_fields.items() if Path in (field.annotation, *get_args(field.annotation)))
 
 
