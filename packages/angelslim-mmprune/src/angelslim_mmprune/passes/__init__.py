@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
@@ -125,7 +124,6 @@ def _check_scorer(folder: Path, language: Any) -> None:
         raise ModelError(881, folder.name, f"scores tokens of {scorer.in_features} numbers, and the model's have {width}", "give the model's own scorer")
 
 
-@cache
 def scorers_of(kind: type[Strategy]) -> tuple[str, ...]:
     """Options of a strategy that name the folder of a scorer."""
     return tuple(name for name, field in kind.model_fields.items() if Path in (field.annotation, *get_args(field.annotation)))
