@@ -14,7 +14,13 @@ from angelslim_core.errors import UsageError
 from .base import Strategy
 
 # file -> class
-CLASSES: Mapping[str, str] = MappingProxyType({"random": "Random"})
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "random": "Random",
+        "idpruner": "IDPruner",
+        "vision_selector": "VisionSelector",
+    }
+)
 
 
 def strategy_class(name: str) -> type[Strategy]:
