@@ -100,7 +100,7 @@ def _picks(gram, importance, counts, ks, order, tokens, stride, most, lam, rest,
     weight = tl.load(importance + b * tokens + n, free, 0.0)
     score = weight
     nearest = tl.full([BN], -1.0, tl.float32)
-    for t in range(0, tl.load(ks + b)):
+    for t in range(tl.load(ks + b)):
         if parallel_k == 1:
             score = tl.where(t > 0, lam * weight - rest * nearest, weight)
         else:
@@ -148,7 +148,9 @@ def _step(
                 for start in range(0, width, BD):
                     has = start + d < width
                     picked = tl.load(x + best.to(tl.int64) * xs_n + start + d, has, 0.0).to(tl.float32)
-                    total += tl.load(x + n.to(tl.int64)[:, None] * xs_n + start + d[None, :], here[:, None] & has[None, :], 0.0).to(tl.float32) * picked[None, :]
+                    total += (
+                        tl.load(x + n.to(tl.int64)[:, None] * xs_n + start + d[None, :], here[:, None] & has[None, :], 0.0).to(tl.float32) * picked[None, :]
+                    )
                 cosine = _one(tl.sum(total, 1) * (tl.load(inverse + at, here, 0.0) * tl.load(inverse + b * tokens + best)))
                 closest = tl.where(n == best, 3.0, tl.maximum(tl.load(nearest + at, here, 0.0), cosine))
                 own = tl.load(score + at, here, 0.0)
@@ -159,9 +161,7 @@ def _step(
                 tl.store(next_keys + b * parts + p, tl.max(_key(own, n, here & (closest < 2)), 0))
 
 
-def picks(
-    features: Tensor, importance: Tensor, counts: Sequence[int], ks: Sequence[int], lam: float, parallel_k: int, gram_bytes: int = GRAM_BYTES
-) -> Picks:
+def picks(features: Tensor, importance: Tensor, counts: Sequence[int], ks: Sequence[int], lam: float, parallel_k: int, gram_bytes: int = GRAM_BYTES) -> Picks:
     """As the reference.
 
     Args:
@@ -255,6 +255,8 @@ def _inverse(features: Tensor, high: Tensor, low: Tensor, counts: Tensor, padded
 
 
 def _shared_bytes(device: torch.device) -> int:
+    """What a program may have of its multiprocessor's memory."""
     if device.type != "cuda":
         return 1 << 16
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    found: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return found
