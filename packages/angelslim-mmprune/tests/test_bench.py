@@ -23,9 +23,7 @@ def test_every_strategy_is_timed(tmp_path):
     done = run("--lengths", "20,48", "--width", "16", "--batch", "2", "--out", str(tmp_path), "--json")
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(done.stdout)
-    named = {line.partition(":")[0].partition(".")[0] for line in found["left_out"]}
-    assert {r["strategy"] for r in found["rows"]} | named == set(CLASSES)
-    assert len(found["rows"]) == 2 * (len(CLASSES) - len(named)) and found["ttft"] == []
+    assert [r["strategy"] for r in found["rows"]] == [*CLASSES] * 2 and found["ttft"] == [] and found["left_out"] == []
     for row in found["rows"]:
         assert row["ms"] > 0 and row["p90_ms"] >= row["ms"] > 0 and row["peak_mib"] is None and 0 < row["kept"] < row["tokens"]
     assert json.loads((tmp_path / "bench.json").read_text()) == found
@@ -43,6 +41,16 @@ def test_a_model_is_timed_with_and_without(tiny, tmp_path, architecture):
     assert [r["kept"] for r in found["ttft"]] == [tokens, tokens // 2, 3] and 10 <= tokens <= 20
     assert all(r["speedup"] == pytest.approx(found["ttft"][0]["ms"] / r["ms"]) for r in found["ttft"][1:])
     assert "speedup" in done.stdout and "random:keep_tokens=3" in done.stdout and (tmp_path / "bench.html").read_text().count("<svg") == 2
+
+
+def test_all_strategies_that_fit_a_model(tiny):
+    done = run("--model", str(tiny("llava")), "--lengths", "4", "--keep-ratio", ".5", "--json")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    left_out = {line.partition(":")[0] for line in found["left_out"]}
+    assert {r["strategy"] for r in found["ttft"]} == {"none", *CLASSES} - left_out and "samp" in left_out and "idpruner" not in left_out
+    assert {r["kept"] for r in found["ttft"] if r["strategy"] in ("idpruner", "divprune", "scope")} == {2}
+    assert CliRunner().invoke(cli, ["mmprune", "bench", "--model", "m", "--width", "8"]).exit_code == 2
 
 
 @pytest.mark.parametrize("architecture", ["llava", "qwen2_5_vl", "qwen3_vl", "qwen2_audio"])
@@ -71,9 +79,8 @@ def test_pools_that_are_drawn_are_whole():
 
 
 def test_strategies_are_named_with_options():
-    found, without = candidates("random:seed=3,random:keep_tokens=4", 0.5)
-    assert [(c.strategy.seed, c.strategy.keep_ratio, c.strategy.keep_tokens) for c in found] == [(3, 0.5, None), (0, None, 4)] and not without
-    assert {c.name for c in candidates(None, 0.5)[0]} <= set(CLASSES)
+    found = candidates("random:seed=3,random:keep_tokens=4", 0.5)
+    assert [(c.strategy.seed, c.strategy.keep_ratio, c.strategy.keep_tokens) for c in found] == [(3, 0.5, None), (0, None, 4)]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # of keys and hidden states, and tokens of text
 _WIDTH, _TEXT = 128, 32
+# of the language model whose layers strategies name
+_LAYERS = 28
 _WIDE = ("keys", "hidden", "raw_keys")
 
 
@@ -81,13 +83,13 @@ def selection(
     with torch.no_grad():
         for tokens in sizes:
             for candidate in chosen:
-                strategy = candidate.strategy
+                strategy = candidate.strategy.at_depth(_LAYERS)
                 share = strategy.stages[0].share
                 kept = strategy.count(tokens) if share is None else max(1, round(share * tokens))
                 pool = drawn(tokens, width, strategy, batch, device)
 
-                def plan(candidate: Candidate = candidate, pool: Pool = pool, kept: int = kept) -> None:
-                    candidate.strategy.plan(pool, [kept] * len(pool.counts)).apply(pool.features)
+                def plan(strategy: Strategy = strategy, pool: Pool = pool, kept: int = kept) -> None:
+                    strategy.plan(pool, [kept] * len(pool.counts)).apply(pool.features)
 
                 row: dict[str, Any] = {"strategy": candidate.label, "tokens": tokens, "kept": kept, "batch": batch}
                 if 0 < kept < tokens:

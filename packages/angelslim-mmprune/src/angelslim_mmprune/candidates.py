@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from angelslim_core.errors import RecipeError, UsageError
 from angelslim_core.strict_yaml import parse
 
-from .strategies import CLASSES, make_strategy
+from .strategies import CLASSES, make_strategy, strategy_class
 from .strategies.base import Strategy
 
 
@@ -29,8 +30,8 @@ class Candidate:
     strategy: Strategy = field(compare=False)
 
 
-def candidates(text: str | None, keep_ratio: float) -> tuple[list[Candidate], list[str]]:
-    """Strategies of a list such as `divprune:keep_ratio=.1,random`; of None all that need no option, and why the others are left out.
+def candidates(text: str, keep_ratio: float) -> list[Candidate]:
+    """Strategies of a list such as `divprune:keep_ratio=.1,random`.
 
     Args:
         keep_ratio: of those that name no budget.
@@ -38,19 +39,20 @@ def candidates(text: str | None, keep_ratio: float) -> tuple[list[Candidate], li
     Raises:
         UsageError: no such strategy or option, a value that does not fit, or one twice.
     """
-    if text is None:
-        found, without = [], []
-        for name in CLASSES:
-            try:
-                found.append(_candidate(name, keep_ratio))
-            except UsageError as error:
-                without.append(f"{error.where}: {error.what}")
-        return found, without
     found = [_candidate(label, keep_ratio) for label in re.split(r",(?=[a-z_]+(?:[:,]|$))", text.strip())]
     twice = [c.label for i, c in enumerate(found) if c in found[:i]]
     if twice:
         raise UsageError(894, "--strategies", f"names {twice[0]} twice")
-    return found, []
+    return found
+
+
+def every(keep_ratio: float, scorer: Path) -> list[Candidate]:
+    """Every strategy there is, with default options but for the budget and the folder of a scorer."""
+    found = []
+    for name in CLASSES:
+        given = {"scorer": scorer} if "scorer" in strategy_class(name).model_fields else {}
+        found.append(Candidate(name, name, given, make_strategy(name, keep_ratio=keep_ratio, **given)))
+    return found
 
 
 def _candidate(label: str, keep_ratio: float) -> Candidate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -13,10 +14,10 @@ from angelslim_core.errors import UsageError
 
 @click.command("bench")
 @click.option("--lengths", metavar="N,N", help="Tokens of an image or clip; 576,4096 on a GPU and 144,576 on a CPU if not given.")
-@click.option("--strategies", metavar="A,B", help="Strategies, with options as in divprune:keep_ratio=.1; all that need no option if not given.")
+@click.option("--strategies", metavar="A,B", help="Strategies, with options as in divprune:keep_ratio=.1; all, with random scorers, if not given.")
 @click.option("--keep-ratio", default=0.25, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Of strategies that name no budget.")
 @click.option("--model", metavar="M", help="Model folder, or a hub id when online: also its time to the first token, with random media.")
-@click.option("--width", type=click.IntRange(min=1, max=65536), help="Of the language model; 3584 on a GPU and 512 on a CPU if not given.")
+@click.option("--width", type=click.IntRange(min=1, max=65536), help="Of features without --model; 3584 on a GPU and 512 on a CPU if not given.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(min=1, max=4096), help="Images at once where strategies run by themselves.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Calls timed; 20 on a GPU, 3 on a CPU if not given.")
@@ -34,24 +35,35 @@ def bench_command(
     from angelslim_core.device import pick_device
 
     from .bench import first_token, machine, selection
-    from .candidates import candidates, numbers
+    from .candidates import candidates, every, numbers
+    from .models import towers
+    from .scorer import Scorer, save_scorer
 
     where = pick_device(device)
     on_gpu = where == "cuda"
     sizes = numbers(lengths or ("576,4096" if on_gpu else "144,576"), "--lengths")
-    chosen, without = candidates(strategies, keep_ratio)
-    width, repeats = width or (3584 if on_gpu else 512), repeats or (20 if on_gpu else 3)
-    inputs = f"random features of width {width}, {'BF16' if on_gpu else 'FP32'}, batch {batch}"
-    document: dict[str, Any] = {"machine": machine(where), "inputs": inputs, "repeats": repeats, "rows": [], "ttft": [], "left_out": without}
-    with progress("timing") as report:
-        document["rows"] = selection(sizes, chosen, width=width, batch=batch, device=where, repeats=repeats, progress=report)
+    if model is not None and width is not None:
+        raise click.UsageError("--width is of random features alone; with --model they have the model's")
+    chosen = candidates(strategies, keep_ratio) if strategies is not None else []
+    repeats = repeats or (20 if on_gpu else 3)
+    with progress("timing") as report, TemporaryDirectory() as temporary:
+        document: dict[str, Any] = {"machine": machine(where), "repeats": repeats, "ttft": [], "left_out": []}
         if model is not None:
             loaded, folder = _opened(model, where, plugins)
+            width = towers(loaded.model).language.config.hidden_size
+        width = width or (3584 if on_gpu else 512)
+        document["inputs"] = f"random features of width {width}, {'BF16' if on_gpu else 'FP32'}, batch {batch}"
+        if strategies is None:
+            save_scorer(Scorer(width, max(1, width // 2)), Path(temporary) / "scorer")
+            chosen = every(keep_ratio, Path(temporary) / "scorer")
+            document["inputs"] += ", random scorers"
+        document["rows"] = selection(sizes, chosen, width=width, batch=batch, device=where, repeats=repeats, progress=report)
+        if model is not None:
             document["inputs"] += f"; {folder.name} with random media"
             document["ttft"], unfit = first_token(loaded.model, sizes, chosen, device=where, repeats=repeats, progress=report)
             if strategies is not None and unfit:
                 raise UsageError(887, "--strategies", unfit[0])
-            document["left_out"] = [*without, *unfit]
+            document["left_out"] = unfit
     if out is not None:
         from angelslim_core.io.writer import write_json
 
@@ -116,7 +128,7 @@ def show_command(
 
     if (image is None) == (audio is None):
         raise UsageError(898, "show", "needs --image or --audio, and not both")
-    chosen, _ = candidates(strategy, 0.25)
+    chosen = candidates(strategy, 0.25)
     if len(chosen) > 1:
         raise UsageError(899, "--strategy", "takes one strategy")
     need_matplotlib()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from pydantic import ValidationError
 
 from angelslim_core.errors import AngelslimError, ModelError, PlanError
-from angelslim_core.passes import RuntimePass
+from angelslim_core.passes import PassConfig, RuntimePass
 
 from ..strategies import CLASSES, strategy_class
 
@@ -86,7 +86,7 @@ class MediaPruning(RuntimePass):
             raise ModelError(883, where, "the model drops media tokens already, by another policy")
         try:
             strategy = cls.Config.model_validate(options)
-            for option in scorers_of(cls.Config):  # type: ignore[arg-type]
+            for option in scorers_of(cls.Config):
                 if (path := getattr(strategy, option)) is not None:
                     _check_scorer(path, towers(model).language)  # type: ignore[arg-type]
             attach(model, strategy)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def _check_scorer(folder: Path, language: Any) -> None:
         raise ModelError(881, folder.name, f"scores tokens of {scorer.in_features} numbers, and the model's have {width}", "give the model's own scorer")
 
 
-def scorers_of(kind: type[Strategy]) -> tuple[str, ...]:
+def scorers_of(kind: type[PassConfig]) -> tuple[str, ...]:
     """Options of a strategy that name the folder of a scorer."""
     return tuple(name for name, field in kind.model_fields.items() if Path in (field.annotation, *get_args(field.annotation)))
 
