@@ -1,6 +1,7 @@
 """Pruned models against unpruned ones whose dropped keys are masked; nothing is pruned where nothing may be; what was hooked is let go."""
 
 from collections.abc import Sequence
+from functools import partial
 from inspect import signature
 from typing import ClassVar
 
@@ -76,6 +77,10 @@ def generated(model, inputs, tokens=6):
     return found.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(found.logits, 1)
 
 
+def replace(mask, module, args, kwargs):
+    return args, kwargs | {"attention_mask": mask}
+
+
 def masked(model, inputs, applied, new):
     """Logits [B, L + new, V] of the unpruned model, with nothing cached and keys masked from the layers on from which they are dropped."""
     ids = torch.cat([inputs["input_ids"], new], 1)
@@ -116,7 +121,7 @@ def masked(model, inputs, applied, new):
     root = model.model
     hooks = [root.language_model.register_forward_pre_hook(merge, with_kwargs=True)]
     for number, layer in enumerate(root.language_model.layers):
-        hooks.append(layer.register_forward_pre_hook(lambda m, a, k, mask=mask_of(number): (a, k | {"attention_mask": mask}), with_kwargs=True))
+        hooks.append(layer.register_forward_pre_hook(partial(replace, mask_of(number)), with_kwargs=True))
     extended = dict(inputs, input_ids=ids, attention_mask=real.long())
     if "mm_token_type_ids" in inputs:
         extended["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(new, dtype=torch.int32)], 1)
@@ -200,7 +205,9 @@ def one_row(name, inputs, row):
     owner = [i for i, parts in enumerate(TWO[name]) for part in parts if not isinstance(part, int)]
     if name in ("llava", "qwen2_audio"):
         own = torch.tensor([i == row for i in owner])
-        return found | {key: value[own] for key, value in inputs.items() if key not in found and len(value) == len(own) and key not in ("input_ids", "attention_mask")}
+        return found | {
+            key: value[own] for key, value in inputs.items() if key not in found and len(value) == len(own) and key not in ("input_ids", "attention_mask")
+        }
     for suffix, grid, video in (("", "image_grid_thw", False), ("_videos", "video_grid_thw", True)):
         of_kind = [i for i, size in zip(owner, media, strict=True) if (size[0] > 1) == video]
         if row in of_kind:
@@ -359,6 +366,6 @@ def test_a_cache_that_is_no_longer_what_pruning_left():
     model, inputs, cache = tiny_model("llava"), prompt("llava", ONE["llava"]), DynamicCache()
     with attach(model, Random()), torch.no_grad():
         model(**inputs, past_key_values=cache)
-        cache.crop(5)
+        cache.crop(-5)
         with pytest.raises(UsageError, match="where pruning left"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)

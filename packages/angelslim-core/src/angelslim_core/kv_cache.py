@@ -98,9 +98,9 @@ def _by_taps(original: str) -> str:
 
     compute = ALL_ATTENTION_FUNCTIONS[original]
 
-    def attention_by_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    def attention_by_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
-            return compute(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+            return compute(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
         found = _TAPS.get(module)
         return attend(query, key, value) if found is None else found(query, key, value, attend)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from angelslim_core.errors import UsageError
 
 from .capture import EncoderCall, EncoderCapture, LanguageCapture
-from .layout import Item, Pools, applied, items_of, present, whole_plan
+from .layout import Item, Pools, applied, items_of, present, text_of, whole_plan
 from .models import at, towers
 from .plan import Plan, Pool
 from .sequence import State, Tokens, cache_in, columns_of, cut, gathered, positions_of
@@ -42,6 +42,7 @@ class _Pass:
         told: sizes of the first kind of media.
         calls: of the encoder.
         encoded: [T] or [T, d], of all tokens that the encoder made.
+        text: of each row, columns of the tokens that are of no medium.
         fresh: nothing was pruned in the cache before.
         next: [B], position behind the furthest of all tokens.
         cache: as the layers see it.
@@ -59,6 +60,7 @@ class _Pass:
     calls: list[EncoderCall] = field(default_factory=list)
     encoded: dict[Need, Tensor] = field(default_factory=dict)
     language: LanguageCapture | None = None
+    text: list[Tensor] = field(default_factory=list)
     prunes: bool = False
     fresh: bool = True
     state: State | None = None
@@ -94,7 +96,7 @@ class Coupling:
 
     def __init__(self, model: PreTrainedModel, strategies: Sequence[Strategy]) -> None:
         self._towers = towers(model)
-        self._steps = steps_of(self._towers, strategies)
+        self._steps = steps_of(self._towers, [strategy.at_depth(len(self._towers.layers)) for strategy in strategies])
         # the first layers of groups that see the same tokens
         self._firsts = tuple(sorted({0} | {step.layer + 1 for step in self._steps}))
         self.last: list[Applied] = []
@@ -236,6 +238,8 @@ class Coupling:
         if now.prunes:
             if any(need not in call.values for call in now.calls for need in self._needs) or (self._needs and not now.calls):
                 raise UsageError(829, "mm_encoder_outputs", "the encoder ran before the model was attached to", "let it run again")
+            if any(step.strategy.reads_text or step.strategy.text_needs for step in self._steps):
+                now.text = text_of(now.items, real)
             now.encoded = {need: torch.cat([call.values[need] for call in now.calls]) for need in self._needs}
             visual, features = inputs.get("visual_pos_masks"), inputs.get("deepstack_visual_embeds") or ()
             states = [x, *(torch.zeros_like(x).masked_scatter(visual[..., None], part.to(x)) for part in features)]  # type: ignore[index]
@@ -348,30 +352,28 @@ class Coupling:
         numbers = [i for i, (k, n) in enumerate(zip(keep, pools.counts, strict=True)) if 0 < k < n]
         if not numbers:
             return whole_plan(None, (), pools, keep)
-        width = max(pools.counts[i] for i in numbers)
-        statistics = {need: now.encoded[need][pools.index] for need in step.strategy.needs if need in now.encoded}
-        if now.language is not None:
-            statistics |= {need: now.language.found[need][pools.row_of, slots] for need in step.strategy.needs if need in now.language.found}
-        text, text_counts = self._text(now, [pools.rows[i] for i in numbers], x) if step.strategy.reads_text else (None, ())
+        assert now.tokens is not None
+        strategy, width = step.strategy, max(pools.counts[i] for i in numbers)
+        language = now.language.found if now.language is not None else {}
+        statistics = {need: now.encoded[need][pools.index] for need in strategy.needs if need in now.encoded}
+        statistics |= {need: language[need][pools.row_of, slots] for need in strategy.needs if need in language}
+        text: dict[str, Any] = {}
+        if strategy.reads_text or strategy.text_needs:
+            columns = [now.text[pools.rows[i]] for i in numbers]
+            rows = pools.row_of[numbers]
+            places = now.tokens.slots(rows, nn.utils.rnn.pad_sequence(columns, batch_first=True).to(x.device))
+            text = {
+                "text": x[rows, places] if strategy.reads_text else None, "text_counts": tuple(map(len, columns)),
+                "text_statistics": {need: language[need][rows, places] for need in strategy.text_needs if need in language},
+                "text_before": tuple(int((of < pools.lasts[i]).sum()) for i, of in zip(numbers, columns, strict=True)),
+            }  # fmt: skip
         pool = Pool(
             pools.cut(x[pools.row_of, slots], numbers, width), tuple(pools.counts[i] for i in numbers), pools.cut(pools.segments, numbers, width),
-            tuple(pools.grids[i] for i in numbers), {need: pools.cut(values, numbers, width) for need, values in statistics.items()}, text, text_counts,
+            tuple(pools.grids[i] for i in numbers), {need: pools.cut(values, numbers, width) for need, values in statistics.items()}, **text,
         )  # fmt: skip
         with torch.no_grad():
-            part = step.strategy.plan(pool, [keep[i] for i in numbers])
+            part = strategy.plan(pool, [keep[i] for i in numbers])
         return whole_plan(part, numbers, pools, keep)
-
-    @staticmethod
-    def _text(now: _Pass, rows: Sequence[int], x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """[P, M, D]: what the language model has of the prompts of pools beside media; their numbers."""
-        tokens = now.tokens
-        assert tokens is not None
-        text = torch.ones(len(x), tokens.width, dtype=torch.bool)
-        for item in now.items:
-            text[item.row, item.columns] = False
-        real = text.to(x.device).gather(1, tokens.numbers) & tokens.real
-        found = [x[row][real[row]] for row in rows]
-        return nn.utils.rnn.pad_sequence(found, batch_first=True), tuple(map(len, found))
 
     def _record(self, step: Step, tokens: Tokens, had: Sequence[int], pools: Pools, plan: Plan, keep: Sequence[int]) -> None:
         records = tuple(

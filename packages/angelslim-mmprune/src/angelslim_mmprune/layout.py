@@ -92,6 +92,18 @@ def items_of(towers: Towers, inputs: Mapping[str, Any], calls: Mapping[str, Enco
     return found
 
 
+def text_of(items: Sequence[Item], real: Tensor) -> list[Tensor]:
+    """Columns of each row's tokens that are of no medium, on the host.
+
+    Args:
+        real: [B, L], bool.
+    """
+    text = real.cpu().clone()
+    for item in items:
+        text[item.row, item.columns] = False
+    return [row.nonzero()[:, 0] for row in text]
+
+
 @dataclass
 class Pools:
     """Pools of one scope, as what is left of them.
@@ -101,6 +113,7 @@ class Pools:
         modalities, grids: of each pool.
         original: tokens of each pool before any was dropped.
         counts: tokens of each pool now.
+        lasts: of each pool, the column of its last token before any was dropped.
         columns: [P, N], in the prompt.
         segments: [P, N]: image, video, clip or frame within the pool.
         index: [P, N]: number among all tokens that the encoder makes.
@@ -111,6 +124,7 @@ class Pools:
     grids: tuple[tuple[Grid, ...], ...]
     original: tuple[int, ...]
     counts: tuple[int, ...]
+    lasts: tuple[int, ...]
     columns: Tensor
     segments: Tensor
     index: Tensor
@@ -132,7 +146,7 @@ class Pools:
 
         counts = tuple(sum(len(part[3]) for part in pool) for pool in pools)
         return cls(
-            tuple(pool[0][0] for pool in pools), tuple(pool[0][1] for pool in pools), tuple(tuple(part[2] for part in pool) for pool in pools), counts, counts,
+            tuple(pool[0][0] for pool in pools), tuple(pool[0][1] for pool in pools), tuple(tuple(part[2] for part in pool) for pool in pools), counts, counts, tuple(int(pool[-1][3][-1]) for pool in pools),
             joined([torch.cat([part[3] for part in pool]) for pool in pools]),
             joined([torch.cat([torch.full((len(part[3]),), i) for i, part in enumerate(pool)]) for pool in pools]),
             joined([torch.cat([part[4] for part in pool]) for pool in pools]),
@@ -176,7 +190,7 @@ class Pools:
         return self._with(self.columns.gather(1, order), self.segments.gather(1, order), self.index.gather(1, order), counts)
 
     def _with(self, columns: Tensor, segments: Tensor, index: Tensor, counts: Sequence[int]) -> Pools:
-        return Pools(self.rows, self.modalities, self.grids, self.original, tuple(counts), columns, segments, index)
+        return Pools(self.rows, self.modalities, self.grids, self.original, tuple(counts), self.lasts, columns, segments, index)
 
     def cut(self, values: Tensor, numbers: Sequence[int], width: int) -> Tensor:
         """[len(numbers), width, ...] of values [P, N, ...], those of some pools."""
