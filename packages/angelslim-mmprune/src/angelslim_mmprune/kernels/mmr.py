@@ -82,21 +82,31 @@ def _together(features: Tensor, importance: Tensor, counts: Sequence[int], ks: S
     finite = norm.isfinite().all() & weight.isfinite().all()
     x = x / (norm + 1e-8)
     twin = _first_copies(x)
+    # exactly 1, so that rounding does not make one token's copies differ from another's
+    own = (x * x).sum(-1)
+    own = own.masked_fill(own > 0.999, 1.0)
     products = x @ x.mT if gram else None
+    if products is not None:
+        products.diagonal(dim1=1, dim2=2).copy_(own)
     row = torch.arange(batch, device=features.device)
-    order = torch.full((batch, max(ks)), -1, device=features.device)
+    order = torch.empty(max(ks), batch, dtype=torch.int64, device=features.device)
     nearest = torch.full_like(weight, -1)
+    gone, share = ~free, lam * weight
     score = weight
     for t in range(max(ks)):
         if t and t % parallel_k == 0:
-            score = lam * weight - (1 - lam) * nearest
-        best = torch.where(free, score, -torch.inf).argmax(1)
-        order[:, t] = torch.where(t < picks, best, -1)
-        free[row, best] = False
-        cosine = products[row, best] if products is not None else (x @ x[row, best][..., None])[..., 0]
-        cosine = cosine.gather(1, twin)
-        nearest = nearest.maximum(torch.where((twin == twin[row, best][:, None]) & (cosine > 0.999), 1.0, cosine))
-    return Picks(order, finite)
+            score = torch.sub(share, nearest, alpha=1 - lam)
+        best = torch.argmax(score.masked_fill(gone, -torch.inf), 1, out=order[t])
+        gone[row, best] = True
+        first = twin[row, best]
+        if products is not None:
+            cosine = products[row, first]
+        else:
+            cosine = (x @ x[row, first][..., None])[..., 0]
+            cosine[row, first] = own[row, first]
+        torch.maximum(nearest, cosine.gather(1, twin), out=nearest)
+    turn = torch.arange(max(ks), device=features.device)
+    return Picks(torch.where(turn < picks[:, None], order.T, -1), finite)
 
 
 def _first_copies(x: Tensor) -> Tensor:
