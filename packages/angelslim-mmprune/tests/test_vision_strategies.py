@@ -346,6 +346,20 @@ def test_copies_come_last(name):
         sets(strategy.plan(pool, [keep]), [keep])
 
 
+def test_divprune_starts_at_what_is_loneliest():
+    """Angles 0, 100 and 230 degrees: the third is furthest from its nearest, -.64 against -.17, also where the pool is padded."""
+    angles = torch.tensor([0.0, 100, 230]).deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], 1)
+    strategy = make_strategy("divprune")
+    assert sets(strategy.plan(pool_of(strategy, [features, torch.randn(6, 2)]), [1, 1]), [1, 1])[0] == [2]
+
+
+def test_id_selection_of_equal_attention_goes_by_distance():
+    strategy = make_strategy("id_selection")
+    pool = pool_of(strategy, [torch.eye(4).repeat_interleave(3, 0)], [[torch.full((12,), 0.2)]])
+    assert sets(strategy.plan(pool, [4]), [4])[0] == [0, 3, 6, 9]
+
+
 def test_id_selection_damps_by_distance_and_by_score():
     """Angles 0, 12, 90 degrees, s = 1, .9, .3: of .9 nearly all goes to the first, so .3 is second; with gamma 1e4 little does, so it is not."""
     angles = torch.tensor([0.0, 12, 90, 180]).deg2rad()
@@ -449,10 +463,12 @@ def test_loadings_are_those_of_a_decomposition(shape, monkeypatch):
     wanted = np.abs(np.linalg.svd(z - z.mean(0), full_matrices=False)[2][:3].T)
     np.testing.assert_allclose(prunesid.loadings(x, 3).numpy(), wanted, atol=1e-4)
     # a subspace iteration finds the same where few components are strong
-    base = torch.randn(shape[0], 2, generator=torch.Generator().manual_seed(2)) @ torch.randn(2, shape[1], generator=torch.Generator().manual_seed(3))
-    exact = prunesid.loadings(base * 0.01, 2)
+    generator = torch.Generator().manual_seed(2)
+    strong = torch.randn(shape[0], 2, generator=generator) @ torch.randn(2, shape[1], generator=generator)
+    x = 0.1 * strong + 0.02 * torch.randn(*shape, generator=generator)
+    exact = prunesid.loadings(x, 2)
     monkeypatch.setattr(prunesid, "EXACT", 0)
-    assert torch.allclose(prunesid.loadings(base * 0.01, 2), exact, atol=2e-3)
+    assert torch.allclose(prunesid.loadings(x, 2), exact, atol=0.01)
 
 
 def test_groups_share_exactly():

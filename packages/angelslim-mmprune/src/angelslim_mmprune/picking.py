@@ -77,7 +77,8 @@ class Cosines:
         found = []
         for start in range(0, tokens, block):
             stop = min(tokens, start + block)
-            cosines = (self.rows[:, start:stop] @ self.rows.mT).masked_fill_(~valid[:, None], -1)
+            part = self.rows[:, start:stop] @ self.rows.mT if self._all is None else self._all[:, start:stop]
+            cosines = part.masked_fill(~valid[:, None], -1)
             cosines.diagonal(start, 1, 2).fill_(-1)
             found.append(cosines.amax(-1))
         return torch.cat(found, 1)
