@@ -87,6 +87,24 @@ def test_a_quantized_model_drops_tokens(tiny, tmp_path, architecture):
             assert torch.equal(loaded(**inputs).logits, pruned)
 
 
+OPTIONS = {"hiprune": {"object_layer": 0}, "fastv": {"layer": 0}, "dart": {"layer": 0}, "pyramiddrop": {"layers": [0]}}
+
+
+@pytest.mark.parametrize("pass_", PASSES, ids=lambda p: p.name)
+def test_every_strategy_runs_from_an_artifact(pass_, tiny, tmp_path):
+    architecture = "llava" if "vision" in pass_.Config.modalities else "qwen2_audio"
+    options = dict(OPTIONS.get(pass_.name, {}))
+    if "scorer" in pass_.Config.model_fields:
+        save_scorer(Scorer(64, 8), tmp_path / "trained")
+        options["scorer"] = str(tmp_path / "trained")
+    compress(tiny(architecture), out=tmp_path / "o", recipe={"steps": [step(pass_.name, **options)]})
+    model, inputs = load(tmp_path / "o", "cpu")[0], prompt(architecture)
+    with torch.no_grad():
+        written = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    before = inputs["input_ids"].shape[1]
+    assert written.shape[1] == before + 3 and attachment(model).last[-1].after == (before - (before - 8) // 2,)
+
+
 def test_text_alone_is_read_as_before(artifact):
     loaded, _ = load(artifact, "cpu")
     ids = torch.arange(3, 30)[None]
