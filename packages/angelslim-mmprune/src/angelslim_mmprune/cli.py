@@ -50,8 +50,9 @@ def bench_command(
         document: dict[str, Any] = {"machine": machine(where), "repeats": repeats, "ttft": [], "left_out": []}
         if model is not None:
             loaded, folder = _opened(model, where, plugins)
-            width = towers(loaded.model).language.config.hidden_size
-        width = width or (3584 if on_gpu else 512)
+            language: Any = towers(loaded.model).language
+            width = language.config.hidden_size
+        width = int(width or (3584 if on_gpu else 512))
         document["inputs"] = f"random features of width {width}, {'BF16' if on_gpu else 'FP32'}, batch {batch}"
         if strategies is None:
             save_scorer(Scorer(width, max(1, width // 2)), Path(temporary) / "scorer")
