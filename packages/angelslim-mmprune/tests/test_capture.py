@@ -12,6 +12,7 @@ from angelslim_mmprune.capture import window_order
 from angelslim_mmprune.coupling import attach
 from angelslim_mmprune.plan import Grid, Need, Plan, Pool
 from angelslim_mmprune.strategies.base import Modality, Stage, Strategy
+from angelslim_mmprune.strategies.fastv import FastV
 from angelslim_mmprune.testing import prompt, tiny_model
 
 ROWS = {
@@ -195,6 +196,7 @@ def test_only_the_layers_that_are_needed_are_tapped(name, monkeypatch):
     tapped, original = [], capture.tapped
     monkeypatch.setattr(capture, "tapped", lambda attention, function: tapped.append(attention) or original(attention, function))
     model, inputs = tiny_model(name), prompt(name, ROWS[name])
+    before = [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
     statistic = "pooled_max" if name == "qwen2_audio" else "keys"
     with attach(model, Spy(asks=(Need("encoder", -2, statistic), Need("llm", 1, "last_row")), layers=(1,))), torch.no_grad():
         model(**inputs)
@@ -208,6 +210,30 @@ def test_only_the_layers_that_are_needed_are_tapped(name, monkeypatch):
     with attach(model, Spy(asks=(), layers=(1,))), torch.no_grad():
         model(**inputs)
     assert not tapped
+    assert before == [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+
+
+def test_statistics_follow_tokens_that_others_dropped():
+    """Two strategies behind one layer: the second is shown what the layer said of what the first left."""
+    model, inputs, spy = tiny_model("llava"), prompt("llava", ROWS["llava"]), Spy(asks=(Need("llm", 1, "raw_keys"),), layers=(1,))
+    everything = shown(model, inputs, spy)[spy.asks[0]]
+    Spy.shown.clear()
+    with attach(model, [FastV(keep_ratio=0.7, layer=1), spy]) as coupling, torch.no_grad():
+        model(**inputs)
+    positions = torch.cat([pool.kept + first for pool, first in zip(coupling.last[0].pools, (0, 32), strict=True)])
+    pool = Spy.shown[-1]
+    again = torch.cat([pool.statistics[spy.asks[0]][i, :n] for i, n in enumerate(pool.counts)])
+    torch.testing.assert_close(again, everything[positions])
+
+
+def test_beams_are_shown_what_their_prompt_is():
+    model, inputs, spy = tiny_model("llava"), prompt("llava", ROWS["llava"]), Spy(asks=(Need("encoder", 0, "importance"),), budget_scope="image")
+    alone = shown(model, inputs, spy)[spy.asks[0]].split(16)
+    Spy.shown.clear()
+    with attach(model, spy), torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+    for values, number in zip(Spy.shown[-1].statistics[spy.asks[0]], (0, 1, 0, 1, 2, 2), strict=True):
+        torch.testing.assert_close(values, alone[number])
 
 
 def test_needs_that_cannot_be_met():

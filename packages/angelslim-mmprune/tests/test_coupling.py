@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -358,6 +359,9 @@ def test_what_cannot_be():
     qwen = prompt("qwen3_vl", ONE["qwen3_vl"])
     with attach(qwen3, Random()), pytest.raises(UsageError, match="placeholders"):
         qwen3(**dict(qwen, image_grid_thw=torch.tensor([[1, 12, 6]])))
+    rows = prompt("qwen3_vl", [[2, (1, 2, 2), 2], [2, (1, 3, 3), 2]])
+    with attach(qwen3, Random()), pytest.raises(UsageError, match="in two prompts"):
+        qwen3(**dict(rows, image_grid_thw=rows["image_grid_thw"].flip(0)))
 
 
 def test_a_cache_that_is_no_longer_what_pruning_left():
@@ -369,3 +373,36 @@ def test_a_cache_that_is_no_longer_what_pruning_left():
         cache.crop(-5)
         with pytest.raises(UsageError, match="where pruning left"):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("layers", [(None,), (None, 2)], ids=["before", "both"])
+def test_a_new_image_after_a_pruned_prompt(layers):
+    """Each prompt's tokens are pruned once, and the new one's positions follow all of the old one's."""
+    from transformers import DynamicCache
+
+    model, cache = tiny_model("llava"), DynamicCache()
+    first, second = prompt("llava", ONE["llava"]), prompt("llava", [[3, ("image",), 2]], seed=1)
+    with attach(model, Staged(layers=layers, shares=(0.6, 0.3)[: len(layers)])) as coupling, torch.no_grad():
+        model(**first, past_key_values=cache)
+        one = list(coupling.last)
+        logits = model(input_ids=second["input_ids"], pixel_values=second["pixel_values"], past_key_values=cache).logits
+        two = list(coupling.last)
+        last = model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits
+    width = first["input_ids"].shape[1]
+    both = {key: torch.cat([first[key], second[key]], 0 if key == "pixel_values" else 1) for key in first}
+    applied = [SimpleNamespace(stage=a.stage, kept=(torch.cat([a.kept[0], b.kept[0] + width]),), pools=()) for a, b in zip(one, two, strict=True)]
+    wanted = masked(model, both, applied, torch.tensor([[7]]))
+    torch.testing.assert_close(logits[0], wanted[0, two[-1].kept[0] + width], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(last[0, -1], wanted[0, -1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_beams_of_a_prompt_are_pruned_alike(name):
+    """Generation repeats what the encoder made for each beam."""
+    model, inputs = tiny_model(name), prompt(name, TWO[name])
+    with attach(model, Norms(keep_ratio=0.4, budget_scope="image")) as coupling, torch.no_grad():
+        model(**inputs)
+        alone = [pool.kept.tolist() for pool in coupling.last[0].pools]
+        model.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False)
+        assert [pool.kept.tolist() for pool in coupling.last[0].pools] == [*alone[:2], *alone[:2], alone[2], alone[2]]
+        assert [pool.row for pool in coupling.last[0].pools] == [0, 0, 1, 1, 2, 3]
