@@ -10,6 +10,9 @@ from angelslim_core.source import open_any, open_source
 from angelslim_core.testing.models import NESTED
 from angelslim_core.validation import validate
 
+TOWERS = ("vision_tower", "audio_tower", "visual", "multi_modal_projector")
+LAYERS = ("model.language_model", "language_model.model", "model")
+
 
 @pytest.fixture
 def text(tmp_path):
@@ -33,24 +36,26 @@ def test_language_layers_only(tiny, tmp_path, text, architecture, steps):
     assert after.dtypes.keys() == before.dtypes.keys()
     kept = [n for n in before.dtypes if n.removesuffix(".weight") not in after.quantized]
     assert all(after.read(n).equal(before.read(n)) for n in kept)
-    beside = [n for n in before.dtypes if "language_model" not in n and n != "lm_head.weight"]
+    beside = [n for n in before.dtypes if any(tower in n.split(".")[:2] for tower in TOWERS)]
     assert len(beside) > 15 and set(beside) <= set(kept)
-    layers = [n for n in before.dtypes if n.endswith(("down_proj.weight", "o_proj.weight")) and "language_model.layers" in n.replace(".model.", ".")]
+    layers = [n for n in before.dtypes if n.endswith(("down_proj.weight", "o_proj.weight")) and n.split(".layers.")[0] in LAYERS]
     assert layers and not set(layers) & set(kept)
     assert_same_function(load(out, "cpu")[0], load(model, "cpu")[0])
 
 
-def test_transformers_alone_reads_what_names_its_modules(tiny, tmp_path, text):
+@pytest.mark.parametrize("architecture", ["gemma3", "llava", "qwen2_5_vl", "qwen2_audio"])
+def test_transformers_alone_reads_what_names_its_modules(tiny, tmp_path, text, architecture):
     out = tmp_path / "out"
-    compress(tiny("gemma3"), out=out, recipe={"steps": steps_that_share_a_folder(), "calibration": {"data": text, "samples": 2, "tokens": 16}})
+    compress(tiny(architecture), out=out, recipe={"steps": steps_that_share_a_folder(), "calibration": {"data": text, "samples": 2, "tokens": 16}})
     loaded = load_model(out, "cpu", packed=False)
     assert loaded.backend == "transformers"
     packed = load_model(out, "cpu", packed=True)
     assert "3 linears packed (FP8 on torch) and 8 linears packed (INT8" in packed.backend
-    assert_same_function(packed.model, load(tiny("gemma3"), "cpu")[0])
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert_same_function(packed.model, load(tiny(architecture), "cpu")[0])
+    auto = transformers.AutoModelForSeq2SeqLM if "audio" in architecture else transformers.AutoModelForImageTextToText
+    model, info = auto.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert_same_function(model, load(tiny("gemma3"), "cpu")[0])
+    assert_same_function(model, load(tiny(architecture), "cpu")[0])
 
 
 def test_block_fp8_leaves_the_tower_to_transformers(tiny, tmp_path):

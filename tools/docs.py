@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import ValidationError
 
 from angelslim_core import errors, hookspecs, recipe
 from angelslim_core.adapters.base import GROUPS, Site
@@ -95,6 +96,16 @@ def recipe_part() -> str:
 # passes -----------------------------------------------------------------------------------------------------------------
 
 
+def bare(pass_: type[Pass]) -> Pass | None:
+    """A pass with its defaults; None where options must be given."""
+    if pass_.Config.model_json_schema().get("required"):
+        return None
+    try:
+        return pass_()
+    except ValidationError:  # one of several options must be given
+        return None
+
+
 def pass_part(pass_: type[Pass], host: PluginHost) -> str:
     """Docstring, facts and options of a pass, and with its defaults: what it writes and which engines load it."""
     listed = lambda values: ", ".join(f"`{v}`" for v in sorted(values))  # noqa: E731
@@ -103,24 +114,26 @@ def pass_part(pass_: type[Pass], host: PluginHost) -> str:
         facts.append(f"Default targets: {listed(pass_.default_targets)}.")
     schema = pass_.Config.model_json_schema()
     # options may decide what a pass claims
-    claims = pass_.claims if schema.get("required") and not isinstance(pass_.claims, property) else () if schema.get("required") else pass_().claims
+    found = bare(pass_)
+    claims = found.claims if found else () if isinstance(pass_.claims, property) else pass_.claims
     for label, values in (("Claims", claims), ("Needs an earlier step", pass_.requires), ("Excludes", pass_.conflicts)):
         if values:
             facts.append(f"{label}: {listed(values)}.")
-    if not schema.get("required"):
-        facts.append(f"Calibration data: {'needed' if pass_().needs_calibration else 'none'}.")
+    if found:
+        facts.append(f"Calibration data: {'needed' if found.needs_calibration else 'none'}.")
     text = [inspect.cleandoc(pass_.__doc__ or ""), " ".join(facts)]
     text.append(f"Options (`with:`):\n\n{fields(schema)}" if schema.get("properties") else "No options.")
     return "\n\n".join([*text, *_stored(pass_, host)])
 
 
 def _stored(pass_: type[Pass], host: PluginHost) -> list[str]:
-    if not issubclass(pass_, WeightPass) or pass_.Config.model_json_schema().get("required"):
+    found = bare(pass_)
+    if not isinstance(found, WeightPass):
         return []
     rows, columns = EXAMPLE
     site = Site("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", "up", 0, EXAMPLE, "BF16")
     try:
-        scheme = pass_().scheme(site)
+        scheme = found.scheme(site)
     except errors.AngelslimError:
         return []
     if scheme is None or scheme.exporters[0] not in host.registry.exporters:

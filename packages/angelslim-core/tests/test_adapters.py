@@ -70,7 +70,7 @@ def test_roles(tiny, architecture):
 def test_nested_language_models_have_the_roles_of_plain_ones(tiny, architecture):
     plain, nested = described(tiny(NESTED[architecture][0])), described(tiny(architecture))
     count = lambda found: Counter((s.role, s.layer) for s in found.sites if s.layer is not None or s.role == "head")  # noqa: E731
-    assert count(nested) == count(plain) and nested.block != plain.block
+    assert count(nested) == count(plain) and (nested.block != plain.block) == (architecture != "qwen2_5_vl")
     assert {s.role for s in nested.sites if s.layer is None} <= {"head", "other"}
 
 
@@ -85,6 +85,19 @@ def test_stacked_experts_are_the_same_linears(tiny, tiny_copy, architecture):
     by_name = {s.name: s for s in separate.sites}
     for site in stacked.sites:
         assert other.read(site.tensor, site.part).equal(one.read(by_name[site.name].tensor))
+
+
+@pytest.mark.parametrize("architecture", ["llava", "qwen2_audio"])
+def test_sizes_that_published_configs_leave_unsaid(tiny, architecture):
+    source = open_source(tiny(architecture))
+    text = source.checkpoint.config["text_config"]
+    assert source.config is source.checkpoint.config
+    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        del text[key]
+    assert {**source.config["text_config"], **text} == source.config["text_config"]
+    assert (source.config["text_config"]["num_hidden_layers"], source.config["text_config"]["hidden_size"]) == (32, 4096) and "hidden_size" not in text
+    with pytest.raises(ModelError, match="32 layers, but layer 2"):
+        describe_source(source, builtin_layouts())
 
 
 def test_mtp_layers_are_set_apart(tiny_copy):

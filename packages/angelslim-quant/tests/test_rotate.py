@@ -20,6 +20,7 @@ from angelslim_quant.numerics.hadamard import WILLIAMSON, Rotation, factors, pal
 from angelslim_quant.rotated import Change, rotate
 
 IDS = torch.arange(3, 99)[None]
+PROJECTORS = tuple(f"{name}.{kind}" for name in ("linear_fc2", "merger.mlp.2", "projector.linear_2", "projector.linear") for kind in ("weight", "bias"))
 EXACT = sorted(set(TINY) - {"gemma3_text"})
 
 
@@ -149,18 +150,18 @@ def test_a_width_without_a_matrix_is_rotated_in_blocks(tiny, tmp_path):
     assert any("blocks of 4" in w for w in json.loads((out / "angelslim/metrics.json").read_text())["warnings"])
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_vl", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("architecture", ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "qwen2_5_vl", "llava", "qwen2_audio"])
 def test_images_enter_the_rotated_stream(tiny, tmp_path, architecture):
     model = tiny(architecture, dtype="float32")
     out = rotated(model, tmp_path / "out")
     assert_same_function(model, out)
     before, after = open_source(model), open_source(out)
     rotation = Rotation(64)
-    projectors = [n for n in before.dtypes if "merger" in n and "linear_fc2" in n]
+    projectors = [n for n in before.dtypes if n.endswith(PROJECTORS) and "blocks" not in n]
     assert projectors
     for name in projectors:
         assert torch.allclose(after.read(name).T, rotation(before.read(name).T), atol=1e-5), name
-    kept = [n for n in before.dtypes if "visual.blocks" in n]
+    kept = [n for n in before.dtypes if "visual.blocks" in n or "_tower" in n]
     assert kept and all(after.read(n).equal(before.read(n)) for n in kept)
 
 

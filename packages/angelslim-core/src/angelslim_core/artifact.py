@@ -150,6 +150,9 @@ def complete(stage: Path, plan: Plan, host: PluginHost, context: Context, run: C
         shutil.copyfile(companion, stage / companion.name)
     for name, content in (plan.exporter.files(plan.schemes, plan.ignore) if plan.exporter else {}).items():
         write_json(stage / name, content)
+    for step in plan.steps:
+        if isinstance(step.pass_, RuntimePass):
+            step.pass_.leave(stage)
     makers = [(step, step.pass_) for step in plan.steps if isinstance(step.pass_, RuntimePass) and step.pass_.makes]
     if not makers:
         return {}

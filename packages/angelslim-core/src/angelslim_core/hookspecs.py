@@ -12,6 +12,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import click
 
@@ -71,11 +72,12 @@ def angelslim_register_commands(cli: click.Group) -> None:
 
 
 @hookspec
-def angelslim_default_steps(device: str) -> Sequence[dict[str, Any]]:
+def angelslim_default_steps(device: str, model: Path | None) -> Sequence[dict[str, Any]]:
     """Steps that `run --plugins PLUGIN` runs when neither a recipe nor `--use` is given.
 
     Args:
         device: "cpu", or "cuda:MAJOR.MINOR" with the compute capability.
+        model: the model's folder, unchecked; None where it is named by a hub id, or not yet.
     """
     raise NotImplementedError
 

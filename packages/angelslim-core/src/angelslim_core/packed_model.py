@@ -108,7 +108,8 @@ def with_holes(model_class: Any, description: Description, classes: Mapping[str,
                     raise ModelError(423, name, f"is quantized, but transformers builds a {type(linear).__name__} there")
                 linears.put(name, Hole(linear.bias))
 
-    WithHoles.__name__ = model_class.__name__
+    # transformers renames tensors by the name of the class, and those of its own modules only
+    WithHoles.__name__, WithHoles.__module__ = model_class.__name__, model_class.__module__
     return WithHoles
 
 

@@ -248,6 +248,9 @@ class RuntimePass(Pass):
     def policy(self, context: Context) -> Mapping[str, Any]:
         """The policy, JSON only."""
 
+    def leave(self, folder: Path) -> None:
+        """Put files that the policy names, and that exist already, into the output; nothing by default. In the first process only, before any `make`."""
+
     def make(self, loaded: Loaded, folder: Path, context: Context) -> Mapping[str, Any]:
         """Make files that the policy names; nothing by default. Called in the first process only, once the weights are written.
 

@@ -153,7 +153,7 @@ def prepare(
         bound = steps_from_use(list(use), overrides)
     elif plugins:
         host.load(plugins)
-        bound = load_recipe({"steps": host.default_steps(plugins, device_name(pick_device(device or "auto")))}, overrides=overrides)
+        bound = load_recipe({"steps": host.default_steps(plugins, device_name(pick_device(device or "auto")), model)}, overrides=overrides)
     else:
         raise UsageError(3, "run", "nothing to do", "give a recipe, --use PASS_ID, or --plugins for their default presets")
     path = model if model is not None else bound.model.path

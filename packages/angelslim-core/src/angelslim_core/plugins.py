@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -156,16 +157,20 @@ class PluginHost:
                 add(name, self._call(name, module, hook))
         self.loaded[name] = plugin or Installed(name, "", "", getattr(module, "__name__", name), "", "")
 
-    def default_steps(self, names: Sequence[str], device: str) -> list[dict[str, Any]]:
+    def default_steps(self, names: Sequence[str], device: str, model: str | Path | None = None) -> list[dict[str, Any]]:
         """Steps of each plugin's default preset, in the order named.
+
+        Args:
+            model: folder or hub id, or None.
 
         Raises:
             PluginError: a plugin has none.
         """
         steps: list[dict[str, Any]] = []
+        folder = Path(model) if model is not None and Path(model).is_dir() else None
         for name in names:
             module = self.manager.get_plugin(name)
-            found = self._call(name, module, "angelslim_default_steps", device=device) if hasattr(module, "angelslim_default_steps") else []
+            found = self._call(name, module, "angelslim_default_steps", device=device, model=folder) if hasattr(module, "angelslim_default_steps") else []
             if not found:
                 has = [p for p in self.registry.passes if p.startswith(f"{name}.")]
                 what = "has no default preset" if has else "registers no passes yet"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapters import find_layout
+from .adapters import find_layout, spelled_out
 from .adapters.base import Description, Layout, Part, describe
 from .errors import ModelError
 from .exporters import Exporter, builtin_exporters
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def config(self) -> dict[str, Any]:
-        return self.checkpoint.config
+        return spelled_out(self.checkpoint.config)
 
     @property
     def warnings(self) -> list[str]:

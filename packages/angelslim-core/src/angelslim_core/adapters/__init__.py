@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ModelError, PlanError, PluginError
 from .base import Layout
+
+# what published configs leave to the default of their class, by the type of the language model
+_UNSAID: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {name: {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32} for name in ("llama", "qwen2")}
+)
+
+
+def spelled_out(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the sizes that its `text_config` does not name; where it names all, the config itself."""
+    text = config.get("text_config")
+    unsaid = _UNSAID.get(str(text.get("model_type")), {}) if isinstance(text, dict) else {}
+    if all(key in text for key in unsaid):  # type: ignore[operator]
+        return config
+    return {**config, "text_config": {**unsaid, **text}}  # type: ignore[dict-item]
 
 
 def builtin_layouts() -> tuple[Layout, ...]:

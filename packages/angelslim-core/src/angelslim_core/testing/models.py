@@ -42,12 +42,20 @@ TINY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 14}
 _QWEN_VISION = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-# multimodal architecture -> (its language model in `TINY`, its vision_config)
+_CLIP_VISION = {**_VISION, "num_attention_heads": 2, "image_size": 28}
+_WINDOWED_VISION = {**_VISION, "depth": 2, "num_heads": 2, "out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 56}
+_AUDIO = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 16, "max_source_positions": 20}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+_QWEN_TOKENS = {"image_token_id": 255, "video_token_id": 254, "vision_start_token_id": 253, "vision_end_token_id": 252}
+# multimodal architecture -> (its language model in `TINY`, what stands in its config beside it, and more of the language model's)
 NESTED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("gemma3_text", {**_VISION, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}),
-    "qwen3_vl": ("qwen3", _QWEN_VISION),
-    "qwen3_5": ("qwen3_5_text", _QWEN_VISION),
-    "qwen3_5_moe": ("qwen3_5_moe_text", _QWEN_VISION),
+    "gemma3": ("gemma3_text", {"vision_config": {**_CLIP_VISION, "num_hidden_layers": 1}, "mm_tokens_per_image": 4}),
+    "llava": ("llama", {"vision_config": {**_CLIP_VISION, "num_hidden_layers": 2}, "image_token_index": 255, "text_config": {"model_type": "llama"}}),
+    "qwen2_5_vl": ("qwen2", {"vision_config": _WINDOWED_VISION, **_QWEN_TOKENS, "text_config": _MROPE}),
+    "qwen2_audio": ("qwen2", {"audio_config": _AUDIO, "audio_token_index": 255, "text_config": {"model_type": "qwen2"}}),
+    "qwen3_vl": ("qwen3", {"vision_config": _QWEN_VISION, **_QWEN_TOKENS}),
+    "qwen3_5": ("qwen3_5_text", {"vision_config": _QWEN_VISION}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": _QWEN_VISION}),
 }
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -67,11 +75,10 @@ def tiny_checkpoint(architecture: str, folder: Path | str, *, seed: int = 0, dty
     from ..model import auto_class
 
     folder = Path(folder)
-    language, vision = NESTED.get(architecture, (architecture, {}))
+    language, beside = NESTED.get(architecture, (architecture, {}))
     values = {**_BASE, **TINY[language], **overrides}
-    if vision:
-        tied = values["tie_word_embeddings"]
-        values = {"text_config": values, "vision_config": vision, "tie_word_embeddings": tied, "mm_tokens_per_image": 4}
+    if beside:
+        values = {"tie_word_embeddings": values["tie_word_embeddings"], **beside, "text_config": {**values, **beside.get("text_config", {})}}
     config = CONFIG_MAPPING[_KNOWN_AS.get(architecture, architecture)](**values)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)

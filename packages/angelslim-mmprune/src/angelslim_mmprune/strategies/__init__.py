@@ -34,6 +34,8 @@ CLASSES: Mapping[str, str] = MappingProxyType(
         "fastadasp": "FastAdaSP",
         "segmentwise": "Segmentwise",
         "cdpruner": "CDPruner",
+        "idpruner": "IDPruner",
+        "vision_selector": "VisionSelector",
     }
 )
 
