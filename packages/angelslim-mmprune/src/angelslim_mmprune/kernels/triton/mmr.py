@@ -1,7 +1,8 @@
 """Maximal marginal relevance on a GPU: all cosines by tensor cores, then every pick of a sample in one program that keeps its scores in registers.
 
 FP32 features are split into two BF16 numbers each, whose three products add up to FP32's but for 2**-16 of it; BF16 and FP16 are multiplied as they are.
-Sums are made alike on both sides of the diagonal, and cosines that differ from 1 by their rounding only are 1, so that copies of tokens tie. Without memory for all cosines a launch makes a pick.
+Sums are made alike on both sides of the diagonal, and cosines that differ from 1 by their rounding only are 1, so that copies of tokens tie.
+Without memory for all cosines a launch makes a pick.
 """
 
 from collections.abc import Sequence
