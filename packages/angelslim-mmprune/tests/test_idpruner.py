@@ -50,6 +50,15 @@ def test_lam_1_is_vision_selector_with_raw_and_soft_scores(folder):
     assert soft != raw  # below 1 they differ, as they bend the scale
 
 
+def test_padding_is_not_chosen_before_negative_scores(tmp_path):
+    scorer = Scorer(12, 6, init_scale=0.1)
+    scorer.load_state_dict({**scorer.state_dict(), "k_proj.bias": torch.ones(6), "q_proj.bias": torch.full((6,), -100.0)})
+    save_scorer(scorer, tmp_path / "low")
+    for name in ("vision_selector", "idpruner"):
+        plan = make_strategy(name, scorer=tmp_path / "low").plan(pool(), [9, 5, 3])
+        assert all(max(row) < n for row, n in zip(kept(plan), (30, 17, 5), strict=True))
+
+
 def test_attention_needs_no_scorer_and_is_read_from_the_layer_asked_for():
     tokens = pool()
     strategy = make_strategy("idpruner", importance="attention", layer=-2)

@@ -75,6 +75,32 @@ def test_triton_equals_the_oracle(form, dtype):
     assert not bool(picks(x[1:2], scaled(w[1:2], counts[1:2]), counts[1:2], (2,), 0.4, 1, gram_bytes=8000 if form == "cosines" else 100).finite)
 
 
+def test_cosines_of_two_halves_are_as_good_as_fp32s():
+    from angelslim_mmprune.kernels.triton.mmr import cosines
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 21, 70)
+    x[0, 20] = x[0, 3]
+    found = cosines(x, torch.tensor([21], dtype=torch.int32))[0][0, :, :21]
+    exact = torch.nn.functional.normalize(x[0].double(), dim=-1)
+    assert float((found - exact @ exact.T).abs().max()) < 3e-6
+    assert float(found[20, 3]) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cosines_on_a_gpu_are_symmetric_to_the_bit(dtype):
+    from angelslim_mmprune.kernels.triton.mmr import cosines
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 300, 520, device="cuda").to(dtype)
+    x[:, 290] = x[:, 3]
+    found = cosines(x, torch.tensor([300, 300], dtype=torch.int32, device="cuda"))[0][..., :300]
+    exact = torch.nn.functional.normalize(x.double(), dim=-1)
+    assert float((found - exact @ exact.mT).abs().max()) < 1e-4
+    assert torch.equal(found, found.mT) and torch.equal(found[:, 290], found[:, 3])
+
+
 @pytest.mark.parametrize("parallel_k", [1, 2])
 def test_triton_takes_turns_and_rounds(parallel_k):
     from angelslim_mmprune.kernels.triton.mmr import picks

@@ -1,7 +1,8 @@
 """Maximal marginal relevance on a GPU: all cosines by tensor cores, then every pick of a sample in one program that keeps its scores in registers.
 
 FP32 features are split into two BF16 numbers each, whose three products add up to FP32's but for 2**-16 of it; BF16 and FP16 are multiplied as they are.
-Products are symmetric to the bit, and cosines that differ from 1 by their rounding only are 1, so that copies of tokens tie. Without memory for all cosines a launch makes a pick.
+Sums are made alike on both sides of the diagonal, and cosines that differ from 1 by their rounding only are 1, so that copies of tokens tie.
+Without memory for all cosines a launch makes a pick.
 """
 
 from collections.abc import Sequence
@@ -190,26 +191,31 @@ def _finite(inverse: Tensor, importance: Tensor) -> Tensor:
     return (inverse.isfinite() & importance.isfinite()).all()
 
 
-def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
+def cosines(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, stride], fp32: of all tokens with each other, anything behind a sample's count; and [B, N], one over the norms."""
     batch, tokens, width = features.shape
-    device = features.device
-    on = [on_device(values, device) for values in (counts, ks)]
-    high, low, inverse = _halves(features, on[0])
+    high, low, inverse = _halves(features, counts)
     tile, part = (TILE, WIDTH) if features.is_cuda else (16, 16)  # small ones are quicker to interpret
     stride, tiles = _stride(tokens), -(-tokens // tile)
-    gram = torch.empty(batch, tokens, stride, dtype=torch.float32, device=device)
+    gram = torch.empty(batch, tokens, stride, dtype=torch.float32, device=features.device)
     boxes = [TensorDescriptor(x, x.shape, x.stride(), [1, tile, part]) for x in (high, low)]
     split = low is not high
     # 64 KiB a stage where features are split, else 32
-    stages = 3 if not split else max(1, min(3, _shared_bytes(device) // (4 * TILE * WIDTH * 2)))
+    stages = 3 if not split else max(1, min(3, _shared_bytes(features.device) // (4 * TILE * WIDTH * 2)))
     _cosines[(tiles * (tiles + 1) // 2, batch)](
-        *boxes, inverse, gram, on[0], tokens, stride, width, SPLIT=split, TILE=tile, WIDTH=part, num_warps=8, num_stages=stages
+        *boxes, inverse, gram, counts, tokens, stride, width, SPLIT=split, TILE=tile, WIDTH=part, num_warps=8, num_stages=stages
     )
+    return gram, inverse
+
+
+def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
+    batch, tokens, _ = features.shape
+    device = features.device
+    on = [on_device(values, device) for values in (counts, ks)]
+    gram, inverse = cosines(features, on[0])
     order = torch.full((batch, max(ks)), -1, device=device)
-    held = max(256, triton.next_power_of_2(tokens))
-    _picks[(batch,)](
-        gram, importance, *on, order, tokens, stride, max(ks), lam, 1 - lam, parallel_k, BN=held, num_warps=min(32, max(4, held // 512)), num_stages=1
-    )
+    held, warps = max(256, triton.next_power_of_2(tokens)), min(32, max(4, triton.next_power_of_2(tokens) // 512))
+    _picks[(batch,)](gram, importance, *on, order, tokens, gram.shape[2], max(ks), lam, 1 - lam, parallel_k, BN=held, num_warps=warps, num_stages=1)
     return Picks(order, _finite(inverse, importance))
 
 
