@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
@@ -20,70 +19,18 @@ from torch import Tensor, nn
 from angelslim_core.errors import UsageError
 
 from .capture import EncoderCall, EncoderCapture, LanguageCapture
-from .layout import Item, Pools, applied, items_of, present, text_of, whole_plan
+from .layout import Pools, applied, items_of, present, text_of, whole_plan
 from .models import at, towers
 from .plan import Plan, Pool
+from .running import Running
 from .sequence import State, Tokens, cache_in, columns_of, cut, gathered, positions_of
 from .steps import Applied, AppliedPool, Step, steps_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .budget import Scope
     from .plan import Need
-    from .strategies.base import Modality, Strategy
-
-
-@dataclass
-class _Pass:
-    """One forward pass: its media, what was captured, and what is left of its tokens.
-
-    Args:
-        told: sizes of the first kind of media.
-        calls: of the encoder.
-        encoded: [T] or [T, d], of all tokens that the encoder made.
-        text: of each row, columns of the tokens that are of no medium.
-        fresh: nothing was pruned in the cache before.
-        next: [B], position behind the furthest of all tokens.
-        cache: as the layers see it.
-        group: number of the group of layers that the pass is at; they see the same tokens.
-        masks: of each group so far, [B, T], bool: which keys are real.
-        padded: of each group so far: whether there are any that are not.
-        causal: the group's mask, as attention takes it.
-        rotations: the group's cosines and sines.
-    """
-
-    stack: ExitStack = field(default_factory=ExitStack)
-    told: Any = None
-    items: list[Item] = field(default_factory=list)
-    pools: dict[tuple[Scope, frozenset[Modality]], Pools] = field(default_factory=dict)
-    calls: list[EncoderCall] = field(default_factory=list)
-    encoded: dict[Need, Tensor] = field(default_factory=dict)
-    language: LanguageCapture | None = None
-    text: list[Tensor] = field(default_factory=list)
-    prunes: bool = False
-    fresh: bool = True
-    state: State | None = None
-    next: Tensor | None = None
-    cache: Any = None
-    tokens: Tokens | None = None
-    group: int = 0
-    masks: list[Tensor] = field(default_factory=list)
-    padded: list[bool] = field(default_factory=list)
-    causal: Any = None
-    rotations: tuple[Tensor, ...] = ()
-
-    def rows(self) -> tuple[list[int], Tensor | None]:
-        """Of each row the real tokens, which are the last, and which keys before them are real, [B, T]."""
-        assert self.tokens is not None and self.state is not None
-        before = self.state.masks[self.group]
-        return self.tokens.lengths, before if before.shape[1] else None
-
-    def extend(self) -> None:
-        """The mask of the group that the pass is at, with what is left of its tokens."""
-        assert self.tokens is not None and self.state is not None
-        self.masks.append(torch.cat([self.state.masks[self.group], self.tokens.real], 1))
-        self.padded.append(self.state.padded[self.group] or self.tokens.padded)
+    from .strategies.base import Strategy
 
 
 class Coupling:
@@ -101,7 +48,7 @@ class Coupling:
         self._firsts = tuple(sorted({0} | {step.layer + 1 for step in self._steps}))
         self.last: list[Applied] = []
         self._states: WeakKeyDictionary[Any, State] = WeakKeyDictionary()
-        self._pass: _Pass | None = None
+        self._pass: Running | None = None
         # what the encoder made and a prompt has not come with yet: generation runs it before the model
         self._calls: list[EncoderCall] = []
         self._encoding: tuple[ExitStack, EncoderCapture] | None = None
@@ -134,7 +81,7 @@ class Coupling:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         self._end()
-        inputs, now = _bound(module, args, kwargs), _Pass()
+        inputs, now = _bound(module, args, kwargs), Running()
         cache = cache_in(inputs)
         if (state := self._state(cache)) is not None:
             cut(inputs, state)
@@ -153,7 +100,7 @@ class Coupling:
         self._pass = now
         return (), inputs
 
-    def _prepare(self, now: _Pass) -> None:
+    def _prepare(self, now: Running) -> None:
         """Pools of a prompt, and taps of the language model."""
         self.last = []
         device = next(self._towers.language.parameters()).device
@@ -202,7 +149,7 @@ class Coupling:
     # the language model
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]] | None:
-        now = self._pass = self._pass or _Pass()
+        now = self._pass = self._pass or Running()
         inputs = _bound(module, args, kwargs)
         cache = cache_in(inputs)
         state = self._state(cache)
@@ -293,7 +240,7 @@ class Coupling:
 
         return before
 
-    def _causal(self, now: _Pass, hidden: Tensor, layer: int) -> Any:
+    def _causal(self, now: Running, hidden: Tensor, layer: int) -> Any:
         """The mask of a group of layers, as their attention takes it."""
         from transformers.masking_utils import create_causal_mask
 
@@ -304,7 +251,7 @@ class Coupling:
 
     # pruning
 
-    def _shorten(self, now: _Pass, states: list[Tensor], layer: int) -> tuple[list[Tensor], Tensor | None]:
+    def _shorten(self, now: Running, states: list[Tensor], layer: int) -> tuple[list[Tensor], Tensor | None]:
         """Apply the stages behind a layer.
 
         Args:
@@ -347,7 +294,7 @@ class Coupling:
                 now.pools = {key: of if key == step.pools else of.without(left) for key, of in now.pools.items()}
         return states, whole
 
-    def _plan(self, now: _Pass, step: Step, pools: Pools, keep: Sequence[int], x: Tensor, slots: Tensor) -> Plan:
+    def _plan(self, now: Running, step: Step, pools: Pools, keep: Sequence[int], x: Tensor, slots: Tensor) -> Plan:
         """[P, K]; a strategy sees only pools of which some tokens stay and some go."""
         numbers = [i for i, (k, n) in enumerate(zip(keep, pools.counts, strict=True)) if 0 < k < n]
         if not numbers:
