@@ -24,7 +24,7 @@ import torch
 from measure import median, table, versions, write
 from torch import Tensor
 
-from angelslim_mmprune.mmr import mmr, mmr_order, scaled
+from angelslim_mmprune.marginal_relevance import mmr, mmr_order, scaled
 
 LAM = 0.5
 MOST_GRAM_BYTES = 16 << 30  # of the plain loop

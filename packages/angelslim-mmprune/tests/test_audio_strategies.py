@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from angelslim_mmprune.finite import NotFiniteError
+from angelslim_mmprune.merging import samp
 from angelslim_mmprune.plan import Need, Pool
-from angelslim_mmprune.samp import samp
 from angelslim_mmprune.strategies import make_strategy
 
 MERGING = ["atome", "fastadasp"]

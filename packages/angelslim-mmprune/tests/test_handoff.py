@@ -98,11 +98,10 @@ def test_what_does_not_fit(arguments, options, says):
         plan_from_features(*arguments, **options)
 
 
-def test_functions_win_over_files_of_their_name():
-    for name in ("mmr", "samp"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(angelslim_mmprune._HOME_OF, name, "handoff")
-            setattr(angelslim_mmprune, name, angelslim_mmprune)  # as importing a file of this name does
-            assert name not in vars(angelslim_mmprune)
+def test_what_the_package_gives():
+    from angelslim_mmprune import marginal_relevance, merging, mmr, samp, strategies
+
+    assert mmr is marginal_relevance.mmr and samp is merging.samp and strategies.strategy_class("samp").name == "samp"
+    assert all(hasattr(angelslim_mmprune, name) for name in angelslim_mmprune.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = angelslim_mmprune.nothing

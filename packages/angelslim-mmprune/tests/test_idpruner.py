@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from angelslim_core.errors import ModelError, NumericError
-from angelslim_mmprune.mmr import mmr
+from angelslim_mmprune.marginal_relevance import mmr
 from angelslim_mmprune.plan import Need, Pool
 from angelslim_mmprune.scorer import Scorer, load_scorer, save_scorer
 from angelslim_mmprune.strategies import make_strategy

@@ -5,7 +5,7 @@ import torch
 
 from angelslim_core.errors import NumericError, UsageError
 from angelslim_mmprune.kernels import mmr as kernel
-from angelslim_mmprune.mmr import mmr, mmr_order, scaled
+from angelslim_mmprune.marginal_relevance import mmr, mmr_order, scaled
 
 EXECUTORS = ["reference", "torch", "triton"]
 

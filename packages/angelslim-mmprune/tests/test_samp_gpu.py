@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from angelslim_mmprune.dpp import DPP, of_host
-from angelslim_mmprune.samp import SAMP_GROUPS, samp_plan
+from angelslim_mmprune.merging import SAMP_GROUPS, samp_plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -84,7 +84,7 @@ def _opened(model: str, device: str, plugins: list[str]) -> tuple[Any, Path]:
     from angelslim_core.io.hub import resolve
     from angelslim_core.loading import load_model
 
-    from .attachment import attachment
+    from .installed import attachment
 
     folder = resolve(model)
     loaded = load_model(folder, device, host=host_of(plugins))

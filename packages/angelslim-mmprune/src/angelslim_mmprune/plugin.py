@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     import click
 
+    from angelslim_core.kernels import Kernel
     from angelslim_core.passes import Pass
     from angelslim_core.plan import Plan
 
@@ -24,6 +25,16 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes import PASSES
 
     return [*PASSES]
+
+
+@hookimpl
+def angelslim_register_kernels() -> list[Kernel]:
+    from .dpp import DPP
+    from .kernels.mmr import MMR
+    from .kernels.received import LSE, RECEIVED
+    from .merging import SAMP_GROUPS, SAMP_MERGE
+
+    return [MMR, DPP, SAMP_GROUPS, SAMP_MERGE, LSE, RECEIVED]
 
 
 @hookimpl

@@ -71,7 +71,7 @@ class MediaPruning(RuntimePass):
 
     @classmethod
     def _install(cls, folder: Path | None, model: Module, policy: Mapping[str, Any]) -> None:
-        from ..attachment import attachment
+        from ..installed import attachment
         from ..coupling import attach
         from ..models import towers
 

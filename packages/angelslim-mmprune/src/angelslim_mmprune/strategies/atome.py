@@ -11,8 +11,8 @@ from pydantic import Field
 from ..budget import Scope
 from ..dpp import before, norms, of_host, told_apart, unit
 from ..finite import all_finite, require
+from ..merging import plan_of_groups
 from ..plan import Plan, Pool
-from ..samp import plan_of_groups
 from .base import Modality, Strategy
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..mmr import mmr
+from ..marginal_relevance import mmr
 from ..plan import Need, Plan, Pool
 from ..scorer import soft_topk
 from .learned import Learned

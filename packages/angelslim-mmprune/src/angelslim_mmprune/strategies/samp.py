@@ -8,8 +8,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from ..budget import Scope
+from ..merging import THRESHOLD, samp_plan
 from ..plan import Need, Plan, Pool
-from ..samp import THRESHOLD, samp_plan
 from .base import Modality, Strategy
 
 
