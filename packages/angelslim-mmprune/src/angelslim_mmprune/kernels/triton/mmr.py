@@ -6,6 +6,7 @@ Without memory for all cosines a launch makes a pick.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -260,8 +261,9 @@ def _inverse(features: Tensor, high: Tensor, low: Tensor, counts: Tensor, padded
     return inverse
 
 
+@cache
 def _shared_bytes(device: torch.device) -> int:
-    """What a program may have of its multiprocessor's memory."""
+    """What a program may have of its multiprocessor's memory; to ask the driver takes longer than the kernels do."""
     if device.type != "cuda":
         return 1 << 16
     found: int = triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
