@@ -10,6 +10,7 @@ import torch
 from angelslim_core.errors import PlanError, UsageError
 from angelslim_mmprune.capture import window_order
 from angelslim_mmprune.coupling import attach
+from angelslim_mmprune.models import towers
 from angelslim_mmprune.plan import Grid, Need, Plan, Pool
 from angelslim_mmprune.strategies.base import Modality, Stage, Strategy
 from angelslim_mmprune.strategies.fastv import FastV
@@ -47,6 +48,37 @@ class Spy(Strategy):
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         self.shown.append(pool)
         return Plan.of([torch.arange(k) for k in keep])
+
+
+@pytest.mark.parametrize(("name", "features"), [("llava", 1), ("qwen2_5_vl", 3), ("qwen3_vl", 3), ("qwen2_audio", 2)])
+def test_the_layer_whose_output_the_projector_gets(name, features):
+    """By default that is looked at: the last but one of LLaVA's 3 layers, the last of others."""
+    parts = towers(tiny_model(name))
+    assert parts.layer_of(Need("encoder", "features", "received"), "") == features
+    needs = [Need("encoder", layer, "received") for layer in ("features", features, 0)]
+    model = tiny_model(name)
+    with attach(model, Spy(keep_ratio=0.5, asks=tuple(needs))), torch.no_grad():
+        Spy.shown.clear()
+        model(**prompt(name, ROWS[name][:1]))
+    own, given, other = (Spy.shown[0].statistics[need] for need in needs)
+    assert torch.equal(own, given) and not torch.equal(own, other)
+
+
+@pytest.mark.parametrize(("states", "layer"), [(-2, 1), (-1, 2), (3, 2), (1, 0), (0, 0), ([1, -2], 1)])
+def test_the_layer_that_llava_takes_features_of(states, layer):
+    model = tiny_model("llava")
+    model.config.vision_feature_layer = states
+    assert towers(model).layer_of(Need("encoder", "features", "received"), "") == layer
+
+
+@pytest.mark.parametrize(("name", "layer"), [("llava", 8), ("qwen2_5_vl", 15), ("qwen3_vl", 13)])
+def test_the_layer_of_objects(name, layer):
+    parts = towers(tiny_model(name))
+    deep = parts._replace(encoder_attention=parts.encoder_attention * 10)
+    assert deep.layer_of(Need("encoder", "objects", "received"), "") == layer
+    with pytest.raises(UsageError, match=r"hiprune\.encoder: layer") as error:
+        parts.layer_of(Need("encoder", "objects", "received"), "hiprune.encoder")
+    assert error.value.hint.startswith("name one from 0 to")
 
 
 @pytest.fixture

@@ -526,7 +526,8 @@ def test_needs_follow_options():
     assert not make_strategy("divprune").needs and not make_strategy("prunesid", score="loading").needs
     assert make_strategy("scope", layer=-1).needs == (Need("encoder", -1, "importance"),)
     assert make_strategy("hiprune", object_layer=15, layer=-1).needs == (Need("encoder", 15, "received"), Need("encoder", -1, "received"))
-    assert make_strategy("vispruner_audio").needs == (Need("encoder", -1, "pooled_max"),)
+    assert make_strategy("vispruner_audio").needs == (Need("encoder", "features", "pooled_max"),)
+    assert make_strategy("hiprune").needs == (Need("encoder", "objects", "received"), Need("encoder", "features", "received"))
     assert [need.statistic for need in make_strategy("visionzip_audio").needs] == ["importance", "keys"]
     for name in OURS:
         strategy = make_strategy(name)

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from angelslim_core.errors import UsageError
 from angelslim_core.kv_cache import Attend, tapped
 
-from .models import Size, Towers, layer_number
+from .models import Size, Towers
 from .plan import Grid, Need
 
 _EAGER = "mmprune_eager"
@@ -87,7 +87,7 @@ class EncoderCapture:
         self._needs = list(dict.fromkeys(needs))
         by_layer: dict[int, list[Need]] = {}
         for need in self._needs:
-            by_layer.setdefault(layer_number(need.layer, len(towers.encoder_attention), need.statistic), []).append(need)
+            by_layer.setdefault(towers.layer_of(need, need.statistic), []).append(need)
         for layer, of_layer in by_layer.items():
             _LayerCapture(self, stack, towers.encoder_attention[layer], of_layer)
 
@@ -171,7 +171,7 @@ class LanguageCapture:
         self.found: dict[Need, Tensor] = {}
         by_layer: dict[int, list[Need]] = {}
         for need in needs:
-            by_layer.setdefault(layer_number(need.layer, len(towers.layers), need.statistic), []).append(need)
+            by_layer.setdefault(towers.layer_of(need, need.statistic), []).append(need)
         for layer, of_layer in by_layer.items():
             self._add(stack, towers.attention[layer], of_layer)
 

@@ -43,7 +43,7 @@ class Coupling:
 
     def __init__(self, model: PreTrainedModel, strategies: Sequence[Strategy]) -> None:
         self._towers = towers(model)
-        self._steps = steps_of(self._towers, [strategy.at_depth(len(self._towers.layers)) for strategy in strategies])
+        self._steps = steps_of(self._towers, strategies)
         # the first layers of groups that see the same tokens
         self._firsts = tuple(sorted({0} | {step.layer + 1 for step in self._steps}))
         self.last: list[Applied] = []

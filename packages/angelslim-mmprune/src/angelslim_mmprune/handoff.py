@@ -119,7 +119,7 @@ def _check(strategy: Strategy, statistics: Mapping[Need, Tensor], tokens: int) -
     if strategy.reads_text or any(stage.layer is not None for stage in strategy.stages):
         raise UsageError(891, strategy.name, "reads the prompt, or prunes inside the language model", "choose one that goes by features")
     if lacking := [need for need in strategy.needs if need not in statistics]:
-        what = f"{lacking[0].statistic} of the {lacking[0].source}'s layer {lacking[0].layer}"
+        what = f"{lacking[0].statistic} of the {lacking[0].source}'s layer {lacking[0].layer!r}"
         raise UsageError(892, strategy.name, f"needs {what}", "give it in `statistics`, or choose a strategy that goes by features alone")
     for need, values in statistics.items():
         if need not in strategy.needs or len(values) != tokens:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from angelslim_core.errors import NumericError
 
-from .plan import Pool
+from .plan import Need, Pool, Statistic
 
 # tokens up to which all cosines of a pool are held: 64 MiB of FP32 a pool
 GRAM_TOKENS = 4096
-# the layer that published code looks at in CLIP, and what an option `layer` says of it
-LAYER = -2
-LAYER_MEANING = "layer of the encoder whose attention counts; -2 is that of LLaVA's features, -1 that of Qwen-VL's and Qwen2-Audio's"
+# what an option `layer` says of itself
+LAYER_MEANING = "layer of the encoder whose attention counts; none given: the one whose output the projector gets, the last but one of LLaVA's, else the last"
 
 
 class NumbersError(NumericError, ValueError):
@@ -34,6 +33,11 @@ def check_finite(pool: Pool, *statistics: Tensor) -> None:
     found = [(values.isfinite() if values.ndim == 2 else values.isfinite().all(-1)) | ~pool.valid for values in (pool.features, *statistics)]
     if not bool(torch.stack(found).all()):
         raise NumbersError(850, "tokens", "features or statistics of attention hold NaN or Inf", "look at the model's inputs and dtype")
+
+
+def of_layer(layer: int | None, statistic: Statistic) -> Need:
+    """What an option `layer` asks for."""
+    return Need("encoder", "features" if layer is None else layer, statistic)
 
 
 def numbers(values: Sequence[int], pool: Pool) -> Tensor:

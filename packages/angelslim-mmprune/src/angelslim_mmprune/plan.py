@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 Source = Literal["encoder", "llm"]
+# layers of an encoder that are an architecture's own: whose output the projector gets, and a middle one
+OwnLayer = Literal["features", "objects"]
 # of attention, as `statistics` computes them: "importance" is the row of the class token where the encoder has one, else what every token receives
 Statistic = Literal["importance", "received", "keys", "last_row", "pooled_diagonal", "pooled_max", "hidden", "raw_keys"]
 
@@ -23,11 +25,11 @@ class Need(NamedTuple):
 
     Args:
         source: which stack of layers.
-        layer: its number; negative ones count from the end.
+        layer: its number; negative ones count from the end; or the encoder's own, which `models` has by architecture.
     """
 
     source: Source
-    layer: int
+    layer: int | OwnLayer
     statistic: Statistic
 
 

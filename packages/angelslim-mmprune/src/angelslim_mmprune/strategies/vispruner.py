@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..budget import Scope
-from ..picking import LAYER, LAYER_MEANING, Cosines, check_finite, kept, numbers, ranks, unit
+from ..picking import LAYER_MEANING, Cosines, check_finite, kept, numbers, of_layer, ranks, unit
 from ..plan import Need, Plan, Pool, Statistic
 from .base import Strategy
 
@@ -25,7 +25,7 @@ class VisPruner(Strategy):
     name = "vispruner"
 
     budget_scope: Scope = Field("image", description="what the budget is of: prompt; image: its share of the prompt's; frame: of a video's")
-    layer: int = Field(LAYER, description=LAYER_MEANING)
+    layer: int | None = Field(None, description=LAYER_MEANING)
     important: float = Field(0.5, ge=0, le=1, description="share of the kept tokens that attention chooses")
     step: int = Field(8, ge=1, le=2**20, description="most tokens that go at once")
 
@@ -36,7 +36,7 @@ class VisPruner(Strategy):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.layer, self.statistic),)
+        return (of_layer(self.layer, self.statistic),)
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         attention = pool.statistics[self.needs[0]].float()
