@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .installed import attachment
     from .coupling import Coupling, attach, attached
     from .handoff import plan_from_features, planned_count
+    from .installed import attachment
     from .marginal_relevance import mmr
     from .merging import samp
     from .strategies import make_strategy

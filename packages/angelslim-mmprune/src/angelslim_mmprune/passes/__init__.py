@@ -71,8 +71,8 @@ class MediaPruning(RuntimePass):
 
     @classmethod
     def _install(cls, folder: Path | None, model: Module, policy: Mapping[str, Any]) -> None:
-        from ..installed import attachment
         from ..coupling import attach
+        from ..installed import attachment
         from ..models import towers
 
         where = f"runtime.json: {cls.id}"
