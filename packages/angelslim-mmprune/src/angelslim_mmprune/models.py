@@ -177,13 +177,12 @@ class Towers(NamedTuple):
         Raises:
             UsageError: there is none.
         """
-        layer = need.layer
-        if layer == "features":
+        if need.layer == "features":
             states = at(self.config, self.media.features) if self.media.features else -1
-            last = states if isinstance(states, int) else states[-1]  # of several that are joined
+            last: int = states if isinstance(states, int) else states[-1]  # of several that are joined
             layer = last if last < 0 else max(0, last - 1)
-        elif layer == "objects":
-            layer = self.media.objects
+        else:
+            layer = self.media.objects if need.layer == "objects" else need.layer
         return layer_number(layer, len(self.layers if need.source == "llm" else self.encoder_attention), where)
 
 

@@ -41,6 +41,16 @@ class Grid(NamedTuple):
     columns: int
 
 
+def of_host(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64, on the device without a wait for it, as `torch.tensor` waits that is told the device."""
+    return torch.tensor(tuple(values), dtype=torch.int64).to(device, non_blocking=True)
+
+
+def before(counts: Tensor, most: int) -> Tensor:
+    """[B, most], bool: which numbers are below counts [B]."""
+    return torch.arange(most, device=counts.device) < counts[:, None]
+
+
 @dataclass(frozen=True)
 class Pool:
     """Tokens among which a strategy chooses: all of a prompt, of an image, a frame or a clip; P pools side by side.
@@ -70,8 +80,7 @@ class Pool:
     @cached_property
     def valid(self) -> Tensor:
         """[P, N], bool: which are tokens at all."""
-        counts = torch.tensor(self.counts, device=self.features.device)
-        return torch.arange(self.features.shape[1], device=self.features.device) < counts[:, None]
+        return before(of_host(self.counts, self.features.device), self.features.shape[1])
 
     def one(self, number: int) -> Pool:
         """A pool of its own, without padding."""

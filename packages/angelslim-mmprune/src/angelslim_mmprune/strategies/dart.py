@@ -52,7 +52,7 @@ class Dart(Strategy):
         keys, hidden = (pool.statistics[need] for need in self.needs)
         rows = unit(hidden, pool.valid)
         size = keys.float().abs().sum(2)
-        finite = all_finite(pool.valid, size, hidden.float().sum(2))
+        finite = all_finite(pool.valid, size, hidden)
         order = ranks(size, pool.valid)
         media = [min(self.media_pivots, count) for count in keep]
         taken = (order < numbers(media, pool)[:, None]) & pool.valid
@@ -87,7 +87,7 @@ class Dart(Strategy):
         size = keys.float().abs().sum(2)
         counts = [min(self.text_pivots, count - before) for count, before in zip(pool.text_counts, pool.text_before, strict=True)]
         found = _largest(unit(hidden, behind), ranks(size, behind), self.text_pivots)
-        return found, counts, all_finite(behind, size, hidden.float().sum(2))
+        return found, counts, all_finite(behind, size, hidden)
 
 
 def _largest(rows: Tensor, order: Tensor, count: int) -> Tensor:

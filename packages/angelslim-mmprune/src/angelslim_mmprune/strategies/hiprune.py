@@ -87,4 +87,4 @@ def _layout(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     columns = torch.ones(len(segments), max(1, *map(len, pool.grids)), dtype=torch.int64)
     for row, grids in zip(columns, pool.grids, strict=True):
         row[: len(grids)] = torch.tensor([grid.columns for grid in grids])
-    return columns.to(device).gather(1, segments), high - size + 1, high
+    return columns.to(device, non_blocking=True).gather(1, segments), high - size + 1, high

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..budget import Scope
 from ..picking import LAYER_MEANING, Cosines, check_finite, kept, numbers, of_layer, ranks, unit
-from ..plan import Need, Plan, Pool, Statistic
+from ..plan import Need, Plan, Pool, Statistic, of_host
 from .base import Strategy
 
 
@@ -66,9 +66,9 @@ def _distinct(cosines: Cosines, rest: Tensor, counts: Sequence[int], wanted: Seq
         gone = [min(step, n // 2, n - k) for n, k in zip(left, wanted, strict=True)]
         rounds.append((max(left), gone))
         left = [n - r for n, r in zip(left, gone, strict=True)]
-    empty = torch.tensor([not k for k in wanted], device=rest.device)
+    empty = of_host([not k for k in wanted], rest.device).bool()
     rest = rest.masked_fill(empty[:, None], none)
-    drops = torch.tensor([gone for _, gone in rounds], device=rest.device)  # one copy to the device for all rounds
+    drops = of_host([n for _, gone in rounds for n in gone], rest.device).view(-1, len(left))  # one copy to the device for all rounds
     for (most, _), drop in zip(rounds, drops, strict=True):
         rest = rest[:, :most]
         these, those = rest[:, ::2], rest[:, 1::2]
