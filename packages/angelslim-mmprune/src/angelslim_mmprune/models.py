@@ -228,5 +228,5 @@ def layer_number(layer: int, count: int, where: str) -> int:
         UsageError: there is none.
     """
     if not -count <= layer < count:
-        raise UsageError(809, where, f"layer {layer} of {count}", f"name one from 0 to {count - 1}, or from {-count} to -1")
+        raise UsageError(809, where, f"layer {layer!s:.20} of {count}", f"name one from 0 to {count - 1}, or from {-count} to -1")
     return layer % count

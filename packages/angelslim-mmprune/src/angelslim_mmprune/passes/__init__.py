@@ -72,7 +72,6 @@ class MediaPruning(RuntimePass):
     @classmethod
     def _install(cls, folder: Path | None, model: Module, policy: Mapping[str, Any]) -> None:
         from ..coupling import attach
-        from ..installed import attachment
         from ..models import towers
 
         where = f"runtime.json: {cls.id}"
@@ -82,8 +81,6 @@ class MediaPruning(RuntimePass):
         for option in scorers_of(cls.Config):
             if options.get(option) is not None:
                 options[option] = _inside(folder, options[option], f"{where}.{option}")
-        if attachment(model) is not None:
-            raise ModelError(883, where, "the model drops media tokens already, by another policy")
         try:
             strategy = cls.Config.model_validate(options)
             for option in scorers_of(cls.Config):
