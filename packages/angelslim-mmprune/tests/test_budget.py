@@ -19,7 +19,7 @@ def test_counts_are_those_of_the_decimal_number(tokens, ratio, compat, kept):
     assert keep_count(tokens, ratio, compat) == kept
 
 
-@pytest.mark.parametrize("values", [{"keep_ratio": 0}, {"keep_ratio": 1.01}, {"keep_ratio": float("nan")}, {"keep_ratio": True}, {"keep_ratio": "x"}, {"keep_tokens": 0}, {"keep_ratio": 0.5, "keep_tokens": 3}])  # fmt: skip
+@pytest.mark.parametrize("values", [{"keep_ratio": 0}, {"keep_ratio": 1.01}, {"keep_ratio": float("nan")}, {"keep_ratio": True}, {"keep_ratio": "x"}, {"keep_tokens": 0}, {"keep_tokens": True}, {"keep_ratio": 0.5, "keep_tokens": 3}])  # fmt: skip
 def test_budgets_that_are_none(values):
     with pytest.raises(ValidationError):
         Budget(**values)

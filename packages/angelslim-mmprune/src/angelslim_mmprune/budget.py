@@ -24,7 +24,7 @@ class Budget(PassConfig):
     budget_scope: Scope = Field("prompt", description="what the budget is of: prompt; image (or clip): its share of the prompt's; frame: of a video's")
     compat: Literal["keep", "drop"] = Field("keep", description="drop: round as published code does, which counts what goes")
 
-    @field_validator("keep_ratio", mode="before")
+    @field_validator("keep_ratio", "keep_tokens", mode="before")
     @classmethod
     def _no_bool(cls, value: object) -> object:
         if isinstance(value, bool):
