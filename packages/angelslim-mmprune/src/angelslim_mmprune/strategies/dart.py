@@ -27,6 +27,9 @@ class Dart(Strategy):
     Source: arXiv:2502.11494, section 4.2, and its published code, whose quota is rounded down, so that fewer than K stay, and whose order of
     pivots is that of a set. Its cosines are of the output of the layer after the model's last norm; these are of the input of the layer's
     attention. Its pruned layer 2 is `layer` 1.
+
+    Keys are turned by their positions, and so are their L1 norms changed: where a batch is padded on the left, `position_ids` must come with
+    it, as they do in `generate`, or a row's pivots depend on its padding.
     """
 
     name = "dart"
