@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from angelslim_core.errors import PlanError, UsageError
+from angelslim_mmprune import plan_from_features, statistics
 from angelslim_mmprune.capture import window_order
 from angelslim_mmprune.coupling import attach
 from angelslim_mmprune.models import towers
@@ -62,6 +63,31 @@ def test_the_layer_whose_output_the_projector_gets(name, features):
         model(**prompt(name, ROWS[name][:1]))
     own, given, other = (Spy.shown[0].statistics[need] for need in needs)
     assert torch.equal(own, given) and not torch.equal(own, other)
+
+
+class Exact(Spy):
+    """Tells of the precision at hand."""
+
+    precise: ClassVar[list[bool]] = []
+
+    def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
+        self.precise.append(not torch.is_autocast_enabled("cpu"))
+        return super().plan(pool, keep)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_audio"])
+def test_statistics_and_plans_are_fp32_under_autocast(name, monkeypatch):
+    seen = []
+    for function in ("of_pieces", "of_llm"):
+        real = getattr(statistics, function)
+        monkeypatch.setattr(statistics, function, lambda *args, real=real: seen.append(not torch.is_autocast_enabled("cpu")) or real(*args))
+    Exact.precise.clear()
+    model, needs = tiny_model(name), (Need("encoder", 0, "received"), Need("llm", 0, "last_row"))
+    with attach(model, Exact(keep_ratio=0.5, asks=needs, layers=(1,))), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**prompt(name, ROWS[name]))
+    with torch.autocast("cpu", torch.bfloat16):
+        plan_from_features(torch.randn(8, 4), (1, 2, 4), Exact(keep_ratio=0.5, asks=()))
+    assert len(seen) == 2 and all(seen) and len(Exact.precise) == 2 and all(Exact.precise)
 
 
 @pytest.mark.parametrize(("states", "layer"), [(-2, 1), (-1, 2), (3, 2), (1, 0), (0, 0), ([1, -2], 1)])

@@ -317,7 +317,7 @@ class Coupling:
             pools.cut(x[pools.row_of, slots], numbers, width), tuple(pools.counts[i] for i in numbers), pools.cut(pools.segments, numbers, width),
             tuple(pools.grids[i] for i in numbers), {need: pools.cut(values, numbers, width) for need, values in statistics.items()}, **text,
         )  # fmt: skip
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             part = strategy.plan(pool, [keep[i] for i in numbers])
         return whole_plan(part, numbers, pools, keep)
 

@@ -82,7 +82,8 @@ def plan_from_features(
     if chosen := [i for i, k in enumerate(shares) if 0 < k < tokens // pools]:
         given = {need: cut(values, chosen) for need, values in (statistics or {}).items()}
         pool = Pool(cut(features, chosen), (tokens // pools,) * len(chosen), None, tuple(grids[i] for i in chosen), given)
-        plan = strategy.plan(pool, [shares[i] for i in chosen])
+        with torch.autocast(features.device.type, enabled=False):
+            plan = strategy.plan(pool, [shares[i] for i in chosen])
         for i, row in zip(chosen, plan.keep, strict=True):
             kept[i] = row[: shares[i]]
         if plan.groups is not None:
