@@ -435,3 +435,14 @@ def test_a_model_that_drops_tokens_already():
     with attach(model, Random(keep_ratio=0.4)), pytest.raises(UsageError, match="already"):
         attach(model, Random(keep_ratio=0.5))
     attach(model, Random(keep_ratio=0.5)).remove()
+
+
+def test_an_encoder_without_a_class_token():
+    """LLaVA takes SigLIP too, of which `default` leaves out a patch: no grid."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    siglip = {**CONFIGS["llava"]["vision_config"], "model_type": "siglip_vision_model"}
+    del siglip["projection_dim"]
+    model = LlavaForConditionalGeneration(LlavaConfig(**{**CONFIGS["llava"], "vision_config": siglip}))
+    with pytest.raises(ModelError, match="siglip_vision_model"):
+        attach(model, Random(keep_ratio=0.5))
