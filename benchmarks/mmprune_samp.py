@@ -23,9 +23,9 @@ import torch
 from measure import median, table, versions, write
 from torch import Tensor
 
-from angelslim_mmprune.dpp import DPP, of_host, unit
+from angelslim_mmprune.dpp import DPP, unit
 from angelslim_mmprune.merging import SAMP_GROUPS, SAMP_MERGE, THRESHOLD, samp_plan
-from angelslim_mmprune.plan import Plan
+from angelslim_mmprune.plan import Plan, of_host
 
 
 def clips(batch: int, tokens: int, width: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

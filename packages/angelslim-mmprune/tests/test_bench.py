@@ -88,6 +88,7 @@ def test_strategies_are_named_with_options():
     [
         (["--strategies", "random,random"], 894), (["--strategies", "random:seed"], 896), (["--strategies", "random:seed=["], 895), (["--lengths", "0"], 897),
         (["--lengths", "many"], 897), (["--strategies", "nothing"], 801), (["--strategies", "random:seed=-1"], 802), (["--strategies", "random:keep_tokens=999"], 800),
+        (["--strategies", "random:seed=1:seed=2"], 856),
     ],
     ids=str,
 )  # fmt: skip

@@ -12,14 +12,14 @@ from angelslim_mmprune.strategies import make_strategy
 
 @pytest.mark.parametrize(
     ("tokens", "ratio", "compat", "kept"),
-    [(35, 0.1, "keep", 4), (35, 0.1, "drop", 3), (3, 0.99, "keep", 3), (3, 0.01, "keep", 1), (3, 0.01, "drop", 0), (10, 0.25, "keep", 2), (14, 0.25, "keep", 4), (0, 0.5, "keep", 0), (7, 1.0, "drop", 7), (1000, 0.3, "keep", 300)],
+    [(35, 0.1, "keep", 4), (35, 0.1, "drop", 3), (3, 0.99, "keep", 3), (3, 0.01, "keep", 1), (3, 0.01, "drop", 1), (0, 0.5, "drop", 0), (10, 0.25, "keep", 2), (14, 0.25, "keep", 4), (0, 0.5, "keep", 0), (7, 1.0, "drop", 7), (1000, 0.3, "keep", 300)],
 )  # fmt: skip
 def test_counts_are_those_of_the_decimal_number(tokens, ratio, compat, kept):
     """35 x .1 is 3.5 and rounds to 4; in floats of what is dropped it is 3.4999 and rounds to 3."""
     assert keep_count(tokens, ratio, compat) == kept
 
 
-@pytest.mark.parametrize("values", [{"keep_ratio": 0}, {"keep_ratio": 1.01}, {"keep_ratio": float("nan")}, {"keep_ratio": True}, {"keep_ratio": "x"}, {"keep_tokens": 0}, {"keep_ratio": 0.5, "keep_tokens": 3}])  # fmt: skip
+@pytest.mark.parametrize("values", [{"keep_ratio": 0}, {"keep_ratio": 1.01}, {"keep_ratio": float("nan")}, {"keep_ratio": True}, {"keep_ratio": "x"}, {"keep_tokens": 0}, {"keep_tokens": True}, {"keep_ratio": 0.5, "keep_tokens": 3}])  # fmt: skip
 def test_budgets_that_are_none(values):
     with pytest.raises(ValidationError):
         Budget(**values)

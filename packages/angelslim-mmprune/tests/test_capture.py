@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from angelslim_core.errors import PlanError, UsageError
+from angelslim_mmprune import plan_from_features, statistics
 from angelslim_mmprune.capture import window_order
 from angelslim_mmprune.coupling import attach
+from angelslim_mmprune.models import towers
 from angelslim_mmprune.plan import Grid, Need, Plan, Pool
 from angelslim_mmprune.strategies.base import Modality, Stage, Strategy
 from angelslim_mmprune.strategies.fastv import FastV
@@ -47,6 +49,62 @@ class Spy(Strategy):
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         self.shown.append(pool)
         return Plan.of([torch.arange(k) for k in keep])
+
+
+@pytest.mark.parametrize(("name", "features"), [("llava", 1), ("qwen2_5_vl", 3), ("qwen3_vl", 3), ("qwen2_audio", 2)])
+def test_the_layer_whose_output_the_projector_gets(name, features):
+    """By default that is looked at: the last but one of LLaVA's 3 layers, the last of others."""
+    parts = towers(tiny_model(name))
+    assert parts.layer_of(Need("encoder", "features", "received"), "") == features
+    needs = [Need("encoder", layer, "received") for layer in ("features", features, 0)]
+    model = tiny_model(name)
+    with attach(model, Spy(keep_ratio=0.5, asks=tuple(needs))), torch.no_grad():
+        Spy.shown.clear()
+        model(**prompt(name, ROWS[name][:1]))
+    own, given, other = (Spy.shown[0].statistics[need] for need in needs)
+    assert torch.equal(own, given) and not torch.equal(own, other)
+
+
+class Exact(Spy):
+    """Tells of the precision at hand."""
+
+    precise: ClassVar[list[bool]] = []
+
+    def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
+        self.precise.append(not torch.is_autocast_enabled("cpu"))
+        return super().plan(pool, keep)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_audio"])
+def test_statistics_and_plans_are_fp32_under_autocast(name, monkeypatch):
+    seen = []
+    for function in ("of_pieces", "of_llm"):
+        real = getattr(statistics, function)
+        monkeypatch.setattr(statistics, function, lambda *args, real=real: seen.append(not torch.is_autocast_enabled("cpu")) or real(*args))
+    Exact.precise.clear()
+    model, needs = tiny_model(name), (Need("encoder", 0, "received"), Need("llm", 0, "last_row"))
+    with attach(model, Exact(keep_ratio=0.5, asks=needs, layers=(1,))), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**prompt(name, ROWS[name]))
+    with torch.autocast("cpu", torch.bfloat16):
+        plan_from_features(torch.randn(8, 4), (1, 2, 4), Exact(keep_ratio=0.5, asks=()))
+    assert len(seen) == 2 and all(seen) and len(Exact.precise) == 2 and all(Exact.precise)
+
+
+@pytest.mark.parametrize(("states", "layer"), [(-2, 1), (-1, 2), (3, 2), (1, 0), (0, 0), ([1, -2], 1)])
+def test_the_layer_that_llava_takes_features_of(states, layer):
+    model = tiny_model("llava")
+    model.config.vision_feature_layer = states
+    assert towers(model).layer_of(Need("encoder", "features", "received"), "") == layer
+
+
+@pytest.mark.parametrize(("name", "layer"), [("llava", 8), ("qwen2_5_vl", 15), ("qwen3_vl", 13)])
+def test_the_layer_of_objects(name, layer):
+    parts = towers(tiny_model(name))
+    deep = parts._replace(encoder_attention=parts.encoder_attention * 10)
+    assert deep.layer_of(Need("encoder", "objects", "received"), "") == layer
+    with pytest.raises(UsageError, match=r"hiprune\.encoder: layer") as error:
+        parts.layer_of(Need("encoder", "objects", "received"), "hiprune.encoder")
+    assert error.value.hint.startswith("name one from 0 to")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Pruned models against unpruned ones whose dropped keys are masked; nothing is pruned where nothing may be; what was hooked is let go."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import partial
 from inspect import signature
 from types import SimpleNamespace
@@ -406,3 +407,42 @@ def test_beams_of_a_prompt_are_pruned_alike(name):
         model.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False)
         assert [pool.kept.tolist() for pool in coupling.last[0].pools] == [*alone[:2], *alone[:2], alone[2], alone[2]]
         assert [pool.row for pool in coupling.last[0].pools] == [0, 0, 1, 1, 2, 3]
+
+
+@MODELS
+def test_a_copy_of_a_pruned_cache(name):
+    """It goes on at the same positions as the cache that it is a copy of: one prefix may serve many questions."""
+    model, inputs = tiny_model(name), prompt(name, ONE[name])
+    more = torch.randint(3, 48, (1, 5), generator=torch.Generator().manual_seed(1))
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1)
+    with attach(model, Random(keep_ratio=0.4)), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        copy = deepcopy(cache)
+        said = model(input_ids=more, past_key_values=cache, attention_mask=mask).logits
+        assert torch.equal(model(input_ids=more, past_key_values=copy, attention_mask=mask).logits, said)
+
+
+def test_a_cache_of_another_strategy():
+    model, inputs = tiny_model("llava"), prompt("llava", ONE["llava"])
+    with attach(model, Random(keep_ratio=0.4)), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    with attach(model, Staged(keep_ratio=0.4, layers=(1,))), pytest.raises(UsageError, match="behind other layers"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def test_a_model_that_drops_tokens_already():
+    model = tiny_model("llava")
+    with attach(model, Random(keep_ratio=0.4)), pytest.raises(UsageError, match="already"):
+        attach(model, Random(keep_ratio=0.5))
+    attach(model, Random(keep_ratio=0.5)).remove()
+
+
+def test_an_encoder_without_a_class_token():
+    """LLaVA takes SigLIP too, of which `default` leaves out a patch: no grid."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    siglip = {**CONFIGS["llava"]["vision_config"], "model_type": "siglip_vision_model"}
+    del siglip["projection_dim"]
+    model = LlavaForConditionalGeneration(LlavaConfig(**{**CONFIGS["llava"], "vision_config": siglip}))
+    with pytest.raises(ModelError, match="siglip_vision_model"):
+        attach(model, Random(keep_ratio=0.5))

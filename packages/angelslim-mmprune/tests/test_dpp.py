@@ -5,8 +5,9 @@ import torch
 
 from angelslim_core.errors import UsageError
 from angelslim_mmprune import dpp as module
-from angelslim_mmprune.dpp import DPP, NOTHING, dpp, of_host
+from angelslim_mmprune.dpp import DPP, NOTHING, dpp
 from angelslim_mmprune.finite import NotFiniteError
+from angelslim_mmprune.plan import of_host
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -89,6 +89,9 @@ def test_frames_that_keep_all_beside_one_that_does_not():
         ((torch.randn(8, 4), (1, 2, 4), Top()), {"seed": 3}, "made already"), ((torch.randn(8, 4), (1, 2, 4), Top()), {}, "needs importance"),
         ((torch.randn(8, 4), (1, 2, 4), Late()), {}, "inside the language model"),
         ((torch.randn(8, 4), (1, 2, 4), Top()), {"statistics": {SCORE: torch.zeros(7)}}, "not of 8 tokens"),
+        ((torch.randn(8, 4), (1, 2, 4), Top()), {"statistics": {SCORE: torch.zeros(8, 2)}}, "not of 8 tokens"),
+        ((torch.randn(8, 4), (1, 2, 4), Top()), {"statistics": {SCORE: torch.tensor(1.0)}}, "not of 8 tokens"),
+        ((torch.randn(8, 4), (1, 2, 4), Top()), {"statistics": {SCORE: torch.zeros(8, device="meta")}}, "on cpu"),
         ((torch.randn(8, 4), (1, 2, 4)), {"statistics": {SCORE: torch.zeros(8)}}, "not asked for"),
     ],
 )  # fmt: skip

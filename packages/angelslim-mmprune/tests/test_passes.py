@@ -87,7 +87,7 @@ def test_a_quantized_model_drops_tokens(tiny, tmp_path, architecture):
             assert torch.equal(loaded(**inputs).logits, pruned)
 
 
-OPTIONS = {"hiprune": {"object_layer": 0}, "fastv": {"layer": 0}, "dart": {"layer": 0}, "pyramiddrop": {"layers": [0]}}
+OPTIONS = {"hiprune": {"object_layer": 0}, "fastv": {"layer": 0}, "dart": {"layer": 0}}
 
 
 @pytest.mark.parametrize("pass_", PASSES, ids=lambda p: p.name)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from angelslim_core.errors import UsageError
-from angelslim_mmprune.dpp import of_host
 from angelslim_mmprune.finite import NotFiniteError
 from angelslim_mmprune.merging import SAMP_GROUPS, samp, samp_plan
+from angelslim_mmprune.plan import of_host
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

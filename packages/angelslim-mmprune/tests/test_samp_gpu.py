@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from angelslim_mmprune.dpp import DPP, of_host
+from angelslim_mmprune.dpp import DPP
 from angelslim_mmprune.merging import SAMP_GROUPS, samp_plan
+from angelslim_mmprune.plan import of_host
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

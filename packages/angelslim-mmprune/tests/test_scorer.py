@@ -1,6 +1,9 @@
 """The learned scorer: its formula, its files, the soft choice and the training through a model."""
 
+import gc
 import json
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -214,3 +217,24 @@ def test_training_refuses_what_makes_no_sense():
     model.config = model.config.text_config
     with pytest.raises(ModelError):
         train_scorer(model, [batch], options)
+
+
+def test_batches_are_not_held():
+    """Of a loader of many batches no more than one or two are in memory; it is read again, which an iterator cannot be."""
+
+    class Loader:
+        made: ClassVar[list] = []
+
+        def __iter__(self):
+            for _ in range(3):
+                batch = llava_batch()
+                self.made.append(weakref.ref(batch["pixel_values"]))
+                yield batch
+                del batch
+                gc.collect()
+                assert sum(of() is not None for of in self.made) <= 2
+
+    train_scorer(tiny_llava(), Loader(), ScorerOptions(steps=7))
+    assert len(Loader.made) == 7
+    with pytest.raises(UsageError, match="none left"):
+        train_scorer(tiny_llava(), iter([llava_batch()]), ScorerOptions(steps=2))

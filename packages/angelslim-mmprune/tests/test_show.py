@@ -151,3 +151,44 @@ def test_show_refuses(tiny, tmp_path, picture, sound, arguments, error, says):
     done = show(tiny("llava"), tmp_path / "o", *([] if "--strategy" in given else ["--strategy", "random"]), *given)
     assert isinstance(done.exception, AngelslimError) and isinstance(done.exception, error) and re.search(says, str(done.exception))
     assert not (tmp_path / "o").exists()
+
+
+def test_an_image_that_the_model_does_not_take(prepared, tmp_path):
+    """Qwen's own code refuses a strip."""
+    Image.new("RGB", (3000, 3)).save(tmp_path / "strip.png")
+    done = show(prepared("qwen2_5_vl"), tmp_path / "o", "--image", tmp_path / "strip.png", "--strategy", "random")
+    assert isinstance(done.exception, UsageError) and "is not taken by" in str(done.exception)
+    assert not (tmp_path / "o").exists()
+
+
+def test_models_that_prepare_sounds_at_no_rate(prepared, sound, tmp_path):
+    model = prepared("qwen2_audio")
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    for changed in ({"sampling_rate": 10**12}, {"sampling_rate": 0}, {"sampling_rate": "a"}):
+        (model / "preprocessor_config.json").write_text(json.dumps({**settings, **changed}))
+        assert isinstance(show(model, tmp_path / "o", "--audio", sound, "--strategy", "samp").exception, ModelError)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_long_sound_is_cut_before_it_is_resampled(prepared, tmp_path, monkeypatch):
+    with wave.open(str(tmp_path / "long.wav"), "wb") as file:
+        file.setparams((1, 2, 1600, 0, "NONE", ""))
+        file.writeframes(b"\0\1" * 160_000)
+    lengths = []
+
+    def spied(samples, *rates):
+        lengths.append(len(samples))
+        return resampled(samples, *rates)
+
+    monkeypatch.setattr("angelslim_mmprune.show.resampled", spied)
+    done = show(prepared("qwen2_audio"), tmp_path / "o", "--audio", tmp_path / "long.wav", "--strategy", "samp")
+    assert done.exit_code == 0 and lengths == [1600]
+
+
+def test_what_prepares_other_media(prepared, picture, tmp_path):
+    import transformers
+
+    model = prepared("qwen2_5_vl")
+    transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(model)
+    done = show(model, tmp_path / "o", "--image", picture, "--strategy", "random")
+    assert isinstance(done.exception, ModelError) and "prepares no image_grid_thw" in str(done.exception)

@@ -9,6 +9,7 @@ import torch
 
 from angelslim_core.errors import NumericError
 from angelslim_mmprune import picking
+from angelslim_mmprune.finite import NotFiniteError
 from angelslim_mmprune.plan import Grid, Need, Pool
 from angelslim_mmprune.strategies import CLASSES, make_strategy, prunesid
 
@@ -517,16 +518,42 @@ def test_numbers_that_are_none(name):
         for which in (None, *strategy.needs):
             features, statistics = pool.features.clone(), {need: x.clone() for need, x in pool.statistics.items()}
             (features if which is None else statistics[which])[1, 4] = bad
-            with pytest.raises(picking.NumbersError) as error:
+            with pytest.raises(NotFiniteError) as error:
                 strategy.plan(Pool(features, pool.counts, None, (), statistics), (3, 2))
             assert isinstance(error.value, ValueError) and isinstance(error.value, NumericError)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_numbers_too_large_to_compare(name):
+    """Whose squares are infinite in fp32, so that every cosine would be 0."""
+    strategy = make_strategy(name)
+    pool, *_ = random_pool(strategy, (9, 6), 2)
+    with pytest.raises(NotFiniteError):
+        strategy.plan(Pool(pool.features * 1e25, pool.counts, None, (), pool.statistics), (3, 2))
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"idpruner", "vision_selector", "dart", "prunesid"}))
+def test_numbers_of_the_host_go_to_the_device_without_a_wait(name, monkeypatch):
+    """`torch.tensor` that is told a GPU waits until all work there is done."""
+    strategy = make_strategy(name)
+    pool, *_ = random_pool(strategy, (9, 6), 2)
+    grids = ((Grid(1, 3, 3),), (Grid(1, 2, 3),))
+    made = torch.tensor
+
+    def tensor(*args, device=None, **options):
+        assert device is None, "waits"
+        return made(*args, **options)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    strategy.plan(Pool(pool.features, pool.counts, None, grids, pool.statistics), (5, 3))
 
 
 def test_needs_follow_options():
     assert not make_strategy("divprune").needs and not make_strategy("prunesid", score="loading").needs
     assert make_strategy("scope", layer=-1).needs == (Need("encoder", -1, "importance"),)
     assert make_strategy("hiprune", object_layer=15, layer=-1).needs == (Need("encoder", 15, "received"), Need("encoder", -1, "received"))
-    assert make_strategy("vispruner_audio").needs == (Need("encoder", -1, "pooled_max"),)
+    assert make_strategy("vispruner_audio").needs == (Need("encoder", "features", "pooled_max"),)
+    assert make_strategy("hiprune").needs == (Need("encoder", "objects", "received"), Need("encoder", "features", "received"))
     assert [need.statistic for need in make_strategy("visionzip_audio").needs] == ["importance", "keys"]
     for name in OURS:
         strategy = make_strategy(name)

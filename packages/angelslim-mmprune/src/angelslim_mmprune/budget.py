@@ -22,9 +22,9 @@ class Budget(PassConfig):
         None, ge=1, le=2**20, description="tokens that stay, of each prompt, or of each image, frame or clip where that is the scope"
     )
     budget_scope: Scope = Field("prompt", description="what the budget is of: prompt; image (or clip): its share of the prompt's; frame: of a video's")
-    compat: Literal["keep", "drop"] = Field("keep", description="drop: round as published code does, which counts what goes; it may keep nothing")
+    compat: Literal["keep", "drop"] = Field("keep", description="drop: round as published code does, which counts what goes")
 
-    @field_validator("keep_ratio", mode="before")
+    @field_validator("keep_ratio", "keep_tokens", mode="before")
     @classmethod
     def _no_bool(cls, value: object) -> object:
         if isinstance(value, bool):
@@ -54,12 +54,13 @@ def keep_count(tokens: int, keep_ratio: float, compat: Literal["keep", "drop"] =
     """round(tokens * keep_ratio), halves to even, of the decimal number that was written; at least 1 where there are tokens.
 
     Args:
-        compat: "drop" rounds tokens * (1 - (1 - keep_ratio)) in floats, as code that counts what goes does, and may give 0.
+        compat: "drop" rounds tokens * (1 - (1 - keep_ratio)) in floats, as code that counts what goes does.
     """
     if compat == "drop":
         drop = float(Fraction(1) - Fraction(repr(keep_ratio)))
-        return round(tokens * (1 - drop))
-    exact = Fraction(repr(keep_ratio)) * tokens
+        exact: float | Fraction = tokens * (1 - drop)
+    else:
+        exact = Fraction(repr(keep_ratio)) * tokens
     return min(tokens, max(1, round(exact))) if tokens else 0
 
 

@@ -60,6 +60,8 @@ def _candidate(label: str, keep_ratio: float) -> Candidate:
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
+        if key in options:
+            raise UsageError(856, "--strategies", f"{label!r:.100} gives {key!r:.40} twice")
         try:
             options[key] = parse(value, label)[0] if equals else None
         except RecipeError as error:

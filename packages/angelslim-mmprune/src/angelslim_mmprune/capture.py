@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from angelslim_core.errors import UsageError
 from angelslim_core.kv_cache import Attend, tapped
 
-from .models import Size, Towers, layer_number
+from .models import Size, Towers
 from .plan import Grid, Need
 
 _EAGER = "mmprune_eager"
@@ -87,7 +87,7 @@ class EncoderCapture:
         self._needs = list(dict.fromkeys(needs))
         by_layer: dict[int, list[Need]] = {}
         for need in self._needs:
-            by_layer.setdefault(layer_number(need.layer, len(towers.encoder_attention), need.statistic), []).append(need)
+            by_layer.setdefault(towers.layer_of(need, need.statistic), []).append(need)
         for layer, of_layer in by_layer.items():
             _LayerCapture(self, stack, towers.encoder_attention[layer], of_layer)
 
@@ -112,7 +112,8 @@ class EncoderCapture:
                 values = states.float().unflatten(0, (-1, towers.unit)).mean(1)
             else:
                 scale = 1.0 if media.scales_queries else pieces[0][0].shape[-1] ** -0.5
-                values = of_pieces(need.statistic, pieces, towers.unit, media.has_class_token, scale, lengths)
+                with torch.autocast(hidden.device.type, enabled=False):
+                    values = of_pieces(need.statistic, pieces, towers.unit, media.has_class_token, scale, lengths)
                 values = values.flatten(0, 1) if lengths is None else torch.cat([of[:n] for of, n in zip(values, tokens, strict=True)])
             if towers.window_side:
                 values = values[window_order((grid for grid, _ in sizes), towers.window_side).argsort().to(values.device)]
@@ -171,7 +172,7 @@ class LanguageCapture:
         self.found: dict[Need, Tensor] = {}
         by_layer: dict[int, list[Need]] = {}
         for need in needs:
-            by_layer.setdefault(layer_number(need.layer, len(towers.layers), need.statistic), []).append(need)
+            by_layer.setdefault(towers.layer_of(need, need.statistic), []).append(need)
         for layer, of_layer in by_layer.items():
             self._add(stack, towers.attention[layer], of_layer)
 
@@ -184,7 +185,8 @@ class LanguageCapture:
         def look(query: Tensor, key: Tensor, value: Tensor, attend: Attend) -> tuple[Tensor, Any]:
             for need in needs:
                 if need.statistic != "hidden":
-                    self.found[need] = self._statistic(need, query, key)
+                    with torch.autocast(query.device.type, enabled=False):
+                        self.found[need] = self._statistic(need, query, key)
             return attend(query, key, value)
 
         _tap(stack, attention, look)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .layout import Pools, applied, items_of, present, text_of, whole_plan
 from .models import at, towers
 from .plan import Plan, Pool
 from .running import Running
-from .sequence import State, Tokens, cache_in, columns_of, cut, gathered, positions_of
+from .sequence import State, Tokens, cache_in, columns_of, cut, gathered, positions_of, state_of
 from .steps import Applied, AppliedPool, Step, steps_of
 
 if TYPE_CHECKING:
@@ -43,11 +43,10 @@ class Coupling:
 
     def __init__(self, model: PreTrainedModel, strategies: Sequence[Strategy]) -> None:
         self._towers = towers(model)
-        self._steps = steps_of(self._towers, [strategy.at_depth(len(self._towers.layers)) for strategy in strategies])
+        self._steps = steps_of(self._towers, strategies)
         # the first layers of groups that see the same tokens
         self._firsts = tuple(sorted({0} | {step.layer + 1 for step in self._steps}))
         self.last: list[Applied] = []
-        self._states: WeakKeyDictionary[Any, State] = WeakKeyDictionary()
         self._pass: Running | None = None
         # what the encoder made and a prompt has not come with yet: generation runs it before the model
         self._calls: list[EncoderCall] = []
@@ -119,7 +118,7 @@ class Coupling:
             now.language = LanguageCapture(now.stack, self._towers, needs, now.rows)
 
     def _state(self, cache: Any) -> State | None:
-        return None if cache is None or cache.get_seq_length() == 0 else self._states.get(cache)
+        return None if cache is None or cache.get_seq_length() == 0 else state_of(cache)
 
     # the encoder
 
@@ -206,7 +205,7 @@ class Coupling:
         now = self._pass
         if output is not None and now is not None and now.state is not None and now.cache is not None:
             assert now.tokens is not None and now.next is not None
-            self._states[now.cache] = State(now.state.seen + now.tokens.width, now.next, tuple(now.masks), tuple(now.padded))
+            State(now.state.seen + now.tokens.width, now.next, tuple(now.masks), tuple(now.padded)).write(now.cache)
         self._end()
 
     def _end(self) -> None:
@@ -318,7 +317,7 @@ class Coupling:
             pools.cut(x[pools.row_of, slots], numbers, width), tuple(pools.counts[i] for i in numbers), pools.cut(pools.segments, numbers, width),
             tuple(pools.grids[i] for i in numbers), {need: pools.cut(values, numbers, width) for need, values in statistics.items()}, **text,
         )  # fmt: skip
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             part = strategy.plan(pool, [keep[i] for i in numbers])
         return whole_plan(part, numbers, pools, keep)
 
@@ -341,8 +340,12 @@ def attach(model: PreTrainedModel, strategies: Strategy | Sequence[Strategy]) ->
     Raises:
         ModelError: an unknown architecture.
         PlanError: the model cannot do what a strategy asks for.
-        UsageError: a layer that there is not.
+        UsageError: a layer that there is not, or a model that drops tokens already.
     """
+    from .installed import attachment
+
+    if attachment(model) is not None:
+        raise UsageError(851, "model", "drops media tokens already", "remove what `attachment` finds first, or give all strategies at once")
     return Coupling(model, strategies if isinstance(strategies, Sequence) else [strategies])
 
 

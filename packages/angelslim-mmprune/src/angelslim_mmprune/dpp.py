@@ -19,7 +19,8 @@ from torch import Tensor
 from angelslim_core.errors import UsageError
 from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
-from .finite import all_finite, require
+from .finite import all_finite, norms, require
+from .plan import before, of_host
 
 # of a token's unit vector: where picks leave no more, FP32 holds nothing but rounding of it, and relevance alone decides
 NOTHING = 1e-6
@@ -52,37 +53,16 @@ def dpp(features: Tensor, relevance: Tensor, keep: Sequence[int], counts: Sequen
         shapes = f"keep {[*keep]} of {[*counts]} tokens of features {[*features.shape]} and relevance {[*relevance.shape]}"
         raise UsageError(841, "dpp", shapes, "features [B, N, D], relevance [B, N], and 0 to as many tokens of each clip as it has")
     on_device = of_host(counts, features.device)
-    finite = all_finite(before(on_device, features.shape[1]), norms(features), relevance)
+    finite = all_finite(before(on_device, features.shape[1]), features, relevance)
     picks = DPP(features, relevance, of_host(keep, features.device), on_device, max(keep, default=0), executor=executor)
     require(finite, 842, "dpp")
     return ascending(picks, features.shape[1])
-
-
-def of_host(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64, on the device without a wait for it."""
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def before(counts: Tensor, most: int) -> Tensor:
-    """[B, most], bool: which numbers are below counts [B]."""
-    return torch.arange(most, device=counts.device) < counts[:, None]
 
 
 def ascending(picks: Tensor, tokens: int) -> Tensor:
     """Numbers below `tokens` sorted along the last dimension, with -1 behind them."""
     found = picks.masked_fill(picks < 0, tokens).sort(-1).values
     return found.masked_fill(found == tokens, -1)
-
-
-def chosen(mask: Tensor, most: int) -> Tensor:
-    """Numbers of the columns that are set in mask [B, N], int64 [B, most], ascending, -1 behind; no row has more."""
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    return ascending(torch.where(mask, columns, -1), mask.shape[1])[:, :most]
-
-
-def norms(features: Tensor) -> Tensor:
-    """[..., N] of features [..., N, D], in FP32, or FP64 as they are."""
-    return torch.linalg.vector_norm(features, dim=-1, dtype=torch.promote_types(features.dtype, torch.float32))
 
 
 def inverse(lengths: Tensor) -> Tensor:

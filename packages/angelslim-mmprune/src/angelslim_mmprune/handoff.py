@@ -68,7 +68,7 @@ def plan_from_features(
     tokens = where.frames * where.rows * where.columns
     if features.dim() != 2 or not features.is_floating_point() or len(features) != tokens:
         raise UsageError(889, "features", f"{features.dtype} {list(features.shape)} do not fit a grid of {tokens} tokens", "give [N, D], a row a token")
-    _check(strategy, statistics or {}, tokens)
+    _check(strategy, statistics or {}, features)
     shares = _shares(where, strategy)
     pools = len(shares)
     grids = ((where._replace(frames=where.frames // pools),),) * pools
@@ -82,7 +82,8 @@ def plan_from_features(
     if chosen := [i for i, k in enumerate(shares) if 0 < k < tokens // pools]:
         given = {need: cut(values, chosen) for need, values in (statistics or {}).items()}
         pool = Pool(cut(features, chosen), (tokens // pools,) * len(chosen), None, tuple(grids[i] for i in chosen), given)
-        plan = strategy.plan(pool, [shares[i] for i in chosen])
+        with torch.autocast(features.device.type, enabled=False):
+            plan = strategy.plan(pool, [shares[i] for i in chosen])
         for i, row in zip(chosen, plan.keep, strict=True):
             kept[i] = row[: shares[i]]
         if plan.groups is not None:
@@ -115,12 +116,14 @@ def _shares(grid: Grid, budget: Budget) -> list[int]:
     return split(budget.count(pools * size), [size] * pools)
 
 
-def _check(strategy: Strategy, statistics: Mapping[Need, Tensor], tokens: int) -> None:
+def _check(strategy: Strategy, statistics: Mapping[Need, Tensor], features: Tensor) -> None:
     if strategy.reads_text or any(stage.layer is not None for stage in strategy.stages):
         raise UsageError(891, strategy.name, "reads the prompt, or prunes inside the language model", "choose one that goes by features")
     if lacking := [need for need in strategy.needs if need not in statistics]:
-        what = f"{lacking[0].statistic} of the {lacking[0].source}'s layer {lacking[0].layer}"
+        what = f"{lacking[0].statistic} of the {lacking[0].source}'s layer {lacking[0].layer!r}"
         raise UsageError(892, strategy.name, f"needs {what}", "give it in `statistics`, or choose a strategy that goes by features alone")
     for need, values in statistics.items():
-        if need not in strategy.needs or len(values) != tokens:
-            raise UsageError(893, f"statistics: {need.statistic}", f"{list(values.shape)}: not asked for, or not of {tokens} tokens")
+        wide = need.statistic in ("keys", "hidden", "raw_keys")
+        if need not in strategy.needs or values.dim() != 1 + wide or len(values) != len(features) or values.device != features.device:
+            what = f"{list(values.shape)} on {values.device}: not asked for, or not of {len(features)} tokens on {features.device}"
+            raise UsageError(893, f"statistics: {need.statistic}", what, "give [N], of keys [N, d], where the features are")

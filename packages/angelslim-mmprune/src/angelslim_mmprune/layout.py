@@ -71,7 +71,7 @@ def items_of(towers: Towers, inputs: Mapping[str, Any], calls: Mapping[str, Enco
             sizes = kind.sizes(towers.config, towers.encoder, inputs[kind.told])
             numbers = list(range(len(sizes)))
         else:
-            raise UsageError(811, kind.told, f"is needed to tell the tokens of each {kind.name}")
+            raise UsageError(811, kind.told, f"is needed to tell the tokens of each {kind.name}", "pass it with the whole prompt, which may not come in chunks")
         lengths = [grid.frames * grid.rows * grid.columns for grid, _ in sizes]
         firsts = [start + sum(lengths[:i]) for i in range(len(lengths))]
         start += sum(lengths)

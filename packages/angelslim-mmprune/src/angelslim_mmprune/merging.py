@@ -20,9 +20,10 @@ from torch import Tensor
 from angelslim_core.errors import UsageError
 from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
-from .dpp import DPP, ascending, before, chosen, inverse, norms, of_host, on_cpu, on_gpu, told_apart, unit
-from .finite import all_finite, require
-from .plan import Plan
+from .dpp import DPP, ascending, inverse, on_cpu, on_gpu, told_apart, unit
+from .finite import all_finite, norms, require
+from .picking import kept
+from .plan import Plan, before, of_host
 
 # of the published run script; the paper's example has .75
 THRESHOLD = 0.85
@@ -97,7 +98,7 @@ def samp_plan(
     tokens, most, device = features.shape[1], max(keep, default=0), features.device
     on_device, budget = of_host(counts, device), of_host(keep, device)
     valid = before(on_device, tokens)
-    finite = all_finite(valid, norms(features), merge_weight, relevance)
+    finite = all_finite(valid, features, merge_weight, relevance)
     positions = torch.arange(tokens, device=device).expand(valid.shape)
 
     score = SAMP_GROUPS(features, on_device, threshold, segments, executor=executor)
@@ -150,7 +151,7 @@ def plan_of_groups(opens: Tensor, valid: Tensor, keep: Sequence[int]) -> Plan:
     group = torch.where(valid & (group < of_host(keep, opens.device)[:, None]), group, -1)
     to = group.clamp(min=0)
     sizes = torch.zeros(opens.shape, device=opens.device).scatter_add_(1, to, (group >= 0).float())
-    return Plan(chosen(opens & (group >= 0), max(keep, default=0)), group, 1 / sizes.gather(1, to).clamp(min=1))
+    return Plan(kept(opens & (group >= 0), keep), group, 1 / sizes.gather(1, to).clamp(min=1))
 
 
 def merge(features: Tensor, group: Tensor, shares: Tensor, counts: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from angelslim_core.errors import ModelError, UsageError
 from angelslim_core.model import decoder_layers
 
-from .plan import Grid
+from .plan import Grid, Need
 from .strategies.base import Modality
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class Media:
         scales_queries: before attention, which then scales by 1.
         window: the config's keys of a window's side and of a patch's, in pixels, where the encoder computes in the order of windows.
         deepstack: the config's key of the encoder layers whose features are added behind the first layers of the language model.
+        features: the config's key of the hidden states that the projector gets, counted as transformers does, embeddings first; empty: the last.
+        objects: layer of a vision encoder, from 0, in the middle, whose attention lies on objects.
     """
 
     encoder: str
@@ -84,6 +86,8 @@ class Media:
     scales_queries: bool = False
     window: tuple[str, str] | None = None
     deepstack: str = ""
+    features: str = ""
+    objects: int = 0
 
 
 def at(config: Any, path: str) -> Any:
@@ -112,14 +116,15 @@ _QWEN_VL = (
 )
 _MERGE = "vision_config.spatial_merge_size"
 
-# by the class of the config
+# by the class of the config; layers of objects are HiPrune's for CLIP and Qwen2.5-VL (arXiv 2508.00553: 9 and 16, from 1), for Qwen3-VL the middle of 27
 MEDIA: Mapping[str, Media] = MappingProxyType(
     {
         "LlavaConfig": Media(
-            "vision_tower", "layers", "self_attn", (Kind("image", "vision", "image_token_id", "pixel_values", "pixel_values", _of_patches),), "pixel_values", has_class_token=True
+            "vision_tower", "layers", "self_attn", (Kind("image", "vision", "image_token_id", "pixel_values", "pixel_values", _of_patches),), "pixel_values", has_class_token=True,
+            features="vision_feature_layer", objects=8,
         ),
-        "Qwen2_5_VLConfig": Media("visual", "blocks", "attn", _QWEN_VL, "grid_thw", _MERGE, window=("vision_config.window_size", "vision_config.patch_size")),
-        "Qwen3VLConfig": Media("visual", "blocks", "attn", _QWEN_VL, "grid_thw", _MERGE, deepstack="vision_config.deepstack_visual_indexes"),
+        "Qwen2_5_VLConfig": Media("visual", "blocks", "attn", _QWEN_VL, "grid_thw", _MERGE, window=("vision_config.window_size", "vision_config.patch_size"), objects=15),
+        "Qwen3VLConfig": Media("visual", "blocks", "attn", _QWEN_VL, "grid_thw", _MERGE, deepstack="vision_config.deepstack_visual_indexes", objects=13),
         "Qwen2AudioConfig": Media(
             "audio_tower", "layers", "self_attn", (Kind("audio", "audio", "audio_token_id", "input_features", "feature_attention_mask", _of_masks),),
             pooled=2, scales_queries=True,
@@ -166,6 +171,20 @@ class Towers(NamedTuple):
     def modalities(self) -> frozenset[Modality]:
         return frozenset(kind.modality for kind in self.media.kinds)
 
+    def layer_of(self, need: Need, where: str) -> int:
+        """Number of a statistic's layer, from 0.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if need.layer == "features":
+            states = at(self.config, self.media.features) if self.media.features else -1
+            last: int = states if isinstance(states, int) else states[-1]  # of several that are joined
+            layer = last if last < 0 else max(0, last - 1)
+        else:
+            layer = self.media.objects if need.layer == "objects" else need.layer
+        return layer_number(layer, len(self.layers if need.source == "llm" else self.encoder_attention), where)
+
 
 def towers(model: PreTrainedModel) -> Towers:
     """Find a model's parts.
@@ -179,6 +198,10 @@ def towers(model: PreTrainedModel) -> Towers:
         raise ModelError(805, "layer_types", "the language model attends in windows, which pruned tokens would shift")
     if getattr(config, "vision_feature_select_strategy", "default") != "default":
         raise ModelError(806, "vision_feature_select_strategy", "only `default` gives a grid of patches")
+    if media.has_class_token and config.vision_config.model_type != "clip_vision_model":
+        raise ModelError(
+            809, "vision_config.model_type", f"{config.vision_config.model_type!r:.60} is no encoder that is known here", "known is clip_vision_model"
+        )
     path, layers = decoder_layers(model, text.num_hidden_layers)
     language = path.rpartition(".")[0]
     root = language.rpartition(".")[0]
@@ -209,5 +232,5 @@ def layer_number(layer: int, count: int, where: str) -> int:
         UsageError: there is none.
     """
     if not -count <= layer < count:
-        raise UsageError(809, where, f"layer {layer} of {count}")
+        raise UsageError(809, where, f"layer {layer!s:.20} of {count}", f"name one from 0 to {count - 1}, or from {-count} to -1")
     return layer % count

@@ -10,35 +10,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from angelslim_core.errors import NumericError
-
-from .plan import Pool
+from .dpp import ascending
+from .finite import all_finite, require
+from .plan import Need, Pool, Statistic, of_host
 
 # tokens up to which all cosines of a pool are held: 64 MiB of FP32 a pool
 GRAM_TOKENS = 4096
-# the layer that published code looks at in CLIP, and what an option `layer` says of it
-LAYER = -2
-LAYER_MEANING = "layer of the encoder whose attention counts; -2 is that of LLaVA's features, -1 that of Qwen-VL's and Qwen2-Audio's"
-
-
-class NumbersError(NumericError, ValueError):
-    """Features or statistics are not finite."""
+# what an option `layer` says of itself
+LAYER_MEANING = "layer of the encoder whose attention counts; none given: the one whose output the projector gets, the last but one of LLaVA's, else the last"
 
 
 def check_finite(pool: Pool, *statistics: Tensor) -> None:
     """Look once, after all work was handed to the device, whether features and statistics [P, N] or [P, N, D] were numbers.
 
     Raises:
-        NumbersError: they were not, where there are tokens.
+        NotFiniteError: they were not, where there are tokens.
     """
-    found = [(values.isfinite() if values.ndim == 2 else values.isfinite().all(-1)) | ~pool.valid for values in (pool.features, *statistics)]
-    if not bool(torch.stack(found).all()):
-        raise NumbersError(850, "tokens", "features or statistics of attention hold NaN or Inf", "look at the model's inputs and dtype")
+    require(all_finite(pool.valid, pool.features, *statistics), 850, "tokens")
+
+
+def of_layer(layer: int | None, statistic: Statistic) -> Need:
+    """What an option `layer` asks for."""
+    return Need("encoder", "features" if layer is None else layer, statistic)
 
 
 def numbers(values: Sequence[int], pool: Pool) -> Tensor:
     """[P], int64, of a number of each pool that the host knows."""
-    return torch.tensor(tuple(values), device=pool.features.device)
+    return of_host(values, pool.features.device)
 
 
 def unit(values: Tensor, valid: Tensor) -> Tensor:
@@ -95,8 +93,7 @@ def kept(chosen: Tensor, keep: Sequence[int]) -> Tensor:
     """A plan's `keep` of bool [P, N] that holds exactly `keep` tokens of each pool."""
     tokens = chosen.shape[1]
     places = torch.arange(tokens, device=chosen.device)
-    found = torch.where(chosen, places, tokens).sort(1).values[:, : max(keep, default=0)]
-    return found.masked_fill(found == tokens, -1)
+    return ascending(torch.where(chosen, places, -1), tokens)[:, : max(keep, default=0)]
 
 
 def one_by_one(valid: Tensor, keep: Sequence[int], scores: Tensor, after: Callable[[Tensor], Tensor]) -> Tensor:
@@ -108,7 +105,7 @@ def one_by_one(valid: Tensor, keep: Sequence[int], scores: Tensor, after: Callab
     """
     free, chosen = valid.clone(), torch.zeros_like(valid)
     pools = torch.arange(len(valid), device=valid.device)
-    wanted = torch.tensor(tuple(keep), device=valid.device)
+    wanted = of_host(keep, valid.device)
     steps = max(keep, default=0)
     for step in range(steps):
         picked = scores.masked_fill(~free, -torch.inf).argmax(1)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 Source = Literal["encoder", "llm"]
+# layers of an encoder that are an architecture's own: whose output the projector gets, and a middle one
+OwnLayer = Literal["features", "objects"]
 # of attention, as `statistics` computes them: "importance" is the row of the class token where the encoder has one, else what every token receives
 Statistic = Literal["importance", "received", "keys", "last_row", "pooled_diagonal", "pooled_max", "hidden", "raw_keys"]
 
@@ -23,11 +25,11 @@ class Need(NamedTuple):
 
     Args:
         source: which stack of layers.
-        layer: its number; negative ones count from the end.
+        layer: its number; negative ones count from the end; or the encoder's own, which `models` has by architecture.
     """
 
     source: Source
-    layer: int
+    layer: int | OwnLayer
     statistic: Statistic
 
 
@@ -37,6 +39,16 @@ class Grid(NamedTuple):
     frames: int
     rows: int
     columns: int
+
+
+def of_host(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64, on the device without a wait for it, as `torch.tensor` waits that is told the device."""
+    return torch.tensor(tuple(values), dtype=torch.int64).to(device, non_blocking=True)
+
+
+def before(counts: Tensor, most: int) -> Tensor:
+    """[B, most], bool: which numbers are below counts [B]."""
+    return torch.arange(most, device=counts.device) < counts[:, None]
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,7 @@ class Pool:
     @cached_property
     def valid(self) -> Tensor:
         """[P, N], bool: which are tokens at all."""
-        counts = torch.tensor(self.counts, device=self.features.device)
-        return torch.arange(self.features.shape[1], device=self.features.device) < counts[:, None]
+        return before(of_host(self.counts, self.features.device), self.features.shape[1])
 
     def one(self, number: int) -> Pool:
         """A pool of its own, without padding."""

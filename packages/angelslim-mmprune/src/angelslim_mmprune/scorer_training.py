@@ -9,7 +9,6 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -63,13 +62,13 @@ def train_scorer(
 
     Args:
         model: of transformers, with `get_decoder`.
-        batches: its keyword arguments, `input_ids` and `labels` among them; used again from the start where there are fewer than steps.
+        batches: its keyword arguments, `input_ids` and `labels` among them; read again from the start where there are fewer than steps, and none is held.
         scorer: to go on with; None: a new one, drawn by the options' seed.
         hidden_dim: of a new one; None: half of the width, as published.
         placeholders: ids that stand for tokens of the media; None: those that the model's config names.
 
     Raises:
-        UsageError: no batch, or one without labels or media.
+        UsageError: no batch, an iterator of fewer than steps, or a batch without labels or media.
         ModelError: a config that names no placeholders.
         NumericError: a loss, with which the scorer stays as the step before left it, or a gradient is not finite.
 
@@ -173,12 +172,13 @@ def _placeholders(model: nn.Module) -> set[int]:
 
 
 def _again(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
-    found = cycle(batches)
-    first = next(found, None)
-    if first is None:
-        raise UsageError(834, "batches", "there is none")
-    yield first
-    yield from found
+    while True:
+        is_empty = True
+        for batch in batches:
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise UsageError(834, "batches", "there is none left", "give as many as steps, or what can be read again, such as a list")
 
 
 @contextmanager

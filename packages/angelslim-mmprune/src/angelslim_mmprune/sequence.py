@@ -16,6 +16,8 @@ from angelslim_core.errors import UsageError
 
 # transformers renamed the argument
 _CACHES = ("cache", "past_key_values")
+# attribute of a cache
+_STATE = "_mmprune_state"
 
 
 def cache_in(arguments: dict[str, Any]) -> Any:
@@ -58,6 +60,10 @@ class State:
         real = columns_of(mask, past + length, batch, device)[:, :past]
         return cls(past, real.new_full((batch,), past, dtype=torch.int64), (real,) * groups, (bool(past) and not bool(real.all()),) * groups)
 
+    def write(self, cache: Any) -> None:
+        """To the cache itself, so that its copies have it too."""
+        setattr(cache, _STATE, self)
+
     def check(self, cache: Any, firsts: Sequence[int], batch: int) -> None:
         """
         Raises:
@@ -65,9 +71,17 @@ class State:
         """
         if batch != len(self.next):
             raise UsageError(816, "cache", f"holds pruned prompts of {len(self.next)} rows, and {batch} go on")
+        if len(firsts) != len(self.masks):
+            raise UsageError(852, "cache", "was pruned behind other layers", "go on with the strategy that read its prompt")
         for first, mask in zip(firsts, self.masks, strict=True):
             if cache.get_seq_length(first) != mask.shape[1]:
                 raise UsageError(817, "cache", f"layer {first} holds {cache.get_seq_length(first)} tokens where pruning left {mask.shape[1]}", "do not crop it")
+
+
+def state_of(cache: Any) -> State | None:
+    """What a pass wrote; None: nothing was pruned in the cache."""
+    found: State | None = getattr(cache, _STATE, None)
+    return found
 
 
 @dataclass

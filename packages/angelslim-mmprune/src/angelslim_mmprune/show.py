@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _MARK = "\ue000"
+# of a sound, that a model may ask for: ten minutes of 48000 a second
+_MOST_SAMPLES = 28_800_000
 
 
 def shown(loaded: Loaded, folder: Path, strategy: Strategy, prompt: str, image: Path | None, sound: Path | None) -> dict[str, Any]:
@@ -49,11 +51,12 @@ def shown(loaded: Loaded, folder: Path, strategy: Strategy, prompt: str, image: 
     before, after = _texts(loaded.tokenizer, prompt)
     if image is not None:
         picture = read_image(image)
-        media = _prepared("AutoImageProcessor", folder, images=[picture])
+        media = _prepared(_preparer("AutoImageProcessor", folder), image, images=[picture])
     else:
         assert sound is not None
-        samples, rate = read_sound(sound)
-        media, samples, rate = _heard(folder, samples, rate)
+        media, samples, rate = _heard(folder, sound)
+    if lacking := [name for name in (kind.inputs, kind.told) if name not in media]:
+        raise ModelError(855, str(folder), f"prepares no {lacking[0]}", "it must be what this architecture's media are prepared with")
     wanted = {name: media[name] for name in (kind.inputs, kind.told)}
     grid = kind.sizes(parts.config, parts.encoder, wanted[kind.told])[0].grid
     inputs = around(model, parts, kind, wanted, before, after)
@@ -106,16 +109,33 @@ def _preparer(name: str, folder: Path) -> Any:
         raise ModelError(889, str(folder), what) from error
 
 
-def _prepared(name: str, folder: Path, **given: Any) -> Mapping[str, Tensor]:
-    found: Mapping[str, Tensor] = _preparer(name, folder)(**given, return_tensors="pt")
+def _prepared(preparer: Any, file: Path, *given: Any, **options: Any) -> Mapping[str, Tensor]:
+    """
+    Raises:
+        UsageError: a file that the model's own code does not take.
+    """
+    try:
+        found: Mapping[str, Tensor] = preparer(*given, **options, return_tensors="pt")
+    except Exception as error:  # such as an image that is too narrow; no file may end it otherwise
+        what = f"is not taken by the model's {type(preparer).__name__}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UsageError(853, str(file), what, "give another file") from error
     return found
 
 
-def _heard(folder: Path, samples: Tensor, rate: int) -> tuple[Mapping[str, Tensor], Tensor, int]:
-    """Features of as much of a sound as the model takes at once, and that part of it at the model's rate."""
+def _heard(folder: Path, file: Path) -> tuple[Mapping[str, Tensor], Tensor, int]:
+    """Features of as much of a sound as the model takes at once, and that part of it at the model's rate.
+
+    Raises:
+        ModelError: the model's rate, or the length that it takes, is none.
+    """
+    samples, given = read_sound(file)
     preparer = _preparer("AutoFeatureExtractor", folder)
-    samples, rate = resampled(samples, rate, preparer.sampling_rate)[: preparer.n_samples], preparer.sampling_rate
-    found = preparer(samples.numpy(), sampling_rate=rate, return_attention_mask=True, padding="max_length", return_tensors="pt")
+    rate, most = (getattr(preparer, name, None) for name in ("sampling_rate", "n_samples"))
+    if type(rate) is not int or type(most) is not int or not 1000 <= rate <= 400_000 or not 0 < most <= _MOST_SAMPLES:
+        raise ModelError(854, str(folder), f"prepares {most!r:.40} samples at {rate!r:.40} a second", "it must be a model of sound")
+    # cut before: a long file of a low rate would become far longer
+    samples = resampled(samples[: -(-most * given // rate)], given, rate)[:most]
+    found = _prepared(preparer, file, samples.numpy(), sampling_rate=rate, return_attention_mask=True, padding="max_length")
     return {"input_features": found["input_features"], "feature_attention_mask": found["attention_mask"]}, samples, rate
 
 

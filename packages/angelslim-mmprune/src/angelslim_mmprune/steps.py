@@ -80,13 +80,15 @@ class Step:
 
 
 def steps_of(towers: Towers, strategies: Sequence[Strategy]) -> list[Step]:
-    """
+    """Of strategies as they are for a model of this depth.
+
     Raises:
         PlanError: a model cannot do what a strategy asks for.
         UsageError: no strategy, or a layer that there is not.
     """
     if not strategies:
         raise UsageError(820, "strategy", "none is given")
+    strategies = [strategy.at_depth(len(towers.layers)) for strategy in strategies]
     steps = [Step(strategy, stage, _layer_of(towers, strategy, stage)) for strategy in strategies for stage in strategy.stages]
     for strategy in strategies:
         if not strategy.modalities & towers.modalities:
@@ -95,8 +97,7 @@ def steps_of(towers: Towers, strategies: Sequence[Strategy]) -> list[Step]:
             )
         last = max(step.layer for step in steps if step.strategy is strategy)
         for need in strategy.needs:
-            layers = towers.layers if need.source == "llm" else towers.encoder_attention
-            layer = layer_number(need.layer, len(layers), f"{strategy.name}.{need.source}")
+            layer = towers.layer_of(need, f"{strategy.name}.{need.source}")
             if need.source == "llm" and (layer > last or need.statistic not in _OF_LANGUAGE):
                 raise PlanError(822, strategy.name, f"{need.statistic} of the language model's layer {layer} is not there behind layer {last}")
     return sorted(steps, key=lambda step: step.layer)

@@ -82,8 +82,6 @@ class MediaPruning(RuntimePass):
         for option in scorers_of(cls.Config):
             if options.get(option) is not None:
                 options[option] = _inside(folder, options[option], f"{where}.{option}")
-        if attachment(model) is not None:
-            raise ModelError(883, where, "the model drops media tokens already, by another policy")
         try:
             strategy = cls.Config.model_validate(options)
             for option in scorers_of(cls.Config):

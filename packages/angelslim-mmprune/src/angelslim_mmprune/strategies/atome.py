@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 
 from ..budget import Scope
-from ..dpp import before, norms, of_host, told_apart, unit
+from ..dpp import told_apart, unit
 from ..finite import all_finite, require
 from ..merging import plan_of_groups
-from ..plan import Plan, Pool
+from ..plan import Plan, Pool, before, of_host
 from .base import Modality, Strategy
 
 
@@ -32,7 +32,7 @@ class AToMe(Strategy):
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         device, tokens = pool.features.device, pool.features.shape[1]
-        finite = all_finite(pool.valid, norms(pool.features))
+        finite = all_finite(pool.valid, pool.features)
         group = torch.arange(tokens, device=device).expand(pool.valid.shape)
         sums = torch.where(pool.valid[..., None], pool.features.float(), 0)
         segments = None if pool.segments is None else torch.where(pool.valid, pool.segments, 0)

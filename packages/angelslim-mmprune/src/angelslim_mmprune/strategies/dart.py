@@ -27,6 +27,9 @@ class Dart(Strategy):
     Source: arXiv:2502.11494, section 4.2, and its published code, whose quota is rounded down, so that fewer than K stay, and whose order of
     pivots is that of a set. Its cosines are of the output of the layer after the model's last norm; these are of the input of the layer's
     attention. Its pruned layer 2 is `layer` 1.
+
+    Keys are turned by their positions, and so are their L1 norms changed: where a batch is padded on the left, `position_ids` must come with
+    it, as they do in `generate`, or a row's pivots depend on its padding.
     """
 
     name = "dart"
@@ -52,7 +55,7 @@ class Dart(Strategy):
         keys, hidden = (pool.statistics[need] for need in self.needs)
         rows = unit(hidden, pool.valid)
         size = keys.float().abs().sum(2)
-        finite = all_finite(pool.valid, size, hidden.float().sum(2))
+        finite = all_finite(pool.valid, size, hidden)
         order = ranks(size, pool.valid)
         media = [min(self.media_pivots, count) for count in keep]
         taken = (order < numbers(media, pool)[:, None]) & pool.valid
@@ -87,7 +90,7 @@ class Dart(Strategy):
         size = keys.float().abs().sum(2)
         counts = [min(self.text_pivots, count - before) for count, before in zip(pool.text_counts, pool.text_before, strict=True)]
         found = _largest(unit(hidden, behind), ranks(size, behind), self.text_pivots)
-        return found, counts, all_finite(behind, size, hidden.float().sum(2))
+        return found, counts, all_finite(behind, size, hidden)
 
 
 def _largest(rows: Tensor, order: Tensor, count: int) -> Tensor:

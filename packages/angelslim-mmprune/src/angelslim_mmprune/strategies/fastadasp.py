@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ..budget import Scope
-from ..dpp import before, norms, of_host, told_apart, unit
+from ..dpp import told_apart, unit
 from ..finite import all_finite, require
 from ..merging import plan_of_groups
-from ..plan import Plan, Pool
+from ..plan import Plan, Pool, before, of_host
 from .base import Modality, Strategy
 
 
@@ -32,7 +32,7 @@ class FastAdaSP(Strategy):
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         counts, budget = of_host(pool.counts, pool.features.device), of_host(keep, pool.features.device)
-        finite = all_finite(pool.valid, norms(pool.features))
+        finite = all_finite(pool.valid, pool.features)
         joins = most_alike(unit(pool.features), counts, counts - budget.clamp(min=1), pool.segments)
         plan = plan_of_groups(~joins, pool.valid, keep)
         require(finite, 848, self.name)

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..finite import all_finite, require
-from ..picking import kept, ranks
+from ..picking import kept, numbers, ranks
 from ..plan import Need, Plan, Pool
 from .base import Modality, Stage, Strategy
 
@@ -22,8 +22,7 @@ def most_seen(pool: Pool, row: Tensor, keep: Sequence[int], number: int, name: s
     """
     finite = all_finite(pool.valid, row)
     found = ranks(row.float(), pool.valid)
-    wanted = found.new_tensor(tuple(keep))
-    plan = Plan(kept((found < wanted[:, None]) & pool.valid, keep))
+    plan = Plan(kept((found < numbers(keep, pool)[:, None]) & pool.valid, keep))
     require(finite, number, name)
     return plan
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..budget import Scope
-from ..picking import LAYER, LAYER_MEANING, check_finite, kept, numbers, ranks
+from ..picking import LAYER_MEANING, check_finite, kept, numbers, of_layer, ranks
 from ..plan import Need, Plan, Pool
 from .base import Strategy
 
@@ -26,8 +26,10 @@ class HiPrune(Strategy):
     name = "hiprune"
 
     budget_scope: Scope = Field("image", description="what the budget is of: prompt; image: its share of the prompt's; frame: of a video's")
-    object_layer: int = Field(8, description="the middle layer, from 0: 8 is published for CLIP, 15 for Qwen2.5-VL (there 9 and 16, from 1)")
-    layer: int = Field(LAYER, description=LAYER_MEANING)
+    object_layer: int | None = Field(
+        None, description="the middle layer, from 0; none given: the published one, 8 of CLIP and 15 of Qwen2.5-VL; 13 of Qwen3-VL"
+    )
+    layer: int | None = Field(None, description=LAYER_MEANING)
     alpha: float = Field(0.1, ge=0, le=1, description="share of the kept tokens that are anchors and neighbours; 0: by the late layer alone")
     score: Literal["received", "importance"] = Field(
         "received", description="received: of all queries, as published; importance: of the class token where there is one"
@@ -35,7 +37,7 @@ class HiPrune(Strategy):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.object_layer, self.score), Need("encoder", self.layer, self.score))
+        return (Need("encoder", "objects" if self.object_layer is None else self.object_layer, self.score), of_layer(self.layer, self.score))
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         objects, whole = (pool.statistics[need].float() for need in self.needs)
@@ -85,4 +87,4 @@ def _layout(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     columns = torch.ones(len(segments), max(1, *map(len, pool.grids)), dtype=torch.int64)
     for row, grids in zip(columns, pool.grids, strict=True):
         row[: len(grids)] = torch.tensor([grid.columns for grid in grids])
-    return columns.to(device).gather(1, segments), high - size + 1, high
+    return columns.to(device, non_blocking=True).gather(1, segments), high - size + 1, high

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..picking import LAYER, LAYER_MEANING, Cosines, check_finite, kept, one_by_one, unit
+from ..picking import LAYER_MEANING, Cosines, check_finite, kept, of_layer, one_by_one, unit
 from ..plan import Need, Plan, Pool
 from .base import Modality, Strategy
 
@@ -28,12 +28,12 @@ class IDSelection(Strategy):
     name = "id_selection"
     modalities: ClassVar[frozenset[Modality]] = frozenset({"vision", "audio"})
 
-    layer: int = Field(LAYER, description=LAYER_MEANING)
+    layer: int | None = Field(None, description=LAYER_MEANING)
     gamma: float = Field(20.0, ge=0, le=1e6, description="how fast damping ends with distance; very large: by attention alone")
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.layer, "importance"),)
+        return (of_layer(self.layer, "importance"),)
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         attention = pool.statistics[self.needs[0]].float()

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..marginal_relevance import mmr
+from ..picking import LAYER_MEANING, of_layer
 from ..plan import Need, Plan, Pool
 from ..scorer import soft_topk
 from .learned import Learned
@@ -27,7 +28,7 @@ class IDPruner(Learned):
     name = "idpruner"
 
     importance: Literal["scorer", "attention"] = Field("scorer", description="scorer: as published; attention: what tokens receive in the encoder")
-    layer: int = Field(-1, ge=-1024, lt=1024, description="of the encoder, for attention; of CLIP in LLaVA, whose last layer is not used, -2")
+    layer: int | None = Field(None, description=f"with importance=attention: {LAYER_MEANING}")
     imp: Literal["raw", "soft_topk"] = Field("raw", description="scores as published code takes them, or through the paper's differentiable top-k")
     soft_share: float = Field(0.2, gt=0, lt=1, description="of the tokens, that soft_topk adds up to")
     lam: float = Field(0.5, ge=0, le=1, description="1: importance alone; 0: diversity alone")
@@ -45,7 +46,7 @@ class IDPruner(Learned):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.layer, "importance"),) if self.importance == "attention" else ()
+        return (of_layer(self.layer, "importance"),) if self.importance == "attention" else ()
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         scores = self.scores(pool) if self.importance == "scorer" else pool.statistics[self.needs[0]].float()

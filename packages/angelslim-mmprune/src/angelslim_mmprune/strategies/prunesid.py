@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..budget import Scope
-from ..picking import LAYER, LAYER_MEANING, check_finite, kept, unit
+from ..picking import LAYER_MEANING, check_finite, kept, of_layer, unit
 from ..plan import Need, Plan, Pool
 from .base import Modality, Strategy
 
@@ -36,7 +36,7 @@ class PruneSID(Strategy):
     modalities: ClassVar[frozenset[Modality]] = frozenset({"vision", "audio"})
 
     budget_scope: Scope = Field("image", description="what the budget is of: prompt; image: its share of the prompt's; frame: of a video's")
-    layer: int = Field(LAYER, description=LAYER_MEANING)
+    layer: int | None = Field(None, description=LAYER_MEANING)
     score: Literal["attention", "loading"] = Field(
         "attention", description="attention: of the encoder, as published for LLaVA; loading: on the group's component, as for Qwen2-VL"
     )
@@ -44,7 +44,7 @@ class PruneSID(Strategy):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.layer, "importance"),) if self.score == "attention" else ()
+        return (of_layer(self.layer, "importance"),) if self.score == "attention" else ()
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         check_finite(pool, *(pool.statistics[need] for need in self.needs))  # before: a decomposition does not end well with NaN

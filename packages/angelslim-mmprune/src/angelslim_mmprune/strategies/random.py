@@ -24,5 +24,5 @@ class Random(Strategy):
         kept = []
         for tokens, count in zip(pool.counts, keep, strict=True):
             generator = torch.Generator().manual_seed(self.seed)
-            kept.append(torch.randperm(tokens, generator=generator)[:count].to(pool.features.device))
+            kept.append(torch.randperm(tokens, generator=generator)[:count].to(pool.features.device, non_blocking=True))
         return Plan.of(kept)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..picking import LAYER, LAYER_MEANING, check_finite, kept, one_by_one, unit
+from ..picking import LAYER_MEANING, check_finite, kept, of_layer, one_by_one, unit
 from ..plan import Need, Plan, Pool
 from .base import Modality, Strategy
 
@@ -24,13 +24,13 @@ class SaliencyCoverage(Strategy):
     name = "scope"
     modalities: ClassVar[frozenset[Modality]] = frozenset({"vision", "audio"})
 
-    layer: int = Field(LAYER, description=LAYER_MEANING)
+    layer: int | None = Field(None, description=LAYER_MEANING)
     alpha: float = Field(1.0, ge=0, le=100, description="exponent of the attention; 0: coverage alone")
     combine: Literal["multiply", "add"] = Field("multiply", description="how attention and coverage make one score")
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.layer, "importance"),)
+        return (of_layer(self.layer, "importance"),)
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         attention = pool.statistics[self.needs[0]].float()

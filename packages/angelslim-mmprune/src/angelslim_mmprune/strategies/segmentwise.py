@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 
 from ..budget import Scope
-from ..dpp import chosen
 from ..finite import all_finite, require
+from ..picking import kept
 from ..plan import Need, Plan, Pool
 from .base import Modality, Strategy
 
@@ -38,10 +38,10 @@ class Segmentwise(Strategy):
         tokens, device = score.shape[1], score.device
         finite = all_finite(pool.valid, score)
         rows = []
-        for count, kept in zip(pool.counts, keep, strict=True):
+        for count, stay in zip(pool.counts, keep, strict=True):
             parts = torch.arange(max(1, min(self.segments, count)))
             # the first are the largest
-            size, quota = (whole // len(parts) + (parts < whole % len(parts)).long() for whole in (count, kept))
+            size, quota = (whole // len(parts) + (parts < whole % len(parts)).long() for whole in (count, stay))
             of_token = torch.stack([parts, size.cumsum(0) - size, quota]).repeat_interleave(size, 1)
             rows.append(torch.nn.functional.pad(of_token, (0, tokens - count), value=tokens))
         segment, start, most = torch.stack(rows, 1).to(device, non_blocking=True)
@@ -49,6 +49,6 @@ class Segmentwise(Strategy):
         order = score.argsort(dim=1, descending=True, stable=True)
         order = order.gather(1, segment.gather(1, order).argsort(dim=1, stable=True))
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=device).expand(order.shape))
-        plan = Plan(chosen((rank - start < most) & pool.valid, max(keep)))
+        plan = Plan(kept((rank - start < most) & pool.valid, keep))
         require(finite, 846, self.name)
         return plan

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from ..budget import Scope
-from ..picking import LAYER, LAYER_MEANING, check_finite, kept, numbers, ranks, unit
+from ..picking import LAYER_MEANING, check_finite, kept, numbers, of_layer, ranks, unit
 from ..plan import Need, Plan, Pool
 from .base import Strategy
 
@@ -25,13 +25,13 @@ class VisionZip(Strategy):
     merges: ClassVar[bool] = True
 
     budget_scope: Scope = Field("image", description="what the budget is of: prompt; image: its share of the prompt's; frame: of a video's")
-    layer: int = Field(LAYER, description=LAYER_MEANING)
+    layer: int | None = Field(None, description=LAYER_MEANING)
     contextual: float = Field(10 / 64, ge=0, le=1, description="share of the kept tokens that others are merged into; at least one is")
     merge: Literal["sum", "mean"] = Field("sum", description="sum: contextual token + mean of those merged into it, as published; mean: of them all")
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.layer, "importance"), Need("encoder", self.layer, "keys"))
+        return (of_layer(self.layer, "importance"), of_layer(self.layer, "keys"))
 
     def contexts(self, tokens: int, keep: int) -> int:
         """How many of `keep` kept tokens of a pool are contextual."""

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..picking import LAYER_MEANING
 from .base import Modality
 from .visionzip import VisionZip
 
@@ -17,7 +16,6 @@ class VisionZipAudio(VisionZip):
     name = "visionzip_audio"
     modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
 
-    layer: int = Field(-1, description=LAYER_MEANING)
     contextual: float = Field(0.05, ge=0, le=1, description="share of all tokens that others are merged into; at least one is, and no more than stay")
 
     def contexts(self, tokens: int, keep: int) -> int:

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..budget import Scope
-from ..picking import LAYER, LAYER_MEANING, Cosines, check_finite, kept, numbers, ranks, unit
-from ..plan import Need, Plan, Pool, Statistic
+from ..picking import LAYER_MEANING, Cosines, check_finite, kept, numbers, of_layer, ranks, unit
+from ..plan import Need, Plan, Pool, Statistic, of_host
 from .base import Strategy
 
 
@@ -25,7 +25,7 @@ class VisPruner(Strategy):
     name = "vispruner"
 
     budget_scope: Scope = Field("image", description="what the budget is of: prompt; image: its share of the prompt's; frame: of a video's")
-    layer: int = Field(LAYER, description=LAYER_MEANING)
+    layer: int | None = Field(None, description=LAYER_MEANING)
     important: float = Field(0.5, ge=0, le=1, description="share of the kept tokens that attention chooses")
     step: int = Field(8, ge=1, le=2**20, description="most tokens that go at once")
 
@@ -36,7 +36,7 @@ class VisPruner(Strategy):
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        return (Need("encoder", self.layer, self.statistic),)
+        return (of_layer(self.layer, self.statistic),)
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
         attention = pool.statistics[self.needs[0]].float()
@@ -66,9 +66,9 @@ def _distinct(cosines: Cosines, rest: Tensor, counts: Sequence[int], wanted: Seq
         gone = [min(step, n // 2, n - k) for n, k in zip(left, wanted, strict=True)]
         rounds.append((max(left), gone))
         left = [n - r for n, r in zip(left, gone, strict=True)]
-    empty = torch.tensor([not k for k in wanted], device=rest.device)
+    empty = of_host([not k for k in wanted], rest.device).bool()
     rest = rest.masked_fill(empty[:, None], none)
-    drops = torch.tensor([gone for _, gone in rounds], device=rest.device)  # one copy to the device for all rounds
+    drops = of_host([n for _, gone in rounds for n in gone], rest.device).view(-1, len(left))  # one copy to the device for all rounds
     for (most, _), drop in zip(rounds, drops, strict=True):
         rest = rest[:, :most]
         these, those = rest[:, ::2], rest[:, 1::2]

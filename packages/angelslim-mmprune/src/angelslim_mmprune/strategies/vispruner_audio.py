@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ..picking import LAYER_MEANING
 from ..plan import Statistic
 from .base import Modality
 from .vispruner import VisPruner
@@ -18,7 +17,6 @@ class VisPrunerAudio(VisPruner):
     name = "vispruner_audio"
     modalities: ClassVar[frozenset[Modality]] = frozenset({"audio"})
 
-    layer: int = Field(-1, description=LAYER_MEANING)
     step: int = Field(4, ge=1, le=2**20, description="most tokens that go at once")
 
     @property
