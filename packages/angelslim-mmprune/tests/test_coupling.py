@@ -444,5 +444,5 @@ def test_an_encoder_without_a_class_token():
     siglip = {**CONFIGS["llava"]["vision_config"], "model_type": "siglip_vision_model"}
     del siglip["projection_dim"]
     model = LlavaForConditionalGeneration(LlavaConfig(**{**CONFIGS["llava"], "vision_config": siglip}))
-    with pytest.raises(ModelError, match="siglip_vision_model"):
+    with pytest.raises(ModelError, match="SiglipVisionConfig"):
         attach(model, Random(keep_ratio=0.5))

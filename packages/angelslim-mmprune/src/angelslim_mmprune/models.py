@@ -198,10 +198,8 @@ def towers(model: PreTrainedModel) -> Towers:
         raise ModelError(805, "layer_types", "the language model attends in windows, which pruned tokens would shift")
     if getattr(config, "vision_feature_select_strategy", "default") != "default":
         raise ModelError(806, "vision_feature_select_strategy", "only `default` gives a grid of patches")
-    if media.has_class_token and config.vision_config.model_type != "clip_vision_model":
-        raise ModelError(
-            809, "vision_config.model_type", f"{config.vision_config.model_type!r:.60} is no encoder that is known here", "known is clip_vision_model"
-        )
+    if media.has_class_token and type(config.vision_config).__name__ != "CLIPVisionConfig":
+        raise ModelError(809, "vision_config", f"{type(config.vision_config).__name__} is of no encoder that is known here", "known is CLIP's")
     path, layers = decoder_layers(model, text.num_hidden_layers)
     language = path.rpartition(".")[0]
     root = language.rpartition(".")[0]

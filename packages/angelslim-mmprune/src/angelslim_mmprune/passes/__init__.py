@@ -72,7 +72,6 @@ class MediaPruning(RuntimePass):
     @classmethod
     def _install(cls, folder: Path | None, model: Module, policy: Mapping[str, Any]) -> None:
         from ..coupling import attach
-        from ..installed import attachment
         from ..models import towers
 
         where = f"runtime.json: {cls.id}"
