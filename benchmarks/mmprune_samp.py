@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, table, versions, write
+from measure import median, table, versions, waits, write
 from torch import Tensor
 
 from angelslim_mmprune.dpp import DPP, unit
@@ -103,19 +103,6 @@ def regret(x: Tensor, relevance: Tensor, picks: Tensor, counts: Tensor) -> float
         factor[:, t] = row * left.gather(1, j).clamp(min=1e-12).rsqrt()
         left = (left - factor[:, t] ** 2).clamp(min=0).scatter(1, j, 0)
     return float(worst)
-
-
-def waits(call: Callable[[], Any]) -> str | None:
-    """Where the host waited for the GPU, or None."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)[:300]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return None
 
 
 def prefill(batch: int, tokens: int, quick: bool, device: str, dtype: torch.dtype, wait: Callable[[], None], budget_s: float) -> dict[str, Any]:

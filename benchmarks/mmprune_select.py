@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, table, versions, write
+from measure import median, table, versions, waits, write
 from torch import Tensor
 
 from angelslim_mmprune.marginal_relevance import mmr, mmr_order, scaled
@@ -97,20 +97,6 @@ def by_kernel(call: Callable[[], Any]) -> dict[str, float]:
     whole = sum(found.values())
     large = {name: round(ms, 4) for name, ms in sorted(found.items(), key=lambda item: -item[1]) if ms >= whole / 100}
     return {**large, "others": round(whole - sum(large.values()), 4)}
-
-
-def waits(call: Callable[[], Any]) -> str | None:
-    """Where the host waited for the GPU, or None."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)[:300]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    return None
 
 
 def prefill(batch: int, tokens: int, quick: bool, device: str, wait: Callable[[], None], budget_s: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, table, versions, write
+from measure import median, table, versions, waits, write
 from torch import Tensor
 
 from angelslim_sparseattn import BlockIndex, make_policy, select, sparse_attention
@@ -67,20 +67,6 @@ def on_gpu(call: Callable[[], Any], runs: int = 20) -> float:
     end.record()
     torch.cuda.synchronize()
     return round(begin.elapsed_time(end) / runs, 4)
-
-
-def waits(call: Callable[[], Any]) -> str | None:
-    """Where the host waited for the GPU, or None."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)[:300]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    return None
 
 
 def one(name: str, tokens: int, budget_s: float) -> dict[str, Any]:
