@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from angelslim_core.errors import ModelError, NumericError
+from angelslim_core.errors import ModelError, NumericError, UsageError
 from angelslim_mmprune.marginal_relevance import mmr
 from angelslim_mmprune.plan import Need, Pool
 from angelslim_mmprune.scorer import Scorer, load_scorer, save_scorer
@@ -90,3 +90,8 @@ def test_what_is_refused(folder):
         bad.features[1, 3, 3] = torch.nan
         with pytest.raises(NumericError):
             make_strategy(name, scorer=folder).plan(bad, [2, 2, 2])
+
+
+def test_a_layer_that_nothing_reads(tmp_path):
+    with pytest.raises(UsageError, match="importance=attention only"):
+        make_strategy("idpruner", scorer=tmp_path, layer=-2)

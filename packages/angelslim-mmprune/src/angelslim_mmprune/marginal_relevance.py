@@ -14,7 +14,8 @@ from torch import Tensor
 from angelslim_core.errors import UsageError
 
 from .finite import require
-from .kernels.mmr import MMR, Picks, on_device
+from .kernels.mmr import MMR, Picks
+from .plan import before, of_host
 
 
 def mmr(
@@ -74,7 +75,7 @@ def scaled(importance: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def _valid(importance: Tensor, counts: Sequence[int]) -> Tensor:
-    return torch.arange(importance.shape[1], device=importance.device) < on_device(tuple(counts), importance.device)[:, None]
+    return before(of_host(counts, importance.device), importance.shape[1])
 
 
 def _all_of(features: Tensor, importance: Tensor, counts: Sequence[int]) -> Picks:

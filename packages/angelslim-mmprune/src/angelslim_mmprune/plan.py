@@ -41,9 +41,9 @@ class Grid(NamedTuple):
     columns: int
 
 
-def of_host(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64, on the device without a wait for it, as `torch.tensor` waits that is told the device."""
-    return torch.tensor(tuple(values), dtype=torch.int64).to(device, non_blocking=True)
+def of_host(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """On the device without a wait for it, as `torch.tensor` waits that is told the device."""
+    return torch.tensor(tuple(values), dtype=dtype).to(device, non_blocking=True)
 
 
 def before(counts: Tensor, most: int) -> Tensor:

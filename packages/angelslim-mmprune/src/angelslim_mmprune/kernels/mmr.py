@@ -7,13 +7,14 @@ and nothing here waits for a device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from angelslim_core.kernels import Implementation, Kernel, triton_runs
+
+from ..plan import of_host
 
 # tokens up to which all cosines are computed at once, and bytes that they may take; samples that need more take turns
 GRAM_TOKENS, GRAM_BYTES = 4096, 2 << 30
@@ -74,8 +75,8 @@ def batched(features: Tensor, importance: Tensor, counts: Sequence[int], ks: Seq
 
 def _together(features: Tensor, importance: Tensor, counts: Sequence[int], ks: Sequence[int], lam: float, parallel_k: int, gram: bool) -> Picks:
     batch, tokens, _ = features.shape
-    free = torch.arange(tokens, device=features.device) < on_device(tuple(counts), features.device)[:, None]
-    picks = on_device(tuple(ks), features.device)
+    free = torch.arange(tokens, device=features.device) < of_host(counts, features.device)[:, None]
+    picks = of_host(ks, features.device)
     x = torch.where(free[..., None], features.float(), 0)
     weight = torch.where(free, importance, 0)
     norm = x.norm(dim=-1, keepdim=True)
@@ -124,12 +125,6 @@ def _first_copies(x: Tensor) -> Tensor:
 def stacked(orders: Sequence[Tensor], most: int) -> Tensor:
     """Orders [b, k] one below the other: [B, most], -1 behind."""
     return torch.cat([torch.nn.functional.pad(order, (0, most - order.shape[1]), value=-1) for order in orders])
-
-
-@lru_cache(64)
-def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32, on the device without a wait for it."""
-    return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
 
 
 def _triton(features: Tensor, importance: Tensor, counts: Sequence[int], ks: Sequence[int], lam: float, parallel_k: int) -> Picks:

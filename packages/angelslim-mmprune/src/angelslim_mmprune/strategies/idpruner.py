@@ -42,6 +42,8 @@ class IDPruner(Learned):
                 if self.scorer is None
                 else "is not read with importance=attention"
             )
+        if self.importance == "scorer" and self.layer is not None:
+            raise ValueError("layer is read with importance=attention only")
         return self
 
     @property

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..mmr import GRAM_BYTES, Picks, on_device, stacked
+from ...plan import of_host
+from ..mmr import GRAM_BYTES, Picks, stacked
 
 # tile of cosines, and numbers of a token that are multiplied at a time
 TILE, WIDTH = 128, 64
@@ -212,7 +213,7 @@ def cosines(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
     batch, tokens, _ = features.shape
     device = features.device
-    on = [on_device(values, device) for values in (counts, ks)]
+    on = [of_host(values, device, torch.int32) for values in (counts, ks)]
     gram, inverse = cosines(features, on[0])
     order = torch.full((batch, max(ks)), -1, device=device)
     held, warps = max(256, triton.next_power_of_2(tokens)), min(32, max(4, triton.next_power_of_2(tokens) // 512))
@@ -223,7 +224,7 @@ def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], k
 def _by_steps(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
     batch, tokens, width = features.shape
     device = features.device
-    on = [on_device(values, device) for values in (counts, ks)]
+    on = [of_host(values, device, torch.int32) for values in (counts, ks)]
     inverse = _inverse(features, features, features, on[0], 1, False)
     parts, most = -(-tokens // ROWS), max(ks)
     keys = [torch.empty(batch, parts, dtype=torch.int64, device=device) for _ in range(2)]
