@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .adapters.base import Description, Site
     from .context import Context
+    from .fake_quant import FakeQuantizer
     from .layer import Layer
     from .loading import Loaded
     from .schemes import CacheScheme, Quantized, Scheme
@@ -227,6 +228,23 @@ class LayerPass(WeightPass):
     @abstractmethod
     def run(self, layer: Layer) -> Mapping[str, Any]:
         """Compress the layer: observe inputs, then `layer.store` results. Returns numbers for the report."""
+
+
+class TrainedPass(TensorPass):
+    """Says how linears round while a later step of the recipe trains the model, and stores what training left.
+
+    It trains nothing itself: a `ModelPass` after it does, with the quantizers in place (see `fake_quant`). Targets,
+    `claims` and `scheme` are those of any weight pass; the pipeline puts the quantizers in, and keeps their `Quantized`.
+    """
+
+    @abstractmethod
+    def quantizer(self, site: Site, weight_OI: Tensor) -> FakeQuantizer:
+        """How a linear rounds, its scales set from the weight [O, I] that training begins with."""
+
+    def apply(self, weights: Mapping[Site, Tensor], context: Context) -> Mapping[Site, Quantized | Tensor]:
+        from .fake_quant import read_trained
+
+        return {site: read_trained(context.workdir, site.name, self.scheme(site)) for site in weights}
 
 
 class ModelPass(Pass):

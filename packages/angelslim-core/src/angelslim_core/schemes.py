@@ -39,6 +39,9 @@ class Grid:
         symmetric: no zero point.
         dynamic: scales are computed at run time ("local": the inner of two levels is).
         scale_dtype: dtype of the stored scale as safetensors names it ("F32", "BF16", "F16", "F8_E4M3", "U8").
+        levels: the codes that occur, ascending, where they are fewer than `bits` allow: an engine's container of 4 bits then
+            holds (-1, 0, 1) or (-3, -1, 1, 3), and a layout of our own stores them in fewer bits. None: all of them.
+        sparsity: (N, M): in each M neighbours along `in`, just N are not zero.
     """
 
     bits: int
@@ -49,6 +52,8 @@ class Grid:
     symmetric: bool = True
     dynamic: bool | Literal["local"] = False
     scale_dtype: str = "F32"
+    levels: tuple[int, ...] | None = None
+    sparsity: tuple[int, int] | None = None
 
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the scale of a weight [O, I]."""
