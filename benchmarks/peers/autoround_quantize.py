@@ -1,9 +1,9 @@
 """Learned rounding of INT4 and NVFP4 as a user of auto-round writes it; run by quant_peers.py in that library's own environment.
 
-python autoround_quantize.py MODEL OUT w4|w4_asym|nvfp4 --text TEXT --samples 128 --tokens 2048 --iterations 200
+python autoround_quantize.py MODEL OUT w4|w4_asym|w2|w2_asym|nvfp4 --text TEXT --samples 128 --tokens 2048 --iterations 200
 
 Saved in a layout that `angelslim eval` reads: GPTQ for weights in groups, AWQ for those with zero points,
-compressed-tensors for NVFP4, for which the environment needs compressed-tensors too. The library puts what it saves
+compressed-tensors for NVFP4, for which the environment needs compressed-tensors too; 2 bits as the rounded weights in 16. The library puts what it saves
 into a folder of its own choice below the one it is given.
 """
 
@@ -24,6 +24,8 @@ from windows import add_options, cut
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "w4": ({"bits": 4, "sym": True}, "auto_gptq"),
     "w4_asym": ({"bits": 4, "sym": False}, "auto_awq"),
+    "w2": ({"bits": 2, "sym": True}, "fake"),
+    "w2_asym": ({"bits": 2, "sym": False}, "fake"),
     "nvfp4": ({"scheme": "NVFP4"}, "llm_compressor"),
 }
 
