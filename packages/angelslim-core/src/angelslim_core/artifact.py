@@ -111,7 +111,7 @@ def plugin_records(host: PluginHost) -> list[dict[str, str]]:
 
 
 def ledger(plan: Plan) -> dict[str, Any]:
-    """What became of every stored source tensor: quantized, transformed, copied, or dropped with the reason."""
+    """What became of every stored source tensor: quantized, transformed, trained, copied, or dropped with the reason; and what was added."""
     fate: dict[str, Any] = {}
     transformed = {i for i, s in enumerate(plan.steps) if s.sites}
     for unit in plan.units:
@@ -119,9 +119,14 @@ def ledger(plan: Plan) -> dict[str, Any]:
             schemes = sorted({plan.schemes[s.name].name for s in unit.sites if s.tensor == name and s.name in plan.schemes})
             changed = name in plan.source.changed
             if schemes:
-                fate[name] = {"fate": "quantized", "scheme": ", ".join(schemes), **({"transformed": True} if changed else {})}
+                flags = {"transformed": changed, "trained": name in plan.source.trained}
+                fate[name] = {"fate": "quantized", "scheme": ", ".join(schemes), **{flag: True for flag, is_set in flags.items() if is_set}}
             elif changed or transformed & set(unit.steps):
                 fate.setdefault(name, {"fate": "transformed"})
+            elif name in plan.source.added:
+                fate[name] = {"fate": "added", "by": plan.source.added[name]}
+            elif name in plan.source.trained:
+                fate.setdefault(name, {"fate": "trained"})
             else:
                 fate.setdefault(name, {"fate": "copied"})
     for stored, logical in plan.source.consumed.items():

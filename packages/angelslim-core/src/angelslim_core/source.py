@@ -59,6 +59,11 @@ class Source:
         return spelled_out(self.checkpoint.config)
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the embedding's."""
+        return bool(self.config.get("tie_word_embeddings", (self.config.get("text_config") or {}).get("tie_word_embeddings", False)))
+
+    @property
     def warnings(self) -> list[str]:
         """One line each, for the plan."""
         return self.checkpoint.warnings
@@ -67,6 +72,16 @@ class Source:
     def changed(self) -> frozenset[str]:
         """Logical tensors that are not as the checkpoint has them."""
         return frozenset()
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Logical tensors that training may have changed."""
+        return frozenset()
+
+    @property
+    def added(self) -> dict[str, str]:
+        """Logical tensors that training adds -> id of the pass that asked for them."""
+        return {}
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -181,6 +196,14 @@ class RewrittenSource(Source):
     @property
     def changed(self) -> frozenset[str]:
         return self._changed
+
+    @property
+    def trained(self) -> frozenset[str]:
+        return self.inner.trained
+
+    @property
+    def added(self) -> dict[str, str]:
+        return self.inner.added
 
     @property
     def dropped(self) -> dict[str, str]:
