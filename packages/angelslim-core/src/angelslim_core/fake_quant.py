@@ -126,7 +126,7 @@ def remove(linear: FakeQuantizedLinear) -> Quantized:
         found = quantizer.quantized(linear.weight)
         bias = quantizer.biased(linear.weight, linear.bias)
         linear.weight.data = found.dequantize(linear.weight.dtype)
-        if bias is not linear.bias:
+        if bias is not None and bias is not linear.bias:
             linear.bias = nn.Parameter(bias)
     del linear.quantizer
     linear.__class__ = nn.Linear  # type: ignore[assignment]

@@ -16,13 +16,13 @@ from .adapters.base import Description
 from .device import pick_device
 from .errors import ModelError
 from .io.strict_json import read_json
-from .model import auto_class, compute_dtype, decoder_layers, sanitized
+from .model import auto_class, decoder_layers, sanitized
 from .packed_model import Linears, choose_packed, fill, with_holes
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS, plugins_hint
 from .schemes import CACHE_SCALES
-from .source import Source, describe_source, open_any, quantization_config
+from .source import Source, compute_dtype, describe_source, open_any, quantization_config
 from .transforms import install
 
 if TYPE_CHECKING:

@@ -191,7 +191,7 @@ def _taken_out(steps: Sequence[Step], linears: Linears, biases: Mapping[str, str
             linear = linears(site.name)
             assert isinstance(linear, FakeQuantizedLinear), f"{site.name}: a model pass has taken its quantizer out"
             quantized = remove(linear)
-            parts = {name: t.cpu() for name, t in vars(quantized).items() if isinstance(t, torch.Tensor)}
+            parts: dict[str, Any] = {name: t.cpu() for name, t in vars(quantized).items() if isinstance(t, torch.Tensor)}
             found[site.name] = replace(quantized, **parts)
     for name in biases:
         linear = linears(name.removesuffix(".bias"))

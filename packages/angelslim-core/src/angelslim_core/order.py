@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from .adapters import bias_keys
 from .errors import PlanError
-from .model import compute_dtype
 from .passes import ModelPass, Pass, RuntimePass, SourcePass, TrainedPass, WeightPass
+from .source import compute_dtype
 from .trained_source import TrainedSource
 
 if TYPE_CHECKING:

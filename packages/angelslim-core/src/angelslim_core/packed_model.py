@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description
 from .errors import ModelError
-from .model import compute_dtype, decoder_layers
+from .model import decoder_layers
 from .schemes import Quantized
-from .source import Source
+from .source import Source, compute_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -276,6 +276,11 @@ def describe_source(source: Source, layouts: Iterable[Layout]) -> Description:
     return describe(layout, source.config, {n: s for n, s in source.shapes.items() if n not in source.matrices}, source.dtypes)
 
 
+def compute_dtype(source: Source, description: Description) -> str:
+    """Dtype in which the model computes: that of its first linear; routers, which may be wider, do not count."""
+    return next(s.dtype for s in description.sites if s.layer is not None and s.role != "other")
+
+
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """`quantization_config` of a model, also where a multimodal config nests it."""
     for holder in (config, config.get("text_config") or {}):
