@@ -1,6 +1,14 @@
-"""Steps that say how linears round while a later one trains: what is stored is what was trained, whatever stands before and after."""
+"""Steps that say how linears round while a later one trains: what is stored is what was trained, whatever stands before and after.
+
+The file is also a program: one of the processes of a run.
+"""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +22,8 @@ from angelslim_core.errors import AngelslimError, ModelError, NumericError, Plan
 from angelslim_core.fake_quant import FakeQuantizer, placed, read_trained, rounding_off, set_progress, write_trained
 from angelslim_core.loading import load_model
 from angelslim_core.pipeline import prepare
+from angelslim_core.report import write_report
+from angelslim_core.testing.conformance import check_pass
 from angelslim_core.testing.models import add_mtp, stack_experts
 from angelslim_core.training import Terms, Training, TrainingOptions
 from angelslim_core.validation import validate
@@ -30,8 +40,12 @@ class Rounds(FakeQuantizer):
         self.scale = torch.nn.Parameter(weight_OI.float().abs().amax(1, keepdim=True) / 7)
         self.share, self.dtype = share, weight_OI.dtype
 
+    def _rounded(self):
+        scale = self.scale.detach().to(self.dtype)
+        return torch.where(scale > 0, scale, torch.ones_like(scale))  # a row of zeros
+
     def _stored(self):
-        return self.scale + (self.scale.to(self.dtype).float() - self.scale).detach()
+        return self.scale + (self._rounded().float() - self.scale).detach()
 
     def weight(self, weight_OI):
         scale = self._stored()
@@ -43,7 +57,7 @@ class Rounds(FakeQuantizer):
         return weight_OI.float().sum(1) * self.share if self.share else None
 
     def quantized(self, weight_OI):
-        scale = self.scale.detach().to(self.dtype)
+        scale = self._rounded()
         codes = (weight_OI.float() / scale.float()).round().clamp(-7, 7).to(torch.int8)
         return Quantized(self.scheme, codes, scale, numbers={"largest": int(codes.max())})
 
@@ -110,6 +124,8 @@ class Distill(ModelPass):
 
         while not training.is_done:
             if training.step == self.config.stop_at and not seen["resumed"]:
+                if seen["error"] is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
                 raise seen["error"]
             context.check_stop(f"step {training.step}")
             training.advance(terms)
@@ -166,6 +182,9 @@ def test_what_is_stored_is_what_was_trained(tiny, tmp_path, dtype, tied):
     model = tiny(dtype=dtype, tie_word_embeddings=tied)
     result = run(model, tmp_path / "o", "toy.int4", "toy.distill")
     assert torch.equal(logits(tmp_path / "o"), seen["logits"])
+    with torch.no_grad():
+        read_by_transformers = load_model(tmp_path / "o", "cpu", packed=False).model(IDS).logits.float()
+    assert torch.allclose(read_by_transformers, seen["logits"], atol=2e-2 if dtype == "bfloat16" else 1e-5)
     trained, distilled = result.passes
     assert distilled["metrics"]["rounded"] == 14 and distilled["metrics"]["last"] < distilled["metrics"]["first"]
     assert trained["id"] == "toy.int4" and distilled["metrics"]["curves"][0]["points"][0][0] == 1
@@ -289,6 +308,18 @@ def test_a_bias_that_a_pass_does_not_announce(tiny):
         compress(tiny(), out=tiny().parent / "silent", recipe={"steps": [{"use": "toy.silent"}, {"use": "toy.distill"}]}, plugins=["toy"], host=host)
 
 
+def test_the_report_draws_what_training_says(tiny, tmp_path):
+    run(tiny(), tmp_path / "o", "toy.int4", "toy.distill")
+    write_report([tmp_path / "o"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Course" in page and "rounded 14" in page
+
+
+def test_the_kit_knows_trained_passes(tmp_path):
+    module = SimpleNamespace(__name__="toy", ANGELSLIM_HOOKS=1, angelslim_register_passes=angelslim_register_passes)
+    check_pass("toy", module, "toy.biased", tmp_path)
+
+
 @pytest.mark.parametrize("error", [StoppedError(1, "here", "stopped"), NumericError(20, "step 3", "the loss is not finite")])
 def test_a_run_that_ends_in_training_goes_on_there(tiny, tmp_path, error):
     model = tiny(dtype="float32")
@@ -351,3 +382,36 @@ def test_what_training_left_is_checked_as_it_is_read(tmp_path):
     with pytest.raises(ModelError, match="no codes"):
         read_trained(tmp_path, "x", scheme)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["trained.json", "trained.safetensors"]
+
+
+def start(processes, model, out, stop_at=-1):
+    """Exit codes of the processes of a run, as torchrun would start them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, __file__, str(model), str(out), str(stop_at)]
+    running = [subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
+    return [process.wait(timeout=240) for process in running]
+
+
+def test_two_processes_train_what_one_trains(tiny, tmp_path):
+    model = tiny(dtype="float32")
+    run(model, tmp_path / "one", {"use": "quant.rotate"}, "toy.int4", "toy.distill")
+    assert start(2, model, tmp_path / "two") == [0, 0]
+    one, two = logits(tmp_path / "one"), logits(tmp_path / "two")
+    assert torch.allclose(one, two, atol=1e-3 * float(one.abs().max()))
+    assert validate(tmp_path / "two", model)["ok"] and not (tmp_path / ".two.angelslim").exists()
+
+
+def test_a_killed_training_goes_on(tiny, tmp_path):
+    model = tiny(dtype="float32")
+    assert start(1, model, tmp_path / "o", stop_at=3) == [-signal.SIGKILL]
+    assert start(1, model, tmp_path / "o", stop_at=3) == [0]
+    assert start(1, model, tmp_path / "whole", stop_at=100) == [0]
+    assert (tmp_path / "o/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    seen["error"] = None
+    run(sys.argv[1], sys.argv[2], {"use": "quant.rotate"}, "toy.int4", {"use": "toy.distill", "with": {"stop_at": int(sys.argv[3])}})
