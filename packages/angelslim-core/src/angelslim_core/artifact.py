@@ -72,6 +72,7 @@ def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any
     return {
         "source": _shards(plan.source),
         "other sources": [_shards(source) for step in plan.steps if isinstance(step.pass_, WeightPass) for source in step.pass_.sources],
+        "files": {f"steps[{s.index}].{name}": _stamp(path) for s in plan.steps for name, path in s.pass_.config if isinstance(path, Path)},
         "config": hashlib.sha256(json.dumps(plan.source.config, sort_keys=True).encode()).hexdigest(),
         "recipe": recipe,
         "schemes": hashlib.sha256(json.dumps({n: s.as_dict() for n, s in plan.schemes.items()}, sort_keys=True).encode()).hexdigest(),
@@ -86,6 +87,12 @@ def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any
 def _shards(source: Source) -> dict[str, list[Any]]:
     files = sorted({info.file for info in source.checkpoint.tensors.values()})
     return {f.name: [f.stat().st_size, f.stat().st_mtime_ns, _header_digest(f)] for f in files}
+
+
+def _stamp(path: Path) -> dict[str, list[int]]:
+    """Size and time of change of a file, or of each in a folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def _header_digest(file: Path) -> str:

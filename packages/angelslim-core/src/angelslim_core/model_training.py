@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .analysis import sqnr_db
 from .device import release_ram
 from .errors import ModelError, PluginError
 from .io.checkpoint import TensorSpec
@@ -190,9 +191,12 @@ def _taken_out(steps: Sequence[Step], linears: Linears, biases: Mapping[str, str
         for site in step.sites:
             linear = linears(site.name)
             assert isinstance(linear, FakeQuantizedLinear), f"{site.name}: a model pass has taken its quantizer out"
+            before = linear.weight.detach().clone()
             quantized = remove(linear)
             parts: dict[str, Any] = {name: t.cpu() for name, t in vars(quantized).items() if isinstance(t, torch.Tensor)}
-            found[site.name] = replace(quantized, **parts)
+            # the stored weight is what the next steps read: its distance from what was trained is known here only
+            numbers = {"sqnr_db": sqnr_db(before, quantized), **quantized.numbers}
+            found[site.name] = replace(quantized, **parts, numbers=numbers)
     for name in biases:
         linear = linears(name.removesuffix(".bias"))
         assert isinstance(linear, nn.Linear)
