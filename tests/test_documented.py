@@ -137,7 +137,7 @@ def module_of(page):
 
 def test_the_example_plugin_works(docs, tiny, tmp_path):
     plugin = module_of("writing-a-plugin")
-    for name in ("rows", "clipped"):
+    for name in ("rows", "clipped", "learnt"):
         (tmp_path / name).mkdir()
     plugin.check_everything(plugin, tmp_path)
     import torch

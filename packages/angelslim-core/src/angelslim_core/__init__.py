@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .kernels import Implementation, Kernel
     from .layer import Layer
     from .loading import load
-    from .passes import LayerPass, ModelPass, Pass, PassConfig, RuntimePass, SourcePass, TensorPass
+    from .passes import LayerPass, ModelPass, Pass, PassConfig, RuntimePass, SourcePass, TensorPass, TrainedPass
     from .pipeline import compress
     from .plugins import PluginHost
     from .recipe import load_recipe
@@ -35,7 +35,7 @@ _HOMES = {
     "inspection": ("inspect_model",),
     "kernels": ("Implementation", "Kernel"),
     "loading": ("load",),
-    "passes": ("LayerPass", "ModelPass", "Pass", "PassConfig", "RuntimePass", "SourcePass", "TensorPass"),
+    "passes": ("LayerPass", "ModelPass", "Pass", "PassConfig", "RuntimePass", "SourcePass", "TensorPass", "TrainedPass"),
     "pipeline": ("compress",),
     "plugins": ("PluginHost",),
     "recipe": ("load_recipe",),

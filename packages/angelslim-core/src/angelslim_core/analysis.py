@@ -52,8 +52,7 @@ def weight_numbers(weight_OI: Tensor, result: Quantized, packed: Mapping[str, Te
     signal, noise = _signal_and_noise(weight_OI, result)
     if not math.isfinite(noise):
         raise NumericError(2, result.scheme.name, "a dequantized weight is not finite")
-    # squares of huge weights overflow fp32
-    sqnr = round(10 * math.log10(signal / noise), 3) if noise > 0 and signal > 0 and math.isfinite(signal) else None
+    sqnr = _decibels(signal, noise)
     low, high = torch.aminmax(weight_OI)
     scale = scale_values(result.scale).reshape(-1)
     if result.global_scale is not None:
@@ -68,6 +67,16 @@ def weight_numbers(weight_OI: Tensor, result: Quantized, packed: Mapping[str, Te
         "histogram": _trimmed(half_octaves(_sampled(weight_OI, weight_OI.shape[1]))),
     }
     return numbers if result.input_scale is None else numbers | {"input_scale": _short(float(result.input_scale))}
+
+
+def sqnr_db(weight_OI: Tensor, result: Quantized) -> float | None:
+    """Signal of a weight to its quantization noise, as in `weight_numbers`."""
+    return _decibels(*_signal_and_noise(weight_OI, result))
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    # squares of huge weights overflow fp32
+    return round(10 * math.log10(signal / noise), 3) if noise > 0 and signal > 0 and math.isfinite(signal) and math.isfinite(noise) else None
 
 
 def _signal_and_noise(weight_OI: Tensor, result: Quantized) -> tuple[float, float]:

@@ -72,6 +72,7 @@ def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any
     return {
         "source": _shards(plan.source),
         "other sources": [_shards(source) for step in plan.steps if isinstance(step.pass_, WeightPass) for source in step.pass_.sources],
+        "files": {f"steps[{s.index}].{name}": _stamp(path) for s in plan.steps for name, path in s.pass_.config if isinstance(path, Path)},
         "config": hashlib.sha256(json.dumps(plan.source.config, sort_keys=True).encode()).hexdigest(),
         "recipe": recipe,
         "schemes": hashlib.sha256(json.dumps({n: s.as_dict() for n, s in plan.schemes.items()}, sort_keys=True).encode()).hexdigest(),
@@ -86,6 +87,12 @@ def fingerprint(plan: Plan, host: PluginHost, context: Context) -> dict[str, Any
 def _shards(source: Source) -> dict[str, list[Any]]:
     files = sorted({info.file for info in source.checkpoint.tensors.values()})
     return {f.name: [f.stat().st_size, f.stat().st_mtime_ns, _header_digest(f)] for f in files}
+
+
+def _stamp(path: Path) -> dict[str, list[int]]:
+    """Size and time of change of a file, or of each in a folder."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else []
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def _header_digest(file: Path) -> str:
@@ -111,7 +118,7 @@ def plugin_records(host: PluginHost) -> list[dict[str, str]]:
 
 
 def ledger(plan: Plan) -> dict[str, Any]:
-    """What became of every stored source tensor: quantized, transformed, copied, or dropped with the reason."""
+    """What became of every stored source tensor: quantized, transformed, trained, copied, or dropped with the reason; and what was added."""
     fate: dict[str, Any] = {}
     transformed = {i for i, s in enumerate(plan.steps) if s.sites}
     for unit in plan.units:
@@ -119,9 +126,14 @@ def ledger(plan: Plan) -> dict[str, Any]:
             schemes = sorted({plan.schemes[s.name].name for s in unit.sites if s.tensor == name and s.name in plan.schemes})
             changed = name in plan.source.changed
             if schemes:
-                fate[name] = {"fate": "quantized", "scheme": ", ".join(schemes), **({"transformed": True} if changed else {})}
+                flags = {"transformed": changed, "trained": name in plan.source.trained}
+                fate[name] = {"fate": "quantized", "scheme": ", ".join(schemes), **{flag: True for flag, is_set in flags.items() if is_set}}
             elif changed or transformed & set(unit.steps):
                 fate.setdefault(name, {"fate": "transformed"})
+            elif name in plan.source.added:
+                fate[name] = {"fate": "added", "by": plan.source.added[name]}
+            elif name in plan.source.trained:
+                fate.setdefault(name, {"fate": "trained"})
             else:
                 fate.setdefault(name, {"fate": "copied"})
     for stored, logical in plan.source.consumed.items():

@@ -7,15 +7,24 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ClassVar
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .errors import ModelError
+from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
+from .io.strict_json import read_json
+from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
+from .schemes import Quantized
+
 if TYPE_CHECKING:
-    from .schemes import Quantized, Scheme
+    from .schemes import Scheme
 
 
 class FakeQuantizer(nn.Module):
@@ -50,9 +59,14 @@ class FakeQuantizer(nn.Module):
 
     def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The linear [..., O] as it is trained; in evaluation it must be what is stored."""
+        return nn.functional.linear(self.inputs(x), self.weight(weight_OI), self.biased(weight_OI, bias_O))
+
+    def biased(self, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
+        """[O], the linear's bias with what the quantizer adds, rounded as it is stored."""
         extra = self.bias(weight_OI)
-        bias = bias_O if extra is None else extra.to(x.dtype) if bias_O is None else bias_O + extra.to(bias_O.dtype)
-        return nn.functional.linear(self.inputs(x), self.weight(weight_OI), bias)
+        if extra is None:
+            return bias_O
+        return extra.to(weight_OI.dtype) if bias_O is None else bias_O + extra.to(bias_O.dtype)
 
     def quantized(self, weight_OI: Tensor) -> Quantized:
         """Codes and scales, of which `dequantize` gives just what `weight` gives."""
@@ -110,21 +124,74 @@ def remove(linear: FakeQuantizedLinear) -> Quantized:
     quantizer = linear.quantizer.eval()
     with torch.no_grad():
         found = quantizer.quantized(linear.weight)
-        extra = quantizer.bias(linear.weight)
+        bias = quantizer.biased(linear.weight, linear.bias)
         linear.weight.data = found.dequantize(linear.weight.dtype)
-        if extra is not None:
-            total = extra if linear.bias is None else linear.bias + extra
-            linear.bias = nn.Parameter(total.to(linear.weight.dtype))
+        if bias is not None and bias is not linear.bias:
+            linear.bias = nn.Parameter(bias)
     del linear.quantizer
     linear.__class__ = nn.Linear  # type: ignore[assignment]
     return found
 
 
-def write_trained(workdir, trained: Mapping[str, Quantized]) -> None:  # type: ignore[no-untyped-def]
-    """Keep what training left, for `read_trained`."""
-    raise NotImplementedError
+# parts of a `Quantized` that are kept
+_PARTS = ("codes", "scale", "zero_point", "input_scale", "global_scale")
+_HINT = "delete the work folder beside the output and run again"
 
 
-def read_trained(workdir, name: str, scheme: Scheme) -> Quantized:  # type: ignore[no-untyped-def]
-    """Codes and scales of a linear as `write_trained` kept them."""
-    raise NotImplementedError
+def write_trained(workdir: Path, trained: Mapping[str, Quantized]) -> None:
+    """Keep what training left of linears, by their names in the checkpoint, for `read_trained`: all of it, or nothing."""
+    parts = {f"{name}.{part}": t for name, found in trained.items() for part in _PARTS if (t := getattr(found, part)) is not None}
+    specs = {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in parts.items()}
+    final = _file(workdir)
+    made = final.with_suffix(".tmp")
+    with disk_errors(final, sum(map(spec_bytes, specs.values()))):
+        write_json(final.with_suffix(".json"), {name: dict(found.numbers) for name, found in trained.items()})
+        writer = ShardWriter(made, specs)
+        try:
+            for name, tensor in parts.items():
+                writer.write(name, tensor)
+            writer.finish()
+        finally:
+            writer.close()
+        os.replace(made, final)
+        fsync_folder(workdir)
+
+
+def read_trained(workdir: Path, name: str, scheme: Scheme) -> Quantized:
+    """Codes and scales of a linear as `write_trained` kept them, on the CPU.
+
+    Raises:
+        ModelError: there are none, or they are of another scheme.
+    """
+    file = _file(workdir)
+    kept, numbers = _opened(file, file.stat().st_mtime_ns if file.is_file() else 0)
+    parts = {part: kept.read(full) for part in _PARTS if (full := f"{name}.{part}") in kept.tensors}
+    grid = scheme.weights
+    codes = parts.get("codes")
+    if codes is None or codes.dim() != 2:
+        raise ModelError(980, name, "has no codes among what training left", _HINT)
+    shape = grid.scale_shape((codes.shape[0], codes.shape[1]))
+    known = {"scale": (grid.scale_dtype, shape), "zero_point": ("I8", shape), "input_scale": ("F32", (1,)), "global_scale": ("F32", (1,))}
+    for part, (dtype, wanted) in known.items():
+        found = parts.get(part)
+        needed = part == "scale" or (part == "zero_point" and not grid.symmetric)
+        if (found is None and needed) or (found is not None and (dtype_name(found.dtype), tuple(found.shape)) != (dtype, wanted)):
+            have = "nothing" if found is None else f"{dtype_name(found.dtype)} {list(found.shape)}"
+            raise ModelError(981, f"{name}.{part}", f"is {have} where {scheme.name} needs {dtype} {list(wanted)}", _HINT)
+    return Quantized(scheme, **parts, numbers=numbers[name])  # type: ignore[arg-type]
+
+
+def _file(workdir: Path) -> Path:
+    return workdir / "trained.safetensors"
+
+
+@lru_cache(maxsize=1)
+def _opened(file: Path, changed: int) -> tuple[Checkpoint, dict[str, Any]]:
+    """The file's headers and numbers, read once for all linears.
+
+    Args:
+        changed: when it was written, so that another run's is not taken for it.
+    """
+    if not file.is_file():
+        raise ModelError(982, str(file), "is missing: no step has trained these linears", _HINT)
+    return Checkpoint(file.parent, {}, read_header(file)), read_json(file.with_suffix(".json"), 1 << 30)

@@ -16,13 +16,13 @@ from .adapters.base import Description
 from .device import pick_device
 from .errors import ModelError
 from .io.strict_json import read_json
-from .model import auto_class, compute_dtype, decoder_layers, sanitized
+from .model import auto_class, decoder_layers, sanitized
 from .packed_model import Linears, choose_packed, fill, with_holes
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS, plugins_hint
 from .schemes import CACHE_SCALES
-from .source import Source, describe_source, open_any, quantization_config
+from .source import Source, compute_dtype, describe_source, open_any, quantization_config
 from .transforms import install
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _from_transformers(
         backend = f"transformers, {fill(linears, source.read_quantized, classes, dtype, device)}"
         dequantized = len([m for m in source.quantized if m not in classes and f"{m}.weight" not in description.mtp_tensors])
         backend += f", {dequantized} dequantized" if dequantized else ""
-    _transform(linears, source)
+    transform_linears(linears, source)
     if emulate and not native:
         _round_inputs(linears, source, input_scales)
     return model, backend
@@ -205,7 +205,7 @@ def _dequantized(source: Source, dtype: torch.dtype, packed: Mapping[str, Any]) 
     return state, scales
 
 
-def _transform(linears: Linears, source: Source) -> None:
+def transform_linears(linears: Linears, source: Source) -> None:
     """Let linears multiply their inputs and outputs as the checkpoint asks.
 
     Raises:
@@ -259,8 +259,7 @@ def _check_loading(info: dict[str, Any], description: Description, source: Sourc
     mtp = {*description.mtp_tensors, *(n.partition(".experts.")[0] + ".experts" for n in description.mtp_tensors if ".experts." in n)}
     unexpected = [k for k in info.get("unexpected_keys") or () if not mtp & {k, k.rpartition(".")[0]} and k.split(".")[-2:] != ["rotary_emb", "inv_freq"]]
     unexpected = [k for k in unexpected if k.rpartition(".")[2] not in cached]
-    tied = bool(source.config.get("tie_word_embeddings", (source.config.get("text_config") or {}).get("tie_word_embeddings", False)))
-    missing = [k for k in info.get("missing_keys") or () if not (tied and k.endswith("lm_head.weight"))]
+    missing = [k for k in info.get("missing_keys") or () if not (source.is_tied and k.endswith("lm_head.weight"))]
     mismatched = info.get("mismatched_keys") or ()
     for what, names in (("missing from", missing), ("not used by the model, but in", unexpected), ("of another shape in", mismatched)):
         if names:

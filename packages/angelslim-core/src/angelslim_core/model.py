@@ -12,7 +12,7 @@ from .adapters import transformers_type
 from .adapters.base import Description
 from .errors import ModelError
 from .io.checkpoint import torch_dtype
-from .source import Source
+from .source import Source, compute_dtype
 from .transforms import install
 
 if TYPE_CHECKING:
@@ -231,8 +231,3 @@ class Skeleton:
         cast = {n: t.to(parameters[n].dtype) if n in parameters and t.is_floating_point() else t for n, t in state.items()}
         module.load_state_dict(cast, strict=False, assign=True)
         module.requires_grad_(False)
-
-
-def compute_dtype(source: Source, description: Description) -> str:
-    """Dtype in which the model computes: that of its first linear; routers, which may be wider, do not count."""
-    return next(s.dtype for s in description.sites if s.layer is not None and s.role != "other")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description
 from .errors import ModelError
-from .model import compute_dtype, decoder_layers
+from .model import decoder_layers
 from .schemes import Quantized
-from .source import Source
+from .source import Source, compute_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -76,11 +76,10 @@ def choose_packed(source: Source, description: Description, host: PluginHost, de
         return {}
     known = host.linears()
     dtype = torch_dtype(compute_dtype(source, description))
-    tied = bool(source.config.get("tie_word_embeddings", (source.config.get("text_config") or {}).get("tie_word_embeddings", False)))
 
     def choose(site: Site) -> type[PackedLinear] | None:
         scheme = source.quantized.get(site.name)
-        outside = site.layer is None and (site.name != "lm_head" or tied)  # towers go by other names in transformers
+        outside = site.layer is None and (site.name != "lm_head" or source.is_tied)  # towers go by other names in transformers
         if scheme is None or outside or f"{site.name}.weight" in description.mtp_tensors:
             return None
         fitting = (c for c in known if c.supports(scheme, site.shape, dtype, device)[0])

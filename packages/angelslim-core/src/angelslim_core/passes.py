@@ -235,7 +235,18 @@ class TrainedPass(TensorPass):
 
     It trains nothing itself: a `ModelPass` after it does, with the quantizers in place (see `fake_quant`). Targets,
     `claims` and `scheme` are those of any weight pass; the pipeline puts the quantizers in, and keeps their `Quantized`.
+
+    Attributes:
+        adds_bias: quantizers leave a bias (`FakeQuantizer.bias`), for which the architecture must have a place.
     """
+
+    kind = Kind.MODEL
+    claims = frozenset({"linear.weight"})
+    adds_bias: ClassVar[bool] = False
+
+    def quantizers(self, weights: Mapping[Site, Tensor]) -> Mapping[Site, FakeQuantizer]:
+        """How the linears of one unit round, one linear, or one fused set if `joins_fused`; `quantizer` of each by default."""
+        return {site: self.quantizer(site, weight) for site, weight in weights.items()}
 
     @abstractmethod
     def quantizer(self, site: Site, weight_OI: Tensor) -> FakeQuantizer:
@@ -244,7 +255,8 @@ class TrainedPass(TensorPass):
     def apply(self, weights: Mapping[Site, Tensor], context: Context) -> Mapping[Site, Quantized | Tensor]:
         from .fake_quant import read_trained
 
-        return {site: read_trained(context.workdir, site.name, self.scheme(site)) for site in weights}
+        schemes = {site: self.scheme(site) for site in weights}
+        return {site: read_trained(context.workdir, site.name, scheme) for site, scheme in schemes.items() if scheme is not None}
 
 
 class ModelPass(Pass):
@@ -254,7 +266,14 @@ class ModelPass(Pass):
 
     @abstractmethod
     def run(self, model: Module, context: Context) -> Mapping[str, Any]:
-        """Train or rewrite `model` in place. Returns numbers for the report."""
+        """Train or rewrite `model` in place; linears of earlier `TrainedPass` steps round (see `fake_quant.placed`).
+
+        Called in every process of `context.group`, each with the whole model on its device; what it leaves in the first
+        one's is kept. What takes long is kept under `context.workdir / "measured"`, where a resumed run finds it.
+
+        Returns:
+            numbers for the report, with `curves` as in `WeightPass.findings`.
+        """
 
 
 class RuntimePass(Pass):

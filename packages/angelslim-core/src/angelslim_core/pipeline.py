@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +14,19 @@ from .analysis import merged_reports, summarized, summary, warnings_of
 from .artifact import Artifact, complete, fingerprint, write_records
 from .context import Context, Progress, never, silent
 from .device import device_name, free_ram_bytes, peak_ram_bytes, pick_device, release_ram
-from .errors import ModelError, UsageError
+from .errors import ModelError, NumericError, UsageError
 from .evaluation import check_evaluation
 from .guards import check_disk, check_gates, check_ram, memory_errors, verify_written
 from .io.hub import resolve
 from .io.read_ahead import ReadAhead
 from .io.writer import disk_errors
+from .model_training import rewritten, train_model
 from .parallel import Group, is_first, joined
 from .passes import LayerPass, ModelPass, Pass, RuntimePass, SourcePass, WeightPass
 from .plan import Plan, Step, make_plan
 from .plugins import PluginHost, required_plugins
 from .recipe import Recipe, bind_options, load_recipe, steps_from_use
-from .source import Source, describe_source, open_source
+from .source import Source, open_source
 from .stream import write_shards
 from .workdir import Workdir, is_unfinished
 
@@ -113,7 +114,11 @@ def compress(
 
 @dataclass
 class Prepared:
-    """A recipe bound to a model: everything that is known before work starts."""
+    """A recipe bound to a model: everything that is known before work starts.
+
+    Args:
+        original: the model as it is stored; `source` is as the recipe's source passes read it.
+    """
 
     recipe: Recipe
     host: PluginHost
@@ -123,6 +128,7 @@ class Prepared:
     plan: Plan
     out: Path | None
     device: str
+    original: Source
 
 
 def prepare(
@@ -169,26 +175,16 @@ def prepare(
         bound = bound.model_copy(update={"runtime": bound.runtime.model_copy(update={"seed": seed})})
     # the recipe in the records names the model that was used
     bound = bound.model_copy(update={"model": bound.model.model_copy(update={"path": str(path)})})
-    source = open_source(resolve(path), host.registry.exporters.values())
+    original = open_source(resolve(path), host.registry.exporters.values())
     chosen = pick_device(device or bound.runtime.device)
-    source, description = _rewritten(source, passes, host, chosen, bound.runtime.seed)
+    source, description = rewritten(original, passes, host, chosen, bound.runtime.seed)
     if any(p.needs_calibration for p in passes) and bound.calibration is None:
         index = next(i for i, p in enumerate(passes) if p.needs_calibration)
         raise UsageError(5, bound.where(f"steps[{index}]"), f"{passes[index].id} needs calibration data", "--set calibration.data=FILE, or =self")
     plan = make_plan(bound, passes, source, description, host.registry.exporters, chosen)
     host.hook.angelslim_modify_plan(plan=plan)
     target = out if out is not None else bound.export.to
-    return Prepared(bound, host, passes, source, plan.description, plan, None if target is None else Path(target), chosen)
-
-
-def _rewritten(source: Source, passes: Sequence[Pass], host: PluginHost, device: str, seed: int) -> tuple[Source, Description]:
-    """The source as the recipe's source passes change it, and its description."""
-    description = describe_source(source, host.registry.layouts)
-    for pass_ in passes:
-        if isinstance(pass_, SourcePass):
-            source = pass_.rewrite(source, description, device, seed)
-            description = describe_source(source, host.registry.layouts)
-    return source, description
+    return Prepared(bound, host, passes, source, plan.description, plan, None if target is None else Path(target), chosen, original)
 
 
 def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callable[[], bool], start: float) -> Result:
@@ -200,7 +196,7 @@ def _execute(prepared: Prepared, replace: bool, progress: Progress, stop: Callab
         if group.rank:
             with memory_errors(plan), disk_errors(prepared.out, plan.bytes_after):
                 context = _context(prepared, Path(group.share(None)), group, silent, stop)
-                final, *_ = _calibrated(prepared, context, None, _Timer(host, context))
+                final, *_ = _calibrated(prepared, context, None, Timer(host, context))
                 write_shards(final, context, [], [])
                 return Result(**group.share(None))
         result = _write(prepared, group, replace, progress, stop, start)
@@ -219,7 +215,7 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
     ):
         check_disk(plan, workdir)
         context = _context(prepared, Path(group.share(str(workdir.path))), group, progress, stop)
-        timer = _Timer(host, context)
+        timer = Timer(host, context)
         plan, journal, policies, sweep = _calibrated(prepared, context, workdir, timer)
         metrics, layers = dict(sweep.metrics), sweep.analysis
         timer.reports.update({i: merged_reports(r) for i, r in sweep.reports.items()})
@@ -260,7 +256,7 @@ def _context(prepared: Prepared, workdir: Path, group: Group, progress: Progress
     )  # fmt: skip
 
 
-def _calibrated(prepared: Prepared, context: Context, workdir: Workdir | None, timer: _Timer) -> tuple[Plan, list[dict[str, Any]], list[dict[str, Any]], Sweep]:
+def _calibrated(prepared: Prepared, context: Context, workdir: Workdir | None, timer: Timer) -> tuple[Plan, list[dict[str, Any]], list[dict[str, Any]], Sweep]:
     """What all processes of a run do: whatever looks at the model as a whole or at calibration data.
 
     Args:
@@ -275,9 +271,9 @@ def _calibrated(prepared: Prepared, context: Context, workdir: Workdir | None, t
     if prepared.recipe.calibration and any(p.needs_calibration for p in prepared.passes):
         calibrate(prepared, context)
     journal = workdir.begin(fingerprint(plan, prepared.host, context)) if workdir else []
-    trained = _train(prepared, context, timer)
-    if trained is not None:
-        plan = trained
+    if any(isinstance(p, ModelPass) for p in prepared.passes):
+        with workdir.keeping(NumericError) if workdir else nullcontext():  # what a training that diverged has kept
+            plan = train_model(prepared, context, timer)
         context.source, context.description = plan.source, plan.description
     plan = _measure(prepared, plan, context, timer)
     for step in plan.steps:
@@ -292,7 +288,7 @@ def _calibrated(prepared: Prepared, context: Context, workdir: Workdir | None, t
     return plan, journal, policies, sweep
 
 
-class _Timer:
+class Timer:
     """Runs passes through the hook, which plugins may wrap, and keeps their seconds and reports."""
 
     def __init__(self, host: PluginHost, context: Context) -> None:
@@ -318,39 +314,7 @@ class _Timer:
         return {"id": step.pass_.id, "seconds": round(self.seconds.get(step.index, 0.0), 3), "metrics": {**summary(own), **self.reports.get(step.index, {})}}
 
 
-def _train(prepared: Prepared, context: Context, timer: _Timer) -> Plan | None:
-    """Run the model passes on the whole model; the checkpoint they leave is the source of the other steps."""
-    steps = [s for s in prepared.plan.steps if isinstance(s.pass_, ModelPass)]
-    if not steps:
-        return None
-    import torch
-
-    from .loading import load_model
-
-    folder = context.workdir / "trained"
-    if context.group.rank == 0 and not (folder / "config.json").is_file():
-        loaded = load_model(prepared.source.checkpoint.folder, prepared.device, host=prepared.host, emulate=False)
-        devices = [torch.cuda.current_device()] if prepared.device == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(context.seed)
-            for step in steps:
-                pass_ = step.pass_
-                assert isinstance(pass_, ModelPass)
-                timer.reports[step.index] = dict(timer.run(step, lambda pass_=pass_: pass_.run(loaded.model, context)) or {})  # type: ignore[misc]
-        unfinished = context.workdir / "trained.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        loaded.model.save_pretrained(unfinished)
-        for companion in prepared.source.checkpoint.companions:
-            shutil.copy(companion, unfinished / companion.name)
-        unfinished.rename(folder)
-    context.group.share(None)  # the others wait for it
-    source = open_source(folder, prepared.host.registry.exporters.values())
-    source.checkpoint.warnings = []
-    source, description = _rewritten(source, prepared.passes, prepared.host, prepared.device, context.seed)
-    return make_plan(prepared.recipe, prepared.passes, source, description, prepared.host.registry.exporters, prepared.device)
-
-
-def _measure(prepared: Prepared, plan: Plan, context: Context, timer: _Timer) -> Plan:
+def _measure(prepared: Prepared, plan: Plan, context: Context, timer: Timer) -> Plan:
     """The plan after every layer pass has learned of the model what decides its schemes."""
     passes = [s.pass_ for s in plan.steps]
     for step in plan.layer_steps:

@@ -6,6 +6,7 @@ two steps that quantize one linear, engines that will refuse the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ from .exporters import Exporter
 from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
 from .kv_cache import cache_outputs, settled_cache
-from .passes import Kind, LayerPass, ModelPass, Pass, RuntimePass, SourcePass, TensorPass, WeightPass
+from .order import after_training, check_order
+from .passes import Kind, LayerPass, Pass, RuntimePass, SourcePass, TensorPass, WeightPass
 from .schemes import CacheScheme, Scheme
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ class Plan:
             for name in dict.fromkeys(unit.tensors):
                 sites = [s for s in unit.sites if s.tensor == name]
                 scheme = next((self.schemes[s.name].name for s in sites if s.name in self.schemes), None)
-                action = scheme or ("transform" if name in self.source.changed else "copy")
+                action = scheme or ("transform" if name in self.source.changed else "train" if name in self.source.trained else "copy")
                 rows.append({"tensor": name, "shape": list(self.source.shapes[name]), "action": action, "linears": len(sites)})
         return {
             "plan": [
@@ -135,12 +137,13 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
         PlanError: the recipe does not fit the model, or its steps do not fit each other.
         EngineError: `export.engines` names an engine that will refuse the result.
     """
-    _check_order(recipe, passes)
+    check_order(recipe, passes)
     description = _for_layout(description, exporters.get(recipe.export.format))
     cache = settled_cache(recipe, passes, description)
     steps = [_step(recipe, i, p, description, source) for i, p in enumerate(passes)]
     schemes = _schemes(recipe, steps)
     _check_fused(description, schemes)
+    source = after_training(recipe, steps, source, description)
     exporter = _exporter(recipe, source, schemes, cache, exporters)
     units = _units(source, description, steps, schemes, exporter)
     units += [Unit((), (), (), outputs) for outputs in cache_outputs(source.config, description, cache)]
@@ -152,6 +155,10 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
         plan.warnings.append("calibration is given, but no step uses it")
     _check_gates(plan)
     plan.peak_ram_bytes, plan.spills = _peak_ram(plan, device)
+    if source.trained:
+        where = "memory" if device == "cpu" else "GPU memory"
+        parts = "weights, gradients, fp32 copies, Adam's moments and a teacher"
+        plan.problems.append(f"training all weights takes about {_training_bytes(source)} bytes of {where} for {parts}, and activations on top")
     limit = recipe.runtime.max_ram_bytes
     if limit is not None and plan.peak_ram_bytes > limit:
         plan.problems.append(f"about {plan.peak_ram_bytes} bytes of RAM are needed, runtime.max_ram allows {limit}")
@@ -186,27 +193,6 @@ def _for_layout(description: Description, exporter: type[Exporter] | None) -> De
     if exporter is None or exporter.scale_dtype is None:
         return description
     return replace(description, sites=tuple(replace(site, scale_dtype=exporter.scale_dtype) for site in description.sites))
-
-
-def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
-    if not passes:
-        raise PlanError(3, recipe.where("steps"), "no step to run")
-    ids = [p.id for p in passes]
-    for i, pass_ in enumerate(passes):
-        where = recipe.where(f"steps[{i}]")
-        for needed in sorted(pass_.requires - set(ids[:i])):
-            raise PlanError(4, where, f"{pass_.id} needs {needed} in an earlier step")
-        twice = set(ids[:i]) & {pass_.id} if isinstance(pass_, RuntimePass) else set()
-        for clash in sorted(pass_.conflicts & set(ids) | twice):
-            raise PlanError(5, where, f"{pass_.id} and {clash} exclude each other")
-        if isinstance(pass_, ModelPass) and any(isinstance(p, WeightPass) for p in passes[:i]):
-            raise PlanError(6, where, f"{pass_.id} trains the whole model, so it must come before the steps that rewrite weights")
-        if isinstance(pass_, ModelPass) and any(isinstance(p, SourcePass) for p in passes[:i]):
-            raise PlanError(240, where, f"{pass_.id} trains the model as it is stored, so it must come before the steps that change how it is read")
-        if isinstance(pass_, SourcePass) and any(isinstance(p, WeightPass) for p in passes[:i]):
-            raise PlanError(241, where, f"{pass_.id} changes what every other step reads", "put it before the steps that treat weights")
-        if not isinstance(pass_, WeightPass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
-            raise PlanError(242, where, f"{pass_.id} treats the model as a whole", "drop `targets` and `ignore`")
 
 
 def _step(recipe: Recipe, index: int, pass_: Pass, description: Description, source: Source) -> Step:
@@ -397,4 +383,11 @@ def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
         peak = max(peak, resident + (0 if spills else hidden))
     if any(step.pass_.kind is Kind.MODEL or (isinstance(step.pass_, RuntimePass) and step.pass_.makes) for step in plan.steps):
         peak = max(peak, BASE_RAM + MODEL_RAM + 4 * plan.bytes_before)
+    if source.trained and device == "cpu":
+        peak = max(peak, BASE_RAM + MODEL_RAM + _training_bytes(source))
     return peak, spills
+
+
+def _training_bytes(source: Source) -> int:
+    """Weights, their gradients and a teacher as stored; gradients, masters and two moments in fp32."""
+    return 3 * sum(map(source.nbytes, source.trained)) + 16 * sum(math.prod(source.shapes[name]) for name in source.trained)

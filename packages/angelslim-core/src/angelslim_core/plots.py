@@ -194,7 +194,7 @@ def lists_plot(lists: Mapping[str, Sequence[float]]) -> str:
 
 
 def curve_plot(curve: Mapping[str, Any]) -> str:
-    """A curve that a pass found, as `WeightPass.findings` says."""
+    """A curve that a pass found, as `WeightPass.findings` says, or of a training."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()

@@ -191,7 +191,7 @@ def _plots(passes: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]) -> 
     linears, inputs, experts = list(analysis["linears"].values()), analysis["inputs"], analysis["experts"]
     found = []
     for p in passes:
-        found += [("Choice", p["id"], plots.curve_plot(curve)) for curve in p["metrics"].get("curves", [])]
+        found += [("Choice" if "mark" in curve else "Course", p["id"], plots.curve_plot(curve)) for curve in p["metrics"].get("curves", [])]
     found.append(("Error", "Signal to quantization noise of weights: 6 dB are one bit.", plots.error_plot(linears)))
     for p in passes:
         lists = {k: v for k, v in p["metrics"].items() if isinstance(v, list) and v and all(isinstance(x, int | float) for x in v)}

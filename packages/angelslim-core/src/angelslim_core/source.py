@@ -59,6 +59,11 @@ class Source:
         return spelled_out(self.checkpoint.config)
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the head's weight is the embedding's."""
+        return bool(self.config.get("tie_word_embeddings", (self.config.get("text_config") or {}).get("tie_word_embeddings", False)))
+
+    @property
     def warnings(self) -> list[str]:
         """One line each, for the plan."""
         return self.checkpoint.warnings
@@ -67,6 +72,16 @@ class Source:
     def changed(self) -> frozenset[str]:
         """Logical tensors that are not as the checkpoint has them."""
         return frozenset()
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Logical tensors that training may have changed."""
+        return frozenset()
+
+    @property
+    def added(self) -> dict[str, str]:
+        """Logical tensors that training adds -> id of the pass that asked for them."""
+        return {}
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -183,6 +198,14 @@ class RewrittenSource(Source):
         return self._changed
 
     @property
+    def trained(self) -> frozenset[str]:
+        return self.inner.trained
+
+    @property
+    def added(self) -> dict[str, str]:
+        return self.inner.added
+
+    @property
     def dropped(self) -> dict[str, str]:
         return self._dropped
 
@@ -251,6 +274,11 @@ def describe_source(source: Source, layouts: Iterable[Layout]) -> Description:
     """Match a source against the known architectures."""
     layout = find_layout(source.config, layouts, plugins_hint(source.checkpoint.folder))
     return describe(layout, source.config, {n: s for n, s in source.shapes.items() if n not in source.matrices}, source.dtypes)
+
+
+def compute_dtype(source: Source, description: Description) -> str:
+    """Dtype in which the model computes: that of its first linear; routers, which may be wider, do not count."""
+    return next(s.dtype for s in description.sites if s.layer is not None and s.role != "other")
 
 
 def quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

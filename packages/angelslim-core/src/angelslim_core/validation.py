@@ -24,6 +24,9 @@ SCALES = frozenset(
     {"weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale", "scales", "k_scale", "v_scale"}
 )
 
+# what the ledger says of tensors that are in the folder under their own names
+_KEPT = frozenset({"copied", "transformed", "trained", "added"})
+
 
 def validate(
     out: str | Path, base: str | Path | None = None, *, run: bool = False, progress: Progress = silent, host: PluginHost | None = None
@@ -117,7 +120,7 @@ def _numbers(source: Source, progress: Progress) -> list[str]:
 
 
 def _ledger(ledger: dict[str, Any], source: Source) -> list[str]:
-    kept = {name for name, entry in ledger.items() if isinstance(entry, dict) and entry.get("fate") in ("copied", "transformed")}
+    kept = {name for name, entry in ledger.items() if isinstance(entry, dict) and entry.get("fate") in _KEPT}
     gone = sorted(name for name in kept if name not in source.dtypes and not any(s.startswith(name.rpartition(".")[0]) for s in source.dtypes))
     return [f"{name}: the ledger says it was kept, and it is not here" for name in gone]
 

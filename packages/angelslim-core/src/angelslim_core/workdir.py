@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -36,6 +36,7 @@ class Workdir:
     def __init__(self, out: Path, source: Path | None, replace: bool) -> None:
         self.out = out.absolute()
         self.replace = replace
+        self._kept: tuple[type[BaseException], ...] = (StoppedError, ResourceError, KeyboardInterrupt)
         real, home = self.out.resolve(), source.resolve() if source else None
         if home and (real == home or home.is_relative_to(real) or real.is_relative_to(home)):
             raise OutputError(1, str(out), "lies in the model folder or holds it", "choose another --out")
@@ -102,11 +103,19 @@ class Workdir:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # keep only what another try can build on
-        begun = any(any(self.path.glob(name)) for name in ("journal*.jsonl", "trained", "measured"))
-        resumable = isinstance(error, _Unfinished) or (begun and isinstance(error, StoppedError | ResourceError | KeyboardInterrupt))
+        begun = any(any(self.path.glob(name)) for name in ("journal*.jsonl", "rewritten", "trained", "measured"))
+        resumable = isinstance(error, _Unfinished) or (begun and isinstance(error, self._kept))
         if kind is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)  # before another run may take the lock
         self._lock.release()
+
+    @contextlib.contextmanager
+    def keeping(self, kind: type[BaseException]) -> Iterator[None]:
+        """After such an error inside, what was done is kept as well."""
+        before = self._kept
+        self._kept = (*before, kind)
+        yield
+        self._kept = before  # not after an error, which is on its way to `__exit__`
 
     @property
     def stage(self) -> Path:

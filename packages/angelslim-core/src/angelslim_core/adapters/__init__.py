@@ -83,6 +83,11 @@ def gguf_architecture(layout: Layout, config: Mapping[str, Any]) -> str:
     return layout.gguf[name]
 
 
+def bias_keys(layout: Layout, config: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
+    """Key of config.json -> roles whose linears it gives a bias; none for a config that nests its language model's."""
+    return {} if "text_config" in config else layout.biases.get(model_type(config), {})
+
+
 def loaded_names(layout: Layout, names: Iterable[str]) -> dict[str, str]:
     """Module of a checkpoint -> its name in transformers' model, for those where the two differ."""
     return {name: new + name.removeprefix(old) for name in names for old, new in layout.renamed.items() if name.startswith(old)}

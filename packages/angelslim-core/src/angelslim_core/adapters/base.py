@@ -123,6 +123,7 @@ class Layout:
         towers: names of the modules beside the language model, left alone; engines may know them under other prefixes.
         projectors: linears beside the language model whose outputs stand in its stream, as the ends of their names.
         renamed: prefix of tensors in a checkpoint -> the prefix under which transformers loads them, where that differs.
+        biases: `model_type` -> key of config.json -> the roles whose linears have a bias if it is true.
     """
 
     model_types: tuple[str, ...]
@@ -143,6 +144,7 @@ class Layout:
     towers: tuple[str, ...] = ("vision_tower", "multi_modal_projector", "visual")
     projectors: tuple[str, ...] = ("visual.merger.linear_fc2", "visual.deepstack_merger_list.{e}.linear_fc2")
     renamed: Mapping[str, str] = field(default_factory=dict)
+    biases: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

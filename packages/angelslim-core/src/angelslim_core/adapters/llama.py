@@ -8,11 +8,19 @@ from .base import ATTENTION, MLP, Layout
 # linears whose outputs stand in the stream of the language model
 _PROJECTORS = ("multi_modal_projector.linear_2", "multi_modal_projector.linear", "visual.merger.mlp.2")
 
+_ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+
 LAYOUTS = (
     Layout(
         model_types=("llama", "mistral", "qwen2", "qwen3", "seed_oss", "hunyuan_v1_dense", "qwen3_vl"),
         roles=ATTENTION | MLP,
         gguf={"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+        biases={
+            "llama": {"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+            "seed_oss": {"attention_bias": ("q", "k", "v"), "attention_out_bias": ("o",), "mlp_bias": _MLP},
+            "qwen3": {"attention_bias": _ATTENTION},
+            "hunyuan_v1_dense": {"attention_bias": _ATTENTION},
+        },
     ),
     Layout(
         model_types=("llava", "qwen2_audio"),

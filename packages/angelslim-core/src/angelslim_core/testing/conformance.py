@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import ValidationError
@@ -13,13 +13,18 @@ from torch import Tensor
 
 from ..adapters.base import Site
 from ..errors import PlanError
+from ..hookspecs import hookimpl
 from ..io.checkpoint import TensorSpec, dtype_name, torch_dtype
-from ..passes import Pass, RuntimePass, TensorPass
+from ..loading import load_model
+from ..passes import ModelPass, Pass, RuntimePass, TensorPass, TrainedPass
 from ..pipeline import compress
 from ..plugins import PluginHost
 from ..schemes import Quantized
 from ..validation import validate
 from .models import tiny_checkpoint
+
+if TYPE_CHECKING:
+    from ..context import Context
 
 SHAPES = ((64, 128), (100, 128), (7, 64))
 DTYPES = ("BF16", "F16", "F32")
@@ -66,8 +71,13 @@ def check_pass(plugin: str, module: ModuleType | Any, pass_id: str, folder: Path
         text = folder / "text.txt"
         text.write_text("the quick brown fox jumps over the lazy dog. " * 40)
         recipe["calibration"] = {"data": str(text), "samples": 4, "tokens": 32}
+    if isinstance(pass_, TrainedPass):
+        recipe["steps"].append({"use": _Looks.id})
     for out in ("out", "again"):
-        compress(model, out=folder / out, recipe=recipe, plugins=[plugin], host=_fresh(plugin, module))
+        compress(model, out=folder / out, recipe=recipe, plugins=[plugin, "conformance"], host=_fresh(plugin, module))
+    if isinstance(pass_, TrainedPass):
+        reloaded = load_model(folder / "out", "cpu", own_reader=True).model
+        assert torch.equal(_logits(reloaded), _Looks.seen), f"{pass_id}: what is stored is not what would have been trained"
     first, second = (sorted((folder / out).glob("*.safetensors")) for out in ("out", "again"))
     assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second], f"{pass_id}: two runs gave different bytes"
     if not isinstance(pass_, RuntimePass):
@@ -75,9 +85,32 @@ def check_pass(plugin: str, module: ModuleType | Any, pass_id: str, folder: Path
         assert found["ok"], f"{pass_id}: {found['problems']}"
 
 
+class _Looks(ModelPass):
+    """Trains nothing: runs the model with its linears rounding."""
+
+    id = "conformance.looks"
+    seen: ClassVar[Tensor]
+
+    def run(self, model: torch.nn.Module, context: Context) -> Mapping[str, Any]:
+        _Looks.seen = _logits(model.eval())
+        return {}
+
+
+@hookimpl
+def _register_passes() -> list[type[Pass]]:
+    return [_Looks]
+
+
+def _logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.arange(3, 67)[None]).logits
+    return found
+
+
 def _fresh(plugin: str, module: ModuleType | Any) -> PluginHost:
     host = PluginHost()
     host.register_module(plugin, module)
+    host.register_module("conformance", SimpleNamespace(__name__="conformance", ANGELSLIM_HOOKS=1, angelslim_register_passes=_register_passes))
     return host
 
 
@@ -121,6 +154,12 @@ def _check_tensor_pass(pass_: TensorPass, host: PluginHost) -> None:
 
 
 def _apply(pass_: TensorPass, weights: Mapping[Site, Tensor], site: Site) -> Quantized | Tensor:
+    if isinstance(pass_, TrainedPass):
+        quantizer, weight = pass_.quantizers(weights)[site].eval(), weights[site]
+        with torch.no_grad():
+            found = quantizer.quantized(weight)
+            assert torch.equal(quantizer.weight(weight), found.dequantize(weight.dtype)), f"{pass_.id}: what is stored is not what is trained"
+        return found
     return pass_.apply(weights, None)[site]  # type: ignore[arg-type]
 
 
