@@ -35,6 +35,7 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.mxfp8 import MXFP8
     from .passes.nvfp4 import NVFP4
     from .passes.rotate import Rotate
+    from .passes.seq2 import Seq2
     from .passes.smooth import Smooth
     from .passes.w4a8_fp8 import W4A8FP8
     from .passes.w4a8_int8 import W4A8Int8
@@ -60,6 +61,7 @@ def angelslim_register_passes() -> list[type[Pass]]:
         KVFP8,
         Mixed,
         DAQ,
+        Seq2,
     ]
 
 
@@ -74,12 +76,13 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.quantize_groups import QUANTIZE_GROUPS
     from .kernels.quantize_rows import QUANTIZE_ROWS
     from .kernels.round_columns import ROUND_COLUMNS
+    from .kernels.round_levels import ROUND_LEVELS, ROUND_LEVELS_BACK
     from .kernels.scaled_matmul import FP8_MATMUL, INT8_MATMUL
     from .kernels.search_blocks import SEARCH_BLOCKS
     from .kernels.search_range import SEARCH_RANGE
 
     deltas = [DELTA_SUMS, DELTA_SCALES, DELTA_CHOICE, DELTA_TOTALS, DELTA_CODES]
-    searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS]
+    searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS, ROUND_LEVELS, ROUND_LEVELS_BACK]
     return [*searches, *deltas, QUANTIZE_ROWS, GATED_ROWS, NORMED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
 
 

@@ -1,0 +1,162 @@
+"""Trained schemes: what is stored is what was trained, gradients are autograd's, and a tiny model learns."""
+
+import copy
+
+import pytest
+import torch
+
+import angelslim_quant.plugin as plugin
+from angelslim_core import fake_quant
+from angelslim_core.errors import PlanError
+from angelslim_core.io.checkpoint import torch_dtype
+from angelslim_core.loading import load_model
+from angelslim_core.testing.conformance import check_plugin, tiny_site
+
+SHAPES = [(24, 576), (19, 128)]
+# pass -> options, all of what rounds otherwise
+SCHEMES = [
+    ("quant.seq2", {}),
+    ("quant.seq2", {"group_size": 32, "search": False}),
+    ("quant.seq2", {"group_size": None}),
+]
+
+
+@pytest.fixture(scope="module")
+def host():
+    return check_plugin("quant", plugin)
+
+
+def make(host, pass_id, options, weight, scale_dtype=None, fused=1):
+    """Quantizers of linears that read one input, trained a little: parameters moved, half of the training done."""
+    pass_class = host.registry.find_pass(pass_id)
+    pass_ = pass_class.bind(pass_class.Config(**options))
+    names = {torch_dtype(name): name for name in ("BF16", "F16", "F32")}
+    site = tiny_site(tuple(weight.shape), names[weight.dtype])
+    if scale_dtype:
+        site = type(site)(**{**site.__dict__, "scale_dtype": scale_dtype})
+    quantizer = pass_.quantizer(site, weight)
+    assert quantizer.scheme == pass_.scheme(site)
+    return quantizer
+
+
+def weight_of(shape, dtype, seed=0):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+    weight[3, :64], weight[5], weight[7, 5] = 0, weight[5] * 1e-3, 1.0
+    return weight.to(dtype)
+
+
+def moved(quantizer, seed=0):
+    """As after some steps."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in quantizer.parameters():
+            p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator))
+    quantizer.progress = 0.5
+    return quantizer
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("pass_id", "options"), SCHEMES, ids=str)
+def test_what_is_stored_is_what_was_trained(host, pass_id, options, dtype, shape):
+    for seed, scale_dtype in ((0, None), (1, "F16")):
+        weight = weight_of(shape, dtype, seed)
+        quantizer = moved(make(host, pass_id, options, weight, scale_dtype), seed).eval()
+        found, grid = quantizer.quantized(weight), quantizer.scheme.weights
+        assert found.dequantize(dtype).equal(quantizer.weight(weight))
+        assert found.scale.dtype == torch_dtype(grid.scale_dtype) and tuple(found.scale.shape) == grid.scale_shape(shape)
+        if grid.levels:
+            assert found.codes.dtype == torch.int8 and set(found.codes.unique().tolist()) == set(grid.levels)
+        assert bool((found.scale.float() > 0).all())
+
+
+@pytest.mark.parametrize(("pass_id", "options"), SCHEMES, ids=str)
+def test_groups_must_divide_the_inputs(host, pass_id, options):
+    if options.get("group_size", 64) is not None:
+        with pytest.raises(PlanError, match="multiple"):
+            make(host, pass_id, options, torch.ones(4, 72))
+
+
+# SEQ --------------------------------------------------------------------------------------------------------------------
+
+
+def straight(x, dtype=None):
+    """Rounded, its gradient that of x."""
+    return x + ((x.round() if dtype is None else x.to(dtype).float()) - x).detach()
+
+
+@pytest.mark.parametrize("scale_dtype", [None, "F16", "BF16"])
+def test_seq2_is_its_definition_with_the_gradients_of_autograd(host, scale_dtype):
+    weight = weight_of((24, 128), torch.float32).requires_grad_()
+    quantizer = moved(make(host, "quant.seq2", {}, weight, scale_dtype))
+    found = quantizer.weight(weight)
+    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    found.backward(slope)
+    learnt = quantizer.scale.detach().requires_grad_()
+    a = 4 * straight(learnt / 4, torch_dtype(scale_dtype or "F32"))[..., None]
+    w = weight.detach().requires_grad_()
+    u = (w.unflatten(1, (-1, 64)) / a).clamp(-0.99, 0.99)
+    wanted = (a * (straight(2 * u - 0.5) + 0.5) / 2).flatten(1)
+    wanted.backward(slope)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(weight.grad, w.grad)
+    torch.testing.assert_close(quantizer.scale.grad, learnt.grad / 8, rtol=1e-4, atol=1e-5)  # the square root of 64 weights
+    levels = (found.detach().unflatten(1, (-1, 64)) / a.detach()).unique()
+    assert len(levels.mul(4).round().unique()) == 4 and float(levels.abs().min()) > 0.24
+
+
+def test_seq2_begins_with_the_range_of_least_error(host):
+    weight = weight_of((64, 256), torch.float32)
+    errors = [(make(host, "quant.seq2", {"search": s}, weight).weight(weight) - weight).square().unflatten(1, (-1, 64)).sum(-1) for s in (True, False)]
+    assert bool((errors[0] <= errors[1]).all()) and float(errors[0].sum()) < 0.8 * float(errors[1].sum())
+
+
+def test_seq2_keeps_a_floor(host):
+    weight = weight_of((8, 64), torch.float32)
+    quantizer = make(host, "quant.seq2", {}, weight, "F16")
+    with torch.no_grad():
+        quantizer.scale.fill_(-1.0)
+    found = quantizer.quantized(weight)
+    assert bool((found.scale > 0).all()) and found.dequantize().equal(quantizer.weight(weight))
+
+
+# a model ----------------------------------------------------------------------------------------------------------------
+
+
+def kl(teacher, student):
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+@pytest.mark.parametrize(("pass_id", "options"), [s for s in SCHEMES if s[1].get("group_size", 32) is not None], ids=str)
+def test_a_tiny_model_learns_and_is_stored_as_it_was_trained(host, tiny, pass_id, options):
+    model = load_model(tiny("llama", dtype="float32", initializer_range=0.2), "cpu").model
+    teacher, ids = copy.deepcopy(model), torch.randint(3, 256, (8, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = teacher(ids).logits
+    for name, linear in list(model.named_modules()):
+        if type(linear) is torch.nn.Linear and name != "lm_head":
+            fake_quant.place(linear, make(host, pass_id, {**options, "group_size": 32}, linear.weight.data))
+    placed = fake_quant.placed(model)
+    frozen = [p for m in placed.values() if not m.quantizer.trains_weight for p in [m.weight]]
+    for p in frozen:
+        p.requires_grad_(False)
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for step in range(30):
+        fake_quant.set_progress(model, step / 30)
+        model.train()
+        loss = kl(wanted, model(ids).logits)
+        losses.append(float(loss))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    model.eval()
+    with torch.no_grad():
+        trained = model(ids).logits
+        assert float(kl(wanted, trained)) < 0.5 * losses[0]
+        stored = {name: fake_quant.remove(linear) for name, linear in placed.items()}
+        assert not fake_quant.placed(model)
+        assert model(ids).logits.equal(trained)
+    for name, found in stored.items():
+        assert found.dequantize(torch.float32).equal(model.get_submodule(name).weight)
