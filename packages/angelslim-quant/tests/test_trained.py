@@ -11,6 +11,7 @@ from angelslim_core.errors import PlanError
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.loading import load_model
 from angelslim_core.testing.conformance import check_plugin, tiny_site
+from angelslim_quant.trained.sherry import residual
 
 SHAPES = [(24, 576), (19, 128)]
 # pass -> options, all of what rounds otherwise
@@ -18,6 +19,13 @@ SCHEMES = [
     ("quant.seq2", {}),
     ("quant.seq2", {"group_size": 32, "search": False}),
     ("quant.seq2", {"group_size": None}),
+    ("quant.tequila", {"group_size": 64}),
+    ("quant.tequila", {"group_size": 32, "threshold": "twn", "learn_reactivation": True}),
+    ("quant.tequila", {"group_size": None, "reactivation": 0}),
+    ("quant.sherry", {"group_size": 64}),
+    ("quant.sherry", {"group_size": 64, "pattern": "strided", "learn_scale": True}),
+    ("quant.sherry", {"group_size": 32, "learn_scale": True, "arenas": False}),
+    ("quant.sherry", {"group_size": None}),
 ]
 
 
@@ -62,8 +70,9 @@ def test_what_is_stored_is_what_was_trained(host, pass_id, options, dtype, shape
     for seed, scale_dtype in ((0, None), (1, "F16")):
         weight = weight_of(shape, dtype, seed)
         quantizer = moved(make(host, pass_id, options, weight, scale_dtype), seed).eval()
+        before = weight.clone()
         found, grid = quantizer.quantized(weight), quantizer.scheme.weights
-        assert found.dequantize(dtype).equal(quantizer.weight(weight))
+        assert found.dequantize(dtype).equal(quantizer.weight(weight)) and weight.equal(before)
         assert found.scale.dtype == torch_dtype(grid.scale_dtype) and tuple(found.scale.shape) == grid.scale_shape(shape)
         if grid.levels:
             assert found.codes.dtype == torch.int8 and set(found.codes.unique().tolist()) == set(grid.levels)
@@ -120,6 +129,106 @@ def test_seq2_keeps_a_floor(host):
     assert bool((found.scale > 0).all()) and found.dequantize().equal(quantizer.weight(weight))
 
 
+# ternary ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threshold", "part"), [("absmean", 0.5), ("twn", 0.75)])
+def test_ternary_is_its_definition(host, threshold, part):
+    weight = weight_of((24, 128), torch.float32)
+    found = make(host, "quant.tequila", {"group_size": 32, "threshold": threshold}, weight).quantized(weight)
+    groups = weight.reshape(-1, 32)
+    for group, codes, scale in zip(groups, found.codes.reshape(-1, 32), found.scale.flatten(), strict=True):
+        kept = group.abs() > part * group.abs().mean()
+        assert codes.equal((group.sign() * kept).to(torch.int8))
+        wanted = group.abs().mean() if threshold == "absmean" else group[kept].abs().mean() if bool(kept.any()) else 0
+        torch.testing.assert_close(float(scale), max(float(wanted), 1e-8))
+
+
+def test_dead_weights_get_the_straight_gradient_and_lambda_times_the_bias(host):
+    weight = weight_of((24, 128), torch.float32).requires_grad_()
+    quantizer = make(host, "quant.tequila", {"group_size": 32, "reactivation": 0.01, "learn_reactivation": True}, weight)
+    x, slope = (torch.randn(5, n, generator=torch.Generator().manual_seed(n)) for n in (128, 24))
+    bias = torch.zeros(24, requires_grad=True)
+    quantizer.product(x, weight, bias).backward(slope)
+    dead = quantizer.quantized(weight).codes == 0
+    wanted = slope.T @ x + 0.01 * dead * slope.sum(0)[:, None]
+    torch.testing.assert_close(weight.grad, wanted)
+    torch.testing.assert_close(bias.grad, slope.sum(0))
+    torch.testing.assert_close(quantizer.rate.grad, ((weight.detach() * dead).sum(1) @ slope.sum(0))[None])
+    torch.testing.assert_close(quantizer.bias(weight), 0.01 * (weight * dead).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_bias_is_folded_exactly(host, dtype, has_bias):
+    linear = torch.nn.Linear(128, 24, bias=has_bias, dtype=dtype)
+    x, plain = torch.randn(5, 128, dtype=dtype), copy.deepcopy(linear)
+    fake_quant.place(linear, make(host, "quant.tequila", {"group_size": 32, "reactivation": 0.5}, linear.weight.data))
+    with torch.no_grad():
+        trained = linear(x)
+        fake_quant.remove(linear)
+        assert linear(x).equal(trained) and linear.bias is not None
+        fake_quant.place(plain, make(host, "quant.tequila", {"group_size": 32, "reactivation": 0}, plain.weight.data))
+        assert plain.quantizer.bias(plain.weight) is None
+        assert not trained.equal(plain(x))
+        fake_quant.remove(plain)
+        assert (plain.bias is not None) is has_bias
+
+
+def test_only_with_a_bias_the_pass_says_it_adds_one(host):
+    pass_class = host.registry.find_pass("quant.tequila")
+    for reactivation, adds in ((1e-3, True), (0, False)):
+        pass_ = pass_class.bind(pass_class.Config(reactivation=reactivation))
+        assert pass_.adds_bias is adds and pass_.id == "quant.tequila"
+    with pytest.raises(ValueError, match="reactivation"):
+        pass_class.Config(reactivation=0, learn_reactivation=True)
+
+
+@pytest.mark.parametrize("pattern", ["contiguous", "strided"])
+def test_of_four_weights_just_the_smallest_is_zero(host, pattern):
+    weight = weight_of((24, 576), torch.float32)
+    weight[1, :4], weight[1, :64:16] = torch.tensor([0.2, -0.1, 0.1, 0.1]), torch.tensor([0.2, -0.1, 0.1, 0.1])
+    found = make(host, "quant.sherry", {"group_size": 64, "pattern": pattern}, weight).quantized(weight)
+    places = [[(q // 16) * 64 + q % 16 + 16 * p if pattern == "strided" else 4 * q + p for p in range(4)] for q in range(144)]
+    for row, codes in zip(weight, found.codes, strict=True):
+        for four in places:
+            lane = min(range(4), key=lambda i: abs(float(row[four[i]])))  # noqa: B023
+            wanted = [0 if p == lane else -1 if row[j] < 0 else 1 for p, j in enumerate(four)]
+            assert codes[four].tolist() == wanted
+    assert found.scheme.weights.sparsity == ((3, 4) if pattern == "contiguous" else None)
+    kept = (weight * found.codes).unflatten(1, (-1, 64)).sum(-1) / 48
+    torch.testing.assert_close(found.scale, kept.clamp(min=1e-8))
+
+
+def test_sherry_holds_five_bits_per_four_weights(host):
+    weight = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    fours = make(host, "quant.sherry", {"group_size": 64}, weight).quantized(weight).codes.reshape(-1, 4)
+    assert len(fours.unique(dim=0)) == 2**5
+
+
+def test_the_residual_opens_and_closes(host):
+    assert [residual(p) for p in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    weight = weight_of((24, 128), torch.float32).requires_grad_()
+    quantizer = make(host, "quant.sherry", {"group_size": 32, "learn_scale": True}, weight)
+    x, slope = (torch.randn(5, n, generator=torch.Generator().manual_seed(n)) for n in (128, 24))
+    quantizer.progress = 0.55
+    y = quantizer.product(x, weight, None)
+    rounded = quantizer.weight(weight).detach()
+    torch.testing.assert_close(y, x @ rounded.T + 0.5 * x @ weight.T)
+    y.backward(slope)
+    torch.testing.assert_close(weight.grad, 1.5 * slope.T @ x)
+    codes = quantizer.quantized(weight).codes
+    wanted = ((slope.T @ x) * codes).unflatten(1, (-1, 32)).sum(-1) / 32**0.5
+    torch.testing.assert_close(quantizer.scale.grad, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quantizer.eval().product(x, weight, None), x @ rounded.T)
+
+
+def test_sherry_says_which_sizes_fit(host):
+    for options, columns in (({"group_size": 96, "pattern": "strided"}, 192), ({"group_size": None}, 66), ({"group_size": None, "pattern": "strided"}, 96)):
+        with pytest.raises(PlanError, match="multiple of"):
+            make(host, "quant.sherry", options, torch.ones(4, columns))
+
+
 # a model ----------------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +245,7 @@ def test_a_tiny_model_learns_and_is_stored_as_it_was_trained(host, tiny, pass_id
         wanted = teacher(ids).logits
     for name, linear in list(model.named_modules()):
         if type(linear) is torch.nn.Linear and name != "lm_head":
-            fake_quant.place(linear, make(host, pass_id, {**options, "group_size": 32}, linear.weight.data))
+            fake_quant.place(linear, make(host, pass_id, options if options.get("pattern") else {**options, "group_size": 32}, linear.weight.data))
     placed = fake_quant.placed(model)
     frozen = [p for m in placed.values() if not m.quantizer.trains_weight for p in [m.weight]]
     for p in frozen:

@@ -36,7 +36,9 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.nvfp4 import NVFP4
     from .passes.rotate import Rotate
     from .passes.seq2 import Seq2
+    from .passes.sherry import Sherry
     from .passes.smooth import Smooth
+    from .passes.tequila import Tequila
     from .passes.w4a8_fp8 import W4A8FP8
     from .passes.w4a8_int8 import W4A8Int8
 
@@ -62,6 +64,8 @@ def angelslim_register_passes() -> list[type[Pass]]:
         Mixed,
         DAQ,
         Seq2,
+        Tequila,
+        Sherry,
     ]
 
 

@@ -20,7 +20,7 @@ UNIT = 1 / 4
 # a range is no less
 LEAST = 1e-5
 # parts of the largest magnitude that are tried as range
-RATIOS = tuple(1 - i / 20 for i in range(11))
+RATIOS = tuple(1 - i / 20 for i in range(15))
 
 
 class Seq2Quantizer(ScaledQuantizer):
