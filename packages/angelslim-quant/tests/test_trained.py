@@ -7,7 +7,8 @@ import torch
 
 import angelslim_quant.plugin as plugin
 from angelslim_core import fake_quant
-from angelslim_core.errors import PlanError
+from angelslim_core.emulation import round_input
+from angelslim_core.errors import NumericError, PlanError
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.loading import load_model
 from angelslim_core.testing.conformance import check_plugin, tiny_site
@@ -26,6 +27,10 @@ SCHEMES = [
     ("quant.sherry", {"group_size": 64, "pattern": "strided", "learn_scale": True}),
     ("quant.sherry", {"group_size": 32, "learn_scale": True, "arenas": False}),
     ("quant.sherry", {"group_size": None}),
+    ("quant.lsq", {"group_size": 32}),
+    ("quant.lsq", {"group_size": 64, "bits": 3, "symmetric": False, "train_weights": True}),
+    ("quant.lsq", {"group_size": None, "bits": 2, "search": False}),
+    ("quant.lsq", {"group_size": None, "bits": 8, "symmetric": False, "train_weights": True}),
 ]
 
 
@@ -229,6 +234,83 @@ def test_sherry_says_which_sizes_fit(host):
             make(host, "quant.sherry", options, torch.ones(4, columns))
 
 
+# LSQ --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_lsq_has_the_gradients_of_autograd(host, symmetric):
+    weight = weight_of((24, 128), torch.float32).requires_grad_()
+    quantizer = moved(make(host, "quant.lsq", {"group_size": 32, "bits": 3, "symmetric": symmetric}, weight))
+    slope = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    quantizer.weight(weight).backward(slope)
+    w, s = weight.detach().requires_grad_(), quantizer.scale.detach().requires_grad_()
+    zero = 0 if symmetric else quantizer.zero.float()[..., None]
+    ratio = w.unflatten(1, (-1, 32)) / s[..., None]
+    codes = straight(torch.minimum(torch.maximum(ratio, -4 - zero + 0 * ratio.detach()), 3 - zero + 0 * ratio.detach()))
+    (codes * s[..., None]).flatten(1).backward(slope)
+    inner = ((ratio + zero - 3).abs() > 1e-6) & ((ratio + zero + 4).abs() > 1e-6)  # at the very end of the range autograd takes half
+    torch.testing.assert_close((weight.grad.unflatten(1, (-1, 32)) * inner), w.grad.unflatten(1, (-1, 32)) * inner)
+    rows = inner.all(-1)
+    torch.testing.assert_close(quantizer.scale.grad[rows], s.grad[rows] / (32 * 3) ** 0.5, rtol=1e-4, atol=1e-5)
+    assert int(rows.sum()) > 60 and bool((weight.grad == 0).any())
+
+
+def test_lsq_begins_where_rounding_to_nearest_or_a_search_leaves_off(host):
+    weight = weight_of((24, 128), torch.bfloat16)
+    site = tiny_site((24, 128))
+    nearest = host.registry.find_pass("quant.int4_rtn")
+    nearest = nearest(nearest.Config(group_size=32)).apply({site: weight}, None)[site]
+    plain, searched = (make(host, "quant.lsq", {"group_size": 32, "search": s}, weight).quantized(weight) for s in (False, True))
+    assert plain.codes.equal(nearest.codes) and plain.scale.equal(nearest.scale)
+    errors = [float((q.dequantize() - weight.float()).square().sum()) for q in (plain, searched)]
+    assert errors[1] < errors[0]
+
+
+INT8 = {"group_size": None, "bits": 8, "activations": "int8"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_inputs_are_rounded_as_engines_do_under_one_learnt_scale(host, dtype):
+    weights = [weight_of((24, 128), dtype, seed) for seed in range(3)]
+    pass_class = host.registry.find_pass("quant.lsq")
+    pass_ = pass_class.bind(pass_class.Config(**INT8))
+    assert pass_.joins_fused and "linear.input" in pass_.claims
+    sites = [tiny_site((24, 128), {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype], role) for role in ("q", "k", "v")]
+    made = list(pass_.quantizers(dict(zip(sites, weights, strict=True))).values())
+    generator = torch.Generator().manual_seed(0)
+    x, later = (torch.randn(2, 5, 128, generator=generator).to(dtype) for _ in range(2))
+    with pytest.raises(NumericError, match="no step was trained"):
+        made[0].quantized(weights[0])
+    assert made[0].eval().inputs(x).equal(x)  # nothing is known yet
+    for quantizer in made:
+        quantizer.train().inputs(x)
+        assert quantizer.input_scale is made[0].input_scale
+    torch.testing.assert_close(made[0].input_scale, x.abs().amax().float().reshape(1) / 127)
+    found = made[1].quantized(weights[1])
+    assert found.input_scale.shape == (1,) and found.input_scale.dtype == torch.float32
+    assert made[2].inputs(later).equal(round_input(later, found.scheme.input_activations, found.input_scale))
+
+
+def test_the_scale_of_inputs_has_the_gradient_of_autograd(host):
+    quantizer = make(host, "quant.lsq", INT8, weight_of((24, 128), torch.float32))
+    x = torch.randn(10, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    quantizer.inputs(x * 0.5)
+    slope = torch.randn(10, 128, generator=torch.Generator().manual_seed(2))
+    quantizer.inputs(x).backward(slope)
+    s, y = quantizer.input_scale.detach().requires_grad_(), x.detach().requires_grad_()
+    (straight((y / s).clamp(-128, 127)) * s).backward(slope)
+    assert bool((x.grad == 0).any())
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(quantizer.input_scale.grad, s.grad / (128 * 127) ** 0.5, rtol=1e-4, atol=1e-5)
+
+
+def test_lsq_says_which_inputs_engines_multiply(host):
+    config = host.registry.find_pass("quant.lsq").Config
+    for options in ({"bits": 4}, {"group_size": 64}, {"symmetric": False}):
+        with pytest.raises(ValueError, match="INT8 inputs"):
+            config(**{**INT8, **options})
+
+
 # a model ----------------------------------------------------------------------------------------------------------------
 
 
@@ -247,9 +329,8 @@ def test_a_tiny_model_learns_and_is_stored_as_it_was_trained(host, tiny, pass_id
         if type(linear) is torch.nn.Linear and name != "lm_head":
             fake_quant.place(linear, make(host, pass_id, options if options.get("pattern") else {**options, "group_size": 32}, linear.weight.data))
     placed = fake_quant.placed(model)
-    frozen = [p for m in placed.values() if not m.quantizer.trains_weight for p in [m.weight]]
-    for p in frozen:
-        p.requires_grad_(False)
+    for linear in placed.values():
+        linear.weight.requires_grad_(linear.quantizer.trains_weight)
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []
     for step in range(30):

@@ -30,6 +30,7 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.kv_fp8 import KVFP8
     from .passes.learned_rounding import LearnedRounding
     from .passes.lepto import Lepto
+    from .passes.lsq import LSQ
     from .passes.mixed import Mixed
     from .passes.mxfp4 import MXFP4
     from .passes.mxfp8 import MXFP8
@@ -66,6 +67,7 @@ def angelslim_register_passes() -> list[type[Pass]]:
         Seq2,
         Tequila,
         Sherry,
+        LSQ,
     ]
 
 

@@ -34,7 +34,7 @@ def codes_of(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, grid: 
 
     Args:
         weight_OI: any float dtype.
-        scale_OG: fp32, as it is stored.
+        scale_OG: fp32, as it is stored; [1] if `grid` has strategy "tensor".
         zero_OG: fp32, whole numbers; None: all 0.
     """
     ratio, low, high = _ratio(weight_OI, scale_OG, zero_OG, grid, levels)
@@ -93,7 +93,7 @@ def _triton_back(
 
 
 def _held(weight_OI: Tensor, scale_OG: Tensor) -> tuple[bool, str]:
-    held = weight_OI.shape[1] <= LARGEST_GROUP * scale_OG.shape[1]
+    held = scale_OG.ndim == 2 and weight_OI.shape[1] <= LARGEST_GROUP * scale_OG.shape[1]
     return weight_OI.is_cuda and held, f"groups or channels of at most {LARGEST_GROUP} weights on a GPU"
 
 

@@ -32,7 +32,7 @@ class _Stored(torch.autograd.Function):
         return slopes[0] * ctx.slope, None, None, None, None
 
 
-class _Rounded(torch.autograd.Function):
+class Rounded(torch.autograd.Function):
     """`ROUND_LEVELS` and its way back; keeps nothing but what it is given."""
 
     @staticmethod
@@ -90,7 +90,7 @@ class ScaledQuantizer(FakeQuantizer):
 
     def weight(self, weight_OI: Tensor) -> Tensor:
         zero = None if self.zero is None else self.zero.float()
-        found: Tensor = _Rounded.apply(weight_OI, self.scales(weight_OI.shape[1]), zero, self.scheme.weights, self.levels)  # type: ignore[no-untyped-call]
+        found: Tensor = Rounded.apply(weight_OI, self.scales(weight_OI.shape[1]), zero, self.scheme.weights, self.levels)  # type: ignore[no-untyped-call]
         return found
 
     @torch.no_grad()
