@@ -20,6 +20,7 @@ ANGELSLIM_HOOKS = 1
 def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.awq import AWQ
     from .passes.daq import DAQ
+    from .passes.focus import Focus
     from .passes.fp8_block import FP8Block
     from .passes.fp8_dynamic import FP8Dynamic
     from .passes.fp8_static import FP8Static
@@ -68,6 +69,7 @@ def angelslim_register_passes() -> list[type[Pass]]:
         Tequila,
         Sherry,
         LSQ,
+        Focus,
     ]
 
 

@@ -80,10 +80,10 @@ class LSQ(TrainedPass):
         """Of linears that read one input: they share the parameter that is its scale."""
         import torch
 
-        from ..trained.lsq import LSQQuantizer, WeightsToo
+        from ..trained.lsq import UNSEEN, LSQQuantizer, WeightsToo
 
         made = WeightsToo if self.config.train_weights else LSQQuantizer
         shared: nn.Parameter | None = None
         if self._rounds_inputs:
-            shared = torch.nn.Parameter(torch.zeros(1, device=next(iter(weights.values())).device))
+            shared = torch.nn.Parameter(torch.full((1,), UNSEEN, device=next(iter(weights.values())).device))
         return {site: made(self.scheme(site), weight, self.config.search, shared) for site, weight in weights.items()}

@@ -6,6 +6,7 @@ Shapes: O out features, I in features, G groups along `in` (one for channels).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ from angelslim_core.schemes import Grid, Quantized, Scheme
 from ..kernels.amax import grouped
 from ..kernels.round_levels import ROUND_LEVELS, ROUND_LEVELS_BACK, Levels, codes_of
 
+# a stored scale is no less
+TINY = 1e-8
+
 
 class _Stored(torch.autograd.Function):
-    """What is learnt as the scale that is stored; straight through floor and rounding."""
+    """What is learnt as the scale that is stored; straight through bounds and rounding."""
 
     @staticmethod
-    def forward(ctx: Any, learnt: Tensor, unit: float, least: float, dtype: torch.dtype, factor: float) -> Tensor:
+    def forward(ctx: Any, learnt: Tensor, unit: Tensor | float, bounds: tuple[float, float], dtype: torch.dtype, factor: float) -> Tensor:
         ctx.slope = unit * factor
-        return (learnt * unit).clamp_(min=least).to(dtype).float()
+        tiny = max(TINY, 2.0**-24) if dtype == torch.float16 else TINY
+        return (learnt.clamp(*bounds) * unit).clamp_(min=tiny).to(dtype).float()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
@@ -47,46 +52,51 @@ class Rounded(torch.autograd.Function):
         return (*ROUND_LEVELS_BACK(slopes[0], *ctx.saved_tensors, ctx.grid, ctx.levels, ctx.needs_input_grad[0]), None, None, None)
 
 
-def stored(learnt: Tensor, grid: Grid, unit: float = 1.0, least: float = 1e-8, factor: float = 1.0) -> Tensor:
-    """The scale, fp32, as it is stored: learnt * unit, rounded to the dtype of stored scales, never below `least` or the dtype's smallest number.
+def stored(learnt: Tensor, grid: Grid, unit: Tensor | float = 1.0, bounds: tuple[float, float] = (0.0, inf), factor: float = 1.0) -> Tensor:
+    """The scale, fp32, as it is stored: learnt * unit, rounded to the dtype of stored scales, above zero.
 
     Args:
         learnt: fp32.
+        unit: without gradient.
+        bounds: what is learnt counts as no less, and no more.
         factor: what its gradient is multiplied by beside `unit`.
     """
-    dtype = torch_dtype(grid.scale_dtype)
-    if dtype == torch.float16:
-        least = max(least, 2.0**-24)
-    return _Stored.apply(learnt, unit, least, dtype, factor)  # type: ignore[no-any-return, no-untyped-call]
+    return _Stored.apply(learnt, unit, bounds, torch_dtype(grid.scale_dtype), factor)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class ScaledQuantizer(FakeQuantizer):
-    """Codes of evenly spaced levels times learnt scales.
+    """Codes of evenly spaced levels times scales = learnt * unit.
+
+    The gradient of what is learnt is multiplied by 1 / sqrt(weights under a scale * largest code) (LSQ).
 
     Args:
-        learnt: fp32 [O, G], what the scales begin with.
+        learnt: fp32 [O, G], what training begins with.
         zero_OG: int8 zero points, fixed, or None.
         levels: the codes.
-        unit: times what is learnt it is the scale.
-        least: what is learnt counts as no less.
-        most: the largest code of `levels` times `unit`, of which the gradient's factor 1 / sqrt(weights under a scale * most) is made (LSQ).
+        unit: fp32 [O, G], or a number.
+        bounds: of what is learnt.
+        largest: the largest code, in the unit of which the definition of a scheme counts.
 
     Source: Esser et al., "Learned step size quantization" (1902.08153), eq. 3 and section 2.2.
     """
 
     def __init__(
-        self, scheme: Scheme, learnt: Tensor, zero_OG: Tensor | None, levels: Levels, *, unit: float = 1.0, least: float = 1e-8, most: float = 1.0
+        self, scheme: Scheme, learnt: Tensor, zero_OG: Tensor | None, levels: Levels, unit: Tensor | float, bounds: tuple[float, float], largest: float
     ) -> None:
         super().__init__(scheme)
-        self.scale = nn.Parameter(learnt.detach().float().clone())
+        self.learnt = nn.Parameter(learnt.detach().float().clone())
         self.zero: Tensor | None
         self.register_buffer("zero", zero_OG)
-        self.levels, self.unit, self.least, self.most = levels, unit, least, most
+        if isinstance(unit, Tensor):
+            self.register_buffer("unit", unit)
+        else:
+            self.unit = unit
+        self.levels, self.bounds, self.largest = levels, bounds, largest
 
     def scales(self, inputs: int) -> Tensor:
         """fp32 [O, G], as they are stored, of a weight with so many inputs."""
-        size = inputs // self.scale.shape[1]
-        return stored(self.scale, self.scheme.weights, self.unit, self.least * self.unit, (size * self.most) ** -0.5)
+        size = inputs // self.learnt.shape[1]
+        return stored(self.learnt, self.scheme.weights, self.unit, self.bounds, (size * self.largest) ** -0.5)
 
     def weight(self, weight_OI: Tensor) -> Tensor:
         zero = None if self.zero is None else self.zero.float()
@@ -104,19 +114,19 @@ class ScaledQuantizer(FakeQuantizer):
 
 
 @torch.no_grad()
-def searched(weight_OI: Tensor, grid: Grid, levels: Levels, unit: float, least: float, ratios: Sequence[float]) -> Tensor:
+def searched(weight_OI: Tensor, grid: Grid, levels: Levels, unit: float, bounds: tuple[float, float], ratios: Sequence[float]) -> Tensor:
     """Of some parts of the largest magnitude under each scale that of least squared error, the first on a tie, fp32 [O, G].
 
     Args:
         weight_OI: any float dtype.
-        unit, least: as of `ScaledQuantizer`.
+        unit, bounds: as of `ScaledQuantizer`.
     """
     weight = weight_OI.float()
     amax = grouped(weight, grid).abs().amax(-1)
     best = chosen = None
     for ratio in ratios:
-        tried = (amax * ratio).clamp_(min=least)
-        found = ROUND_LEVELS(weight, stored(tried, grid, unit, least * unit), None, grid, levels)
+        tried = (amax * ratio).clamp_(*bounds)
+        found = ROUND_LEVELS(weight, stored(tried, grid, unit, bounds), None, grid, levels)
         error = grouped(found.sub_(weight).square_(), grid).sum(-1)
         if best is None or chosen is None:
             best, chosen = error, tried

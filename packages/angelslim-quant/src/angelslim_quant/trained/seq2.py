@@ -5,6 +5,8 @@ Shapes: O out features, I in features, G groups along `in` (one for channels).
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,8 @@ from .scaled import ScaledQuantizer, searched
 # +-1 and +-3 quarters of the range a; a weight beyond .99 a is cut off
 LEVELS = Levels(step=2, shift=1, low=-4 * 0.99, high=4 * 0.99)
 UNIT = 1 / 4
-# a range is no less
-LEAST = 1e-5
+# of a range
+BOUNDS = (1e-5, inf)
 # parts of the largest magnitude that are tried as range
 RATIOS = tuple(1 - i / 20 for i in range(15))
 
@@ -37,11 +39,11 @@ class Seq2Quantizer(ScaledQuantizer):
     """
 
     def __init__(self, scheme: Scheme, weight_OI: Tensor, search: bool = True) -> None:
-        super().__init__(scheme, _first(scheme, weight_OI, search), None, LEVELS, unit=UNIT, least=LEAST)
+        super().__init__(scheme, _first(scheme, weight_OI, search), None, LEVELS, UNIT, BOUNDS, largest=1.0)
 
 
 @torch.no_grad()
 def _first(scheme: Scheme, weight_OI: Tensor, search: bool) -> Tensor:
     if search:
-        return searched(weight_OI, scheme.weights, LEVELS, UNIT, LEAST, RATIOS)
+        return searched(weight_OI, scheme.weights, LEVELS, UNIT, BOUNDS, RATIOS)
     return grouped(weight_OI, scheme.weights).abs().amax(-1).float()
