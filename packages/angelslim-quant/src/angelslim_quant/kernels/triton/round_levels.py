@@ -64,7 +64,7 @@ def _run(
     groups_a_program = max(1, WEIGHTS // width)
     _kernel[(triton.cdiv(scale_OG.numel(), groups_a_program),)](
         weight_OI, scale_OG, scale_OG if zero_OG is None else zero_OG.contiguous(), weight_OI if slope_OI is None else slope_OI.contiguous(),
-        found, scale_slope, scale_OG.numel(), levels.low, levels.high,
+        found, scale_slope, scale_OG.numel(), float(levels.low), float(levels.high),
         STEP=levels.step, SHIFT=levels.shift, HAS_ZERO=zero_OG is not None, BACK=back, WITH_WEIGHT=with_weight,
         SIZE=size, WIDTH=width, GROUPS=groups_a_program, num_warps=min(16, max(4, width // 512)), enable_fp_fusion=False,
     )  # fmt: skip
