@@ -85,13 +85,15 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.quantize_rows import QUANTIZE_ROWS
     from .kernels.round_columns import ROUND_COLUMNS
     from .kernels.round_levels import ROUND_LEVELS, ROUND_LEVELS_BACK
+    from .kernels.round_ternary import ROUND_TERNARY, ROUND_TERNARY_BACK
     from .kernels.scaled_matmul import FP8_MATMUL, INT8_MATMUL
     from .kernels.search_blocks import SEARCH_BLOCKS
     from .kernels.search_range import SEARCH_RANGE
 
     deltas = [DELTA_SUMS, DELTA_SCALES, DELTA_CHOICE, DELTA_TOTALS, DELTA_CODES]
-    searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS, ROUND_LEVELS, ROUND_LEVELS_BACK]
-    return [*searches, *deltas, QUANTIZE_ROWS, GATED_ROWS, NORMED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
+    searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS]
+    trained = [ROUND_LEVELS, ROUND_LEVELS_BACK, ROUND_TERNARY, ROUND_TERNARY_BACK]
+    return [*searches, *deltas, *trained, QUANTIZE_ROWS, GATED_ROWS, NORMED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
 
 
 @hookimpl

@@ -16,7 +16,7 @@ from angelslim_core.schemes import Quantized, Scheme
 from ..kernels.quantize_groups import range_of, scale_of
 from ..kernels.round_levels import Levels
 from ..kernels.search_range import SEARCH_RANGE
-from .scaled import TINY, Rounded, ScaledQuantizer, stored
+from .scaled import Rounded, ScaledQuantizer, stored
 
 # parts of a group's range that are tried, besides all of it, for what its scale begins with
 SHRINKS = tuple(1 - i / 20 for i in range(1, 13))
@@ -77,7 +77,7 @@ class LSQQuantizer(ScaledQuantizer):
                 largest = x.abs().amax().float().reshape(1) / ((1 << (self.scheme.input_activations.bits - 1)) - 1)
                 if torch.distributed.is_initialized():
                     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-                self.input_log.copy_(largest.clamp_(min=TINY).log_())
+                self.input_log.copy_(largest.clamp_(min=1e-8).log_())
             self._seen = float(self.input_log) > UNSEEN
         return self._seen
 

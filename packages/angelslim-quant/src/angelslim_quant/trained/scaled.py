@@ -18,9 +18,7 @@ from angelslim_core.schemes import Grid, Quantized, Scheme
 
 from ..kernels.amax import grouped
 from ..kernels.round_levels import ROUND_LEVELS, ROUND_LEVELS_BACK, Levels, codes_of
-
-# a stored scale is no less
-TINY = 1e-8
+from ..kernels.round_ternary import least_scale
 
 
 class _Stored(torch.autograd.Function):
@@ -29,8 +27,7 @@ class _Stored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, learnt: Tensor, unit: Tensor | float, bounds: tuple[float, float], dtype: torch.dtype, factor: float) -> Tensor:
         ctx.slope = unit * factor
-        tiny = max(TINY, 2.0**-24) if dtype == torch.float16 else TINY
-        return (learnt.clamp(*bounds) * unit).clamp_(min=tiny).to(dtype).float()
+        return (learnt.clamp(*bounds) * unit).clamp_(min=least_scale(dtype)).to(dtype).float()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:

@@ -1,6 +1,6 @@
 """Ternary weights whose dead ones, rounded to zero, work on as a bias that does not depend on the input.
 
-Shapes: O out features, I in features, G groups along `in` (one for channels), g weights of a group.
+Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
@@ -14,41 +14,23 @@ from angelslim_core.fake_quant import FakeQuantizer
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
-from ..kernels.amax import grouped
-from .scaled import stored
+from ..kernels.round_ternary import ROUND_TERNARY, ROUND_TERNARY_BACK, Rule
 
 Threshold = Literal["absmean", "twn"]
-# parts of the mean magnitude below which a weight is rounded to zero
-PARTS: dict[Threshold, float] = {"absmean": 0.5, "twn": 0.75}
-
-
-def ternary(weight_OI: Tensor, grid: Grid, threshold: Threshold) -> tuple[Tensor, Tensor]:
-    """Codes -1, 0, 1, fp32 [O, G, g], and scales as they are stored, fp32 [O, G].
-
-    Args:
-        weight_OI: any float dtype.
-        threshold: "absmean": |w| > mean|w| / 2 is kept, the scale is mean|w|; "twn": |w| > .75 mean|w|, the mean of what is kept.
-    """
-    weight = grouped(weight_OI, grid).float()
-    size = weight.abs()
-    mean = size.mean(-1, keepdim=True)
-    kept = size > mean * PARTS[threshold]
-    if threshold == "twn":
-        mean = size.mul_(kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp_(min=1)
-    return weight.sign().mul_(kept), stored(mean.squeeze(-1), grid)
+RULES: dict[Threshold, Rule] = {"absmean": Rule(0.5, of_kept=False), "twn": Rule(0.75, of_kept=True)}
 
 
 class _Rounded(torch.autograd.Function):
     """The ternary weight, and rate * sum of a row's dead weights [O], fp32, of which their gradient is rate * bias gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, rate: Tensor, grid: Grid, threshold: Threshold) -> tuple[Tensor, Tensor]:
-        codes, scale = ternary(weight_OI, grid, threshold)
-        dead = (grouped(weight_OI, grid).float() * (codes == 0)).sum((1, 2))
-        ctx.save_for_backward(weight_OI, rate, dead)
-        ctx.grid, ctx.threshold = grid, threshold
+    def forward(ctx: Any, weight_OI: Tensor, rate: Tensor, grid: Grid, rule: Rule) -> tuple[Tensor, Tensor]:
+        value, _, dead = ROUND_TERNARY(weight_OI, grid, rule, None, 0.0, False)
+        dead_O = dead.sum(1)
+        ctx.save_for_backward(weight_OI, rate, dead_O)
+        ctx.grid, ctx.rule = grid, rule
         ctx.set_materialize_grads(False)
-        return codes.mul_(scale[..., None]).to(weight_OI.dtype).reshape(weight_OI.shape), dead * rate
+        return value, dead_O * rate
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
@@ -56,11 +38,10 @@ class _Rounded(torch.autograd.Function):
         weight_OI, rate, dead_O = ctx.saved_tensors
         if slope_O is None:
             return slope_OI, None, None, None
-        if ctx.needs_input_grad[0]:
-            dead = (ternary(weight_OI, ctx.grid, ctx.threshold)[0] == 0).reshape(weight_OI.shape)
-            pull = (slope_O * rate)[:, None].to(weight_OI.dtype) * dead
-            slope_OI = pull if slope_OI is None else slope_OI + pull
-        return slope_OI, (slope_O * dead_O).sum().reshape(1), None, None
+        if slope_OI is None:
+            slope_OI = torch.zeros_like(weight_OI)
+        found = ROUND_TERNARY_BACK(slope_OI, weight_OI, ctx.grid, ctx.rule, slope_O * rate, 0.0, False)[0] if ctx.needs_input_grad[0] else None
+        return found, (slope_O * dead_O).sum().reshape(1) if ctx.needs_input_grad[1] else None, None, None
 
 
 class TequilaQuantizer(FakeQuantizer):
@@ -69,7 +50,7 @@ class TequilaQuantizer(FakeQuantizer):
     Gradients: dw = dy everywhere (straight through), + rate * dL/db_o on dead weights.
 
     Args:
-        threshold: as of `ternary`.
+        threshold: "absmean": |w| > mean|w| / 2 of the group is kept, the scale is mean|w|; "twn": |w| > .75 mean|w|, the mean of what is kept.
         rate: the paper's lambda; 0: plain ternary, no bias.
         learn_rate: let training move it (the paper's third variant).
 
@@ -78,7 +59,7 @@ class TequilaQuantizer(FakeQuantizer):
 
     def __init__(self, scheme: Scheme, threshold: Threshold = "absmean", rate: float = 1e-3, learn_rate: bool = False) -> None:
         super().__init__(scheme)
-        self.threshold, self.has_bias = threshold, rate > 0
+        self.rule, self.has_bias = RULES[threshold], rate > 0
         self.rate: Tensor
         if learn_rate:
             self.rate = nn.Parameter(torch.tensor([rate]))
@@ -86,7 +67,7 @@ class TequilaQuantizer(FakeQuantizer):
             self.register_buffer("rate", torch.tensor([rate]))
 
     def _both(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _Rounded.apply(weight_OI, self.rate, self.scheme.weights, self.threshold)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, Tensor] = _Rounded.apply(weight_OI, self.rate, self.scheme.weights, self.rule)  # type: ignore[no-untyped-call]
         return found
 
     def weight(self, weight_OI: Tensor) -> Tensor:
@@ -103,5 +84,5 @@ class TequilaQuantizer(FakeQuantizer):
 
     @torch.no_grad()
     def quantized(self, weight_OI: Tensor) -> Quantized:
-        codes, scale = ternary(weight_OI, self.scheme.weights, self.threshold)
-        return Quantized(self.scheme, codes.to(torch.int8).reshape(weight_OI.shape), scale.to(torch_dtype(self.scheme.weights.scale_dtype)))
+        codes, scale, _ = ROUND_TERNARY(weight_OI, self.scheme.weights, self.rule, None, 0.0, True)
+        return Quantized(self.scheme, codes, scale.to(torch_dtype(self.scheme.weights.scale_dtype)))
