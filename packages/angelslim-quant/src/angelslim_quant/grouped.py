@@ -35,6 +35,20 @@ def grouped_scheme(site: Site, config: GroupedConfig) -> Scheme:
     return Scheme(name, Grid(bits, "int", "group", group_size, symmetric=symmetric, scale_dtype=site.scale_dtype or site.dtype), exporters=group_layouts(bits))
 
 
+def levels_scheme(name: str, site: Site, group_size: int | None, levels: tuple[int, ...], sparsity: tuple[int, int] | None = None) -> Scheme:
+    """Weights of few levels in groups, or channels where `group_size` is None; inputs stay as they are.
+
+    The codes are those of INT4, which engines hold; our own layout stores them in fewer bits.
+
+    Raises:
+        PlanError: as `grouped_scheme`.
+    """
+    if group_size is not None:
+        check_group(site, group_size)
+    grid = Grid(4, "int", "group" if group_size else "channel", group_size, scale_dtype=site.scale_dtype or site.dtype, levels=levels, sparsity=sparsity)
+    return Scheme(f"{name} {f'g{group_size}' if group_size else 'channel'}", grid, exporters=(*group_layouts(4), "packed"))
+
+
 def check_group(site: Site, group_size: int) -> None:
     """Raise PlanError unless groups divide a linear's inputs; names sizes that do."""
     columns = site.shape[1]

@@ -42,6 +42,12 @@ def fits(site: Site, scheme: Scheme) -> Scheme:
     return scheme
 
 
+def mx_scheme(bits: int, weight_only: bool) -> Scheme:
+    """MXFP4 or MXFP8."""
+    grid = Grid(bits, "float", "group", 32, scale_dtype="U8")
+    return Scheme(f"mxfp{bits}a16", grid) if weight_only else Scheme(f"mxfp{bits}", grid, replace(grid, dynamic=True))
+
+
 class MXPass(TensorPass):
     """Blocks of 32 under a power of two; inputs likewise, their scales computed at run time.
 
@@ -60,11 +66,7 @@ class MXPass(TensorPass):
         return frozenset({"linear.weight"}) if self.config.weight_only else frozenset({"linear.weight", "linear.input"})
 
     def scheme(self, site: Site) -> Scheme:
-        grid = Grid(self.bits, "float", "group", 32, scale_dtype="U8")
-        name = f"mxfp{self.bits}"
-        if self.config.weight_only:
-            return fits(site, Scheme(f"{name}a16", grid))
-        return fits(site, Scheme(name, grid, replace(grid, dynamic=True)))
+        return fits(site, mx_scheme(self.bits, self.config.weight_only))
 
     def apply(self, weights: Mapping[Site, Tensor], context: Context) -> dict[Site, Quantized | Tensor]:
         from .numerics.microscale import quantize_mx

@@ -20,6 +20,7 @@ ANGELSLIM_HOOKS = 1
 def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.awq import AWQ
     from .passes.daq import DAQ
+    from .passes.focus import Focus
     from .passes.fp8_block import FP8Block
     from .passes.fp8_dynamic import FP8Dynamic
     from .passes.fp8_static import FP8Static
@@ -30,12 +31,16 @@ def angelslim_register_passes() -> list[type[Pass]]:
     from .passes.kv_fp8 import KVFP8
     from .passes.learned_rounding import LearnedRounding
     from .passes.lepto import Lepto
+    from .passes.lsq import LSQ
     from .passes.mixed import Mixed
     from .passes.mxfp4 import MXFP4
     from .passes.mxfp8 import MXFP8
     from .passes.nvfp4 import NVFP4
     from .passes.rotate import Rotate
+    from .passes.seq2 import Seq2
+    from .passes.sherry import Sherry
     from .passes.smooth import Smooth
+    from .passes.tequila import Tequila
     from .passes.w4a8_fp8 import W4A8FP8
     from .passes.w4a8_int8 import W4A8Int8
 
@@ -60,6 +65,11 @@ def angelslim_register_passes() -> list[type[Pass]]:
         KVFP8,
         Mixed,
         DAQ,
+        Seq2,
+        Tequila,
+        Sherry,
+        LSQ,
+        Focus,
     ]
 
 
@@ -74,13 +84,16 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.quantize_groups import QUANTIZE_GROUPS
     from .kernels.quantize_rows import QUANTIZE_ROWS
     from .kernels.round_columns import ROUND_COLUMNS
+    from .kernels.round_levels import ROUND_LEVELS, ROUND_LEVELS_BACK
+    from .kernels.round_ternary import ROUND_TERNARY, ROUND_TERNARY_BACK
     from .kernels.scaled_matmul import FP8_MATMUL, INT8_MATMUL
     from .kernels.search_blocks import SEARCH_BLOCKS
     from .kernels.search_range import SEARCH_RANGE
 
     deltas = [DELTA_SUMS, DELTA_SCALES, DELTA_CHOICE, DELTA_TOTALS, DELTA_CODES]
     searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS]
-    return [*searches, *deltas, QUANTIZE_ROWS, GATED_ROWS, NORMED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
+    trained = [ROUND_LEVELS, ROUND_LEVELS_BACK, ROUND_TERNARY, ROUND_TERNARY_BACK]
+    return [*searches, *deltas, *trained, QUANTIZE_ROWS, GATED_ROWS, NORMED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
 
 
 @hookimpl

@@ -1,0 +1,1 @@
+"""How linears round while they are trained: one algorithm a file, each a `FakeQuantizer` of the core."""
