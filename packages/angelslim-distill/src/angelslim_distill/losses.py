@@ -10,7 +10,7 @@ Shapes: N positions that count, V vocabulary, K kept tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -262,8 +262,13 @@ def _confidence(teacher: Tensor | TopK, labels: Tensor | None) -> Tensor:
     if isinstance(teacher, TopK):
         return wide(teacher.label_logp.detach()).exp()
     if labels is None:
-        raise UsageError(904, "labels", "cakld weighs by the teacher's probability of the label, and none are given", "give labels, or use another kind")
+        raise labels_missing()
     return log_softmax(wide(teacher.detach()), -1).gather(-1, labels[..., None])[..., 0].exp()
+
+
+def labels_missing() -> UsageError:
+    """The error of a loss that needs labels and has none."""
+    return UsageError(908, "labels", "none are given, and the loss needs the tokens that were predicted", "give labels, or another loss")
 
 
 def kd_sums(
@@ -274,7 +279,10 @@ def kd_sums(
     Raises:
         UsageError: shapes differ; as `token_losses`.
     """
-    check_shapes(student_logits, teacher_logits, mask, labels)
+    teacher_has = (teacher_logits if isinstance(teacher_logits, Tensor) else teacher_logits.ids).shape
+    check_positions(student_logits.shape[:-1], teacher_has[:-1], mask, labels)
+    if isinstance(teacher_logits, Tensor):
+        check_vocabulary(student_logits.shape[-1], teacher_has[-1])
     mask = mask.bool()
     student = wide(student_logits[mask])
     teacher = teacher_logits[mask] if isinstance(teacher_logits, Tensor) else chosen(teacher_logits, mask)
@@ -318,8 +326,7 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Te
 
     Source: arXiv:2402.12030 eq. 3 (universal logit distillation).
     """
-    if not student_logits.shape[:-1] == teacher_logits.shape[:-1] == mask.shape:
-        raise UsageError(903, "logits", f"{[*student_logits.shape]}, {[*teacher_logits.shape]}, mask {[*mask.shape]}", "they are of the same positions")
+    check_positions(student_logits.shape[:-1], teacher_logits.shape[:-1], mask, None)
     mask = mask.bool()
     sides = [wide(x[mask]).softmax(-1).sort(-1, descending=True).values for x in (student_logits, teacher_logits.detach())]
     most = max(side.shape[-1] for side in sides)
@@ -333,18 +340,26 @@ def chosen(kept: TopK, mask: Tensor) -> TopK:
     return TopK(kept.ids[mask], kept.logp[mask], kept.label_logp[mask])
 
 
-def check_shapes(student: Tensor, teacher: Tensor | TopK, mask: Tensor, labels: Tensor | None) -> None:
-    """Refuse what is not of the same positions and the same vocabulary.
+def check_positions(student: Sequence[int], teacher: Sequence[int], mask: Tensor, labels: Tensor | None) -> None:
+    """Refuse what is not of the same positions.
+
+    Args:
+        student, teacher: the shapes of theirs.
 
     Raises:
-        UsageError: it is not.
+        UsageError: they differ from each other, the mask's or the labels'.
     """
-    positions = teacher.shape[:-1] if isinstance(teacher, Tensor) else teacher.ids.shape[:-1]
-    if not student.shape[:-1] == positions == mask.shape or (labels is not None and labels.shape != mask.shape):
+    if not [*student] == [*teacher] == [*mask.shape] or (labels is not None and labels.shape != mask.shape):
         told = "" if labels is None else f", labels {[*labels.shape]}"
-        raise UsageError(903, "logits", f"of {[*student.shape[:-1]]} and {[*positions]} positions, mask {[*mask.shape]}{told}", "all are of the same positions")
-    if isinstance(teacher, Tensor) and teacher.shape[-1] != student.shape[-1]:
-        raise UsageError(
-            903, "logits", f"of vocabularies of {student.shape[-1]} and {teacher.shape[-1]}",
-            "cut padding off both if the tokenizer is the same; uld_loss compares different ones",
-        )  # fmt: skip
+        raise UsageError(903, "mask", f"{[*mask.shape]}, student {[*student]}, teacher {[*teacher]}{told}", "all are of the same positions")
+
+
+def check_vocabulary(student: int, teacher: int) -> None:
+    """Refuse another vocabulary.
+
+    Raises:
+        UsageError: the numbers of tokens differ.
+    """
+    if student != teacher:
+        hint = "cut what pads them if the tokenizer is the same; uld_loss compares different ones"
+        raise UsageError(904, "logits", f"the student's vocabulary is of {student} tokens, the teacher's of {teacher}", hint)
