@@ -1,16 +1,17 @@
 """Losses from hidden states: heads are applied to some rows at a time, and no logits outlive their rows.
 
-What a loss asks of the student's logits is found in the forward pass, put in the logits' place and carried on to hidden states and head at once,
-so that memory holds logits of one chunk and gradients of the size of the parameters. A backward pass only multiplies.
+What a loss asks of the student's logits is found in the forward pass and carried on to hidden states and head at once, so that memory holds logits
+of one chunk and gradients of the size of the parameters. A backward pass only multiplies.
+
+Logits, of which there are two and in fp32, are of a quarter of the rows whose gradients are collected: products with those are then large, and what
+is added to the head's gradient is added seldom, which matters for time and, in bf16, for its rounding.
 
 Shapes: B rows, T positions, H hidden size, V vocabulary, N positions that count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ from .kernels.gradient import LOSS_GRADIENT, Finish, Task
 from .losses import Loss, check_positions, check_vocabulary, chosen, labels_missing
 from .targets import Hidden, TopK
 
-# bytes of logits in memory at a time: with a head's gradient of 1.2 GB, all that the loss adds stays below 2.5 GiB
-LOGIT_BYTES = 1_250_000_000
+# bytes of logits and their gradients in memory at a time: with a head's gradient of 1.2 GB, all that the loss adds stays below 2.5 GiB
+CHUNK_BYTES = 1_250_000_000
 
 
 class HeadSums(NamedTuple):
@@ -53,9 +54,9 @@ def head_loss(
         mask: [B, T], which positions count.
         labels: [B, T], int64; for cross entropy and for cakld of a `Hidden`.
         kd_weight, ce_weight: of the total.
-        rows: positions whose logits are in memory at a time; None: as many as `LOGIT_BYTES` hold.
-        logits_dtype: of logits in memory, to which products of fp32 accuracy are rounded; None: fp32, or fp64 for such states. In bf16 time and
-            memory are less, and losses below about 0.01 drown in the rounding.
+        rows: positions whose gradients are in memory at a time; None: as many as `CHUNK_BYTES` hold.
+        logits_dtype: of logits in memory, to which products are rounded; None: fp32, or fp64 for such states. In bf16 it takes less time, and
+            losses below about 0.01 drown in the rounding.
         executor: of `distill.loss_gradient`.
 
     Raises:
@@ -109,13 +110,13 @@ class _Work:
     executor: str
     wanted: bool
 
-    def chunk(self, vocabulary: int) -> int:
-        """Rows at a time."""
-        if self.rows is not None:
-            return self.rows
-        each = self.dtype.itemsize * vocabulary * (2 if isinstance(self.teacher, Hidden) else 1)
-        fit = LOGIT_BYTES // each
-        return fit // 128 * 128 if fit >= 128 else max(1, fit)
+    def chunk(self, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Rows whose gradients, of a dtype, are in memory at a time, and rows whose logits are."""
+        logits = self.dtype.itemsize * (2 if isinstance(self.teacher, Hidden) else 1)
+        fit = int(CHUNK_BYTES / (vocabulary * (dtype.itemsize + logits / 4)))
+        rows = self.rows or max(1, fit // 512 * 512 or fit)
+        rows = max(1, min(rows, len(self.places)))
+        return rows, -(-rows // 4)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -141,29 +142,23 @@ class _HeadLoss(torch.autograd.Function):
 
 def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """[2], losses and cross entropies, and the gradients of states, weight and bias, as far as they are needed."""
-    count, rows, teacher = len(work.places), work.chunk(len(weight)), work.teacher
+    count, vocabulary = len(work.places), len(weight)
+    rows, part = work.chunk(vocabulary, states.dtype)
     every = count == len(states)
-    to = Finish(teacher.bias, teacher.softcap, teacher.scale) if isinstance(teacher, Hidden) else Finish()
-    task = Task(work.loss, work.kd_weight, work.ce_weight, Finish(bias, *work.finish), to)
-    sums = torch.zeros(2, dtype=torch.float64 if work.dtype == torch.float64 else torch.float32, device=states.device)
-    product = _products(weight, min(rows, count), work.dtype)
-    towards = _products(teacher.weight, min(rows, count), work.dtype) if isinstance(teacher, Hidden) else None
+    found = _Rows(weight, bias, work, part)
+    sums = torch.zeros(2, dtype=torch.promote_types(work.dtype, torch.float32), device=states.device)
     # rows that do not count are asked nothing; where nothing counts no row is
     of_states = (torch.empty_like if every else torch.zeros_like)(states) if needs[0] else None
     of_weight = (torch.empty_like if count else torch.zeros_like)(weight) if needs[1] else None
     of_bias = torch.zeros_like(bias, dtype=sums.dtype) if bias is not None and needs[2] else None
+    memory = _memory(rows, vocabulary, states) if any(needs) else None
     for start in range(0, count, rows):
         at = work.places[start : start + rows]
         own = states[start : start + rows] if every else states[at]
-        other: Tensor | TopK | None = None
-        if isinstance(teacher, Hidden):
-            assert towards is not None
-            other = towards(teacher.states[start : start + rows] if every else teacher.states[at])
-        elif teacher is not None:
-            other = chosen(teacher, at)
-        labels = None if work.labels is None else work.labels[at]
-        kd, ce, asked = LOSS_GRADIENT(product(own), other, labels, task, states.dtype if any(needs) else None, executor=work.executor)
-        sums += torch.stack((kd.sum(), ce.sum()))
+        asked = None if memory is None else memory[: len(own)]
+        for first in range(0, len(own), part):
+            piece = slice(first, first + part)
+            sums += found(own[piece], at[piece], None if asked is None else asked[piece])
         if asked is None:
             continue
         if of_states is not None and every:
@@ -179,14 +174,46 @@ def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, need
     return sums, [of_states, of_weight, None if of_bias is None or bias is None else of_bias.to(bias.dtype)]
 
 
-def _products(weight: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """states [R, H] -> states @ weight.T [R, V] of a dtype, always in the same memory, R being `rows` at most."""
-    # rows begin where a matrix product likes them to, of narrower gradients too
-    width = -(-len(weight) // 64) * 64
-    return partial(_product, weight, torch.empty(rows, width, dtype=dtype, device=weight.device)[:, : len(weight)])
+class _Rows:
+    """Losses and gradients of some rows, whose logits are always in the same memory.
+
+    Args:
+        rows: most at a time.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, work: _Work, rows: int) -> None:
+        teacher = work.teacher
+        self._work, self._weight = work, weight
+        self._memory = [_memory(rows, len(weight), weight, work.dtype) for _ in range(2 if isinstance(teacher, Hidden) else 1)]
+        to = Finish(teacher.bias, teacher.softcap, teacher.scale) if isinstance(teacher, Hidden) else Finish()
+        self._task = Task(work.loss, work.kd_weight, work.ce_weight, Finish(bias, *work.finish), to)
+
+    def __call__(self, states: Tensor, at: Tensor, into: Tensor | None) -> Tensor:
+        """[2], sums of losses and cross entropies.
+
+        Args:
+            states: [R, H], the student's.
+            at: [R], their places among all.
+            into: [R, V], for gradients.
+        """
+        work, teacher = self._work, self._work.teacher
+        towards: Tensor | TopK | None = None
+        if isinstance(teacher, Hidden):
+            towards = _product(teacher.states[at], teacher.weight, self._memory[1])
+        elif teacher is not None:
+            towards = chosen(teacher, at)
+        labels = None if work.labels is None else work.labels[at]
+        kd, ce = LOSS_GRADIENT(_product(states, self._weight, self._memory[0]), towards, labels, self._task, into, executor=work.executor)
+        return torch.stack((kd.sum(), ce.sum()))
 
 
-def _product(weight: Tensor, memory: Tensor, states: Tensor) -> Tensor:
+def _memory(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[R, V], whose rows begin where matrix products like them to."""
+    return like.new_empty(rows, -(-vocabulary // 64) * 64, dtype=dtype)[:, :vocabulary]
+
+
+def _product(states: Tensor, weight: Tensor, memory: Tensor) -> Tensor:
+    """states [R, H] @ weight.T, [R, V], in some memory and its dtype."""
     out = memory[: len(states)]
     if out.dtype == weight.dtype:
         torch.mm(states, weight.T, out=out)

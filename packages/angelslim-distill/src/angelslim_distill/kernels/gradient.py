@@ -17,6 +17,8 @@ from angelslim_core.kernels import Implementation, Kernel, triton_runs
 from ..losses import Loss, token_losses, wide
 from ..targets import TopK
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Finish:
@@ -58,63 +60,59 @@ class Task:
     teacher: Finish = field(default_factory=Finish)
 
 
-class Asked(NamedTuple):
+class Losses(NamedTuple):
     """
     Args:
-        kd: [R], the loss towards the teacher, 0 without one; ce: [R], the cross entropy of the labels, 0 without them. fp32 or fp64.
-        gradient: [R, V], of the product, or None.
+        kd: [R], towards the teacher, 0 without one; ce: [R], the cross entropy of the labels, 0 without them. fp32 or fp64.
     """
 
     kd: Tensor
     ce: Tensor
-    gradient: Tensor | None
 
 
-def reference(x: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, task: Task, dtype: torch.dtype | None) -> Asked:
+def reference(x: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, task: Task, into: Tensor | None) -> Losses:
     """As autograd finds it.
 
     Args:
-        x: [R, V], the student's product, which may be overwritten.
+        x: [R, V], the student's product.
         teacher: [R, V], its product, or what is kept of its distribution; None: cross entropy alone.
         labels: [R], int64, for cross entropy and cakld.
-        dtype: of the gradient; None: none is wanted.
+        into: [R, V], where the gradient of the student's product is written; None: it is not wanted.
     """
     with torch.enable_grad():
-        leaf = wide(x).detach().requires_grad_(dtype is not None)
+        leaf = wide(x).detach().requires_grad_(into is not None)
         logits = task.student(leaf)
         nothing = logits[:, 0] * 0
         towards = task.teacher(teacher) if isinstance(teacher, Tensor) else teacher
         kd = nothing if towards is None else token_losses(logits, towards, task.loss, labels)
         ce = nothing if labels is None else cross_entropy(logits, labels, reduction="none")
-        if dtype is None:
-            return Asked(kd.detach(), ce.detach(), None)
-        (gradient,) = torch.autograd.grad((task.kd_weight * kd + task.ce_weight * ce).sum(), leaf)
-    return Asked(kd.detach(), ce.detach(), gradient.to(dtype))
+        if into is not None:
+            (gradient,) = torch.autograd.grad((task.kd_weight * kd + task.ce_weight * ce).sum(), leaf)
+            into.copy_(gradient)
+    return Losses(kd.detach(), ce.detach())
 
 
-def _triton(x: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, task: Task, dtype: torch.dtype | None) -> Asked:
+def _triton(x: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, task: Task, into: Tensor | None) -> Losses:
     if isinstance(teacher, Tensor):
-        from .triton.whole import asked
+        from .triton.whole import towards_whole
 
-        return asked(x, teacher, labels, task, dtype)
-    from .triton.kept import asked_by_kept
+        return towards_whole(x, teacher, labels, task, into)
+    from .triton.kept import towards_kept
 
-    return asked_by_kept(x, teacher, labels, task, dtype)
+    return towards_kept(x, teacher, labels, task, into)
 
 
 def _has_no_faster(x: Tensor, *_: object) -> tuple[bool, str]:
     return not x.is_cuda or x.dtype == torch.float64 or not triton_runs()[0], "tensors on the CPU, fp64, or no Triton"
 
 
-def _fits(x: Tensor, teacher: Tensor | TopK | None, _labels: Tensor | None, _task: Task, dtype: torch.dtype | None) -> tuple[bool, str]:
+def _fits(x: Tensor, teacher: Tensor | TopK | None, _labels: Tensor | None, _task: Task, into: Tensor | None) -> tuple[bool, str]:
     import triton
 
     if not x.is_cuda and not triton.knobs.runtime.interpret:
         return False, "tensors on a GPU, or TRITON_INTERPRET=1 before Triton is imported"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or (dtype is not None and dtype.itemsize > x.dtype.itemsize):
-        return False, "fp32, bf16 or fp16, and gradients no wider than the logits"
-    rows = [x, teacher] if isinstance(teacher, Tensor) else [x]
-    return all(r.stride(1) == 1 for r in rows), "rows that lie together in memory"
+    rows = [r for r in (x, teacher, into) if isinstance(r, Tensor)]
+    return all(r.dtype in DTYPES and r.stride(1) == 1 for r in rows), "fp32, bf16 or fp16, each row together in memory"
 
 
 LOSS_GRADIENT = Kernel(

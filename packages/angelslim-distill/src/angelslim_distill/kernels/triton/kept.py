@@ -1,4 +1,4 @@
-"""Losses and gradients towards what is kept of a distribution: logits are read twice, gradients take their place.
+"""Losses and gradients towards what is kept of a distribution: logits are read twice, gradients written once.
 
 Whatever a loss asks of the logits of tokens that are not kept comes through the logarithm of the sum of exponentials: their probabilities times
 one number. Kept tokens and the label are put right afterwards; they are few.
@@ -12,8 +12,8 @@ from torch import Tensor
 from ...losses import NOTHING as SMALLEST
 from ...losses import kept_losses
 from ...targets import TopK
-from ..gradient import Asked, Task
-from .whole import NOTHING, in_place, log_sum, logits, more, pointer, tile
+from ..gradient import Losses, Task
+from .whole import NOTHING, log_sum, logits, more, pointer, tile
 
 
 @triton.jit
@@ -53,13 +53,11 @@ def _spread(
             asked = (plain + part) * tl.exp(y - lse_1)
         if CAP:
             asked *= 1 - (y / cap) * (y / cap)
-        # as for whole distributions
-        tl.debug_barrier()
         tl.store(g + row * g_stride + j, (asked * scale).to(g.dtype.element_ty), has)
 
 
-def asked_by_kept(x: Tensor, teacher: TopK | None, labels: Tensor | None, task: Task, dtype: torch.dtype | None) -> Asked:
-    """As the reference, over the student's product."""
+def towards_kept(x: Tensor, teacher: TopK | None, labels: Tensor | None, task: Task, into: Tensor | None) -> Losses:
+    """As the reference."""
     rows, vocabulary = x.shape
     finish, temperature = task.student, task.loss.temperature
     shape = {"TEMPERED": temperature != 1, "BIAS": finish.bias is not None, "CAP": finish.softcap is not None, **tile(vocabulary)}
@@ -71,7 +69,7 @@ def asked_by_kept(x: Tensor, teacher: TopK | None, labels: Tensor | None, task: 
     y = finish(x.gather(1, ids), ids)
     kd, push, share = torch.zeros(rows, device=x.device), torch.zeros_like(y), torch.zeros(rows, device=x.device)
     if teacher is not None:
-        kd, push, share = _towards(y, lse[1], teacher, task, vocabulary, dtype is not None)
+        kd, push, share = _towards(y, lse[1], teacher, task, vocabulary, into is not None)
     plain, ce = 0.0, torch.zeros_like(kd)
     if labels is not None:
         plain, at = task.ce_weight, labels[:, None]
@@ -79,15 +77,15 @@ def asked_by_kept(x: Tensor, teacher: TopK | None, labels: Tensor | None, task: 
         ids, push = torch.cat((ids, at), 1), torch.cat((push - plain * same, (push * same).sum(1, keepdim=True) - plain), 1)
         y = finish(x.gather(1, ids), ids)
         ce = lse[0] - y[:, -1]
-    if dtype is None:
-        return Asked(kd, ce, None)
+    if into is None:
+        return Losses(kd, ce)
     own = plain * torch.exp(y - lse[0][:, None]) + share[:, None] * torch.exp(y / temperature - lse[1][:, None])
-    gradient = in_place(x, dtype)
     with torch.cuda.device_of(x):
         _spread[(rows,)](
-            x, gradient, pointer(finish, x), lse, share, vocabulary, x.stride(0), gradient.stride(0), *numbers, float(plain), rows, **shape
+            x, into, pointer(finish, x), lse, share, vocabulary, x.stride(0), into.stride(0), *numbers, float(plain), rows, **shape
         )  # fmt: skip
-    return Asked(kd, ce, gradient.scatter_(1, ids, ((own + push) * finish.slope(y)).to(dtype)))
+    into.scatter_(1, ids, ((own + push) * finish.slope(y)).to(into.dtype))
+    return Losses(kd, ce)
 
 
 def _towards(y: Tensor, lse: Tensor, teacher: TopK, task: Task, vocabulary: int, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:

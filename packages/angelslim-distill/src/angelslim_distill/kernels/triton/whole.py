@@ -1,4 +1,4 @@
-"""Losses and gradients towards a whole distribution, a program a row: logits are read two or three times, gradients take their place.
+"""Losses and gradients towards a whole distribution, a program a row: logits are read two or three times, gradients written once.
 
 The first pass finds the logarithms of both sums of exponentials. The gradient of kl follows from them; that of the others also needs a sum
 over the row, which a second pass finds. The last pass writes.
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...losses import labels_missing
-from ..gradient import Asked, Finish, Task
+from ..gradient import Finish, Losses, Task
 
 NOTHING = tl.constexpr(-1e30)
 
@@ -158,8 +158,6 @@ def _row(
                 asked += ce_weight * tl.where(j == label, p - 1, p)
             if X_CAP:
                 asked *= 1 - (y / x_cap) * (y / x_cap)
-            # narrower gradients lie where logits of the same and of later tiles were: all warps have read them then
-            tl.debug_barrier()
             tl.store(g + j, (asked * x_scale).to(g.dtype.element_ty), has)
     if KIND == "mse":
         tl.store(kd + row, tl.sum(value, 0) / vocabulary)
@@ -167,36 +165,31 @@ def _row(
         tl.store(kd + row, tl.sum(value, 0) * temperature * temperature)
 
 
-def in_place(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory of logits [R, V] as a tensor of that shape and a dtype no wider; rows stay where they were."""
-    return x.view(dtype)[:, : x.shape[1]]
-
-
 def tile(vocabulary: int) -> dict[str, int]:
     """Tokens that a program reads at a time."""
     return {"BLOCK": min(2048, triton.next_power_of_2(vocabulary)), "num_warps": 8 if vocabulary > 1024 else 4}
 
 
-def asked(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task, dtype: torch.dtype | None) -> Asked:
-    """As the reference, over the student's product."""
+def towards_whole(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task, into: Tensor | None) -> Losses:
+    """As the reference."""
     rows, vocabulary = x.shape
     loss, student, towards = task.loss, task.student, task.teacher
     if loss.rule.confidence and labels is None:
         raise labels_missing()
     kd, ce = torch.empty(rows, device=x.device), torch.zeros(rows, device=x.device)
-    gradient = None if dtype is None else in_place(x, dtype)
     kind = {"kd": "kl", "jsd": {0: "kl", 1: "rkl"}.get(loss.beta, "jsd")}.get(loss.kind, loss.kind)
+    g = x if into is None else into
     with torch.cuda.device_of(x):
         _row[(rows,)](
-            x, teacher, x if gradient is None else gradient, pointer(student, x), pointer(towards, x), x if labels is None else labels, kd, ce,
-            vocabulary, x.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0),
+            x, teacher, g, pointer(student, x), pointer(towards, x), x if labels is None else labels, kd, ce,
+            vocabulary, x.stride(0), teacher.stride(0), g.stride(0),
             float(student.scale), float(student.softcap or 0), float(towards.scale), float(towards.softcap or 0),
             float(loss.temperature), float(loss.beta), float(task.kd_weight), float(task.ce_weight),
-            KIND=kind, TEMPERED=loss.temperature != 1, LABELS=labels is not None, GRADIENT=gradient is not None,
+            KIND=kind, TEMPERED=loss.temperature != 1, LABELS=labels is not None, GRADIENT=into is not None,
             X_BIAS=student.bias is not None, X_CAP=student.softcap is not None, T_BIAS=towards.bias is not None, T_CAP=towards.softcap is not None,
             **tile(vocabulary),
         )  # fmt: skip
-    return Asked(kd, ce, gradient)
+    return Losses(kd, ce)
 
 
 def pointer(finish: Finish, other: Tensor) -> Tensor:
