@@ -142,7 +142,7 @@ class Loss:
         terms = self.rule.terms(student, teacher, confidence[..., None], self.beta).sum(-1)
         return self.temperature**2 * (terms / vocabulary if self.rule.mean else terms)
 
-    def check_kept(self, teacher: Tensor | TopK, tempered: bool) -> None:
+    def check_kept(self, tempered: bool) -> None:
         """Refuse what a top-k distribution does not tell.
 
         Args:
@@ -245,15 +245,16 @@ def token_losses(student: Tensor, teacher: Tensor | TopK, loss: Loss, labels: Te
     """
     vocabulary, rule = student.shape[-1], loss.rule
     confidence = _confidence(teacher, labels) if rule.confidence else student.new_zeros(())
-    if isinstance(teacher, Tensor) and top_k is None:
-        return loss.total(loss.numbers(student), loss.numbers(wide(teacher.detach())), confidence, vocabulary)
-    loss.check_kept(teacher, isinstance(teacher, Tensor))
-    if isinstance(teacher, Tensor):
-        kept = top_k_of(wide(teacher) / loss.temperature, top_k or vocabulary)
-        logp = kept.logp
-    else:
+    if isinstance(teacher, TopK):
+        loss.check_kept(tempered=False)
         kept = first_k(teacher, top_k)
         logp = wide(kept.logp.detach()) / loss.temperature
+    elif top_k is None:
+        return loss.total(loss.numbers(student), loss.numbers(wide(teacher.detach())), confidence, vocabulary)
+    else:
+        loss.check_kept(tempered=True)
+        kept = top_k_of(wide(teacher) / loss.temperature, top_k)
+        logp = kept.logp
     return kept_losses(loss.numbers(student).gather(-1, kept.ids), logp.to(student.dtype), confidence.to(student.dtype), loss, vocabulary)
 
 

@@ -91,7 +91,7 @@ def towards_kept(x: Tensor, teacher: TopK | None, labels: Tensor | None, task: T
 def _towards(y: Tensor, lse: Tensor, teacher: TopK, task: Task, vocabulary: int, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [R], and what they ask of the kept tokens' logits [R, K] beside their probabilities, and of all logits in proportion to these [R]."""
     loss = task.loss
-    loss.check_kept(teacher, tempered=False)
+    loss.check_kept(tempered=False)
     with torch.enable_grad():
         y, lse = y.detach().requires_grad_(), lse.detach().clone().requires_grad_()
         student = (y / loss.temperature - lse[:, None]).clamp(min=SMALLEST)
