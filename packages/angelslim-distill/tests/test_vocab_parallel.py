@@ -73,7 +73,7 @@ def test_shards_are_the_whole(two, case):
         parts = [rank[2 * case + number] for rank in two]
         tolerance = {"rtol": 1e-9, "atol": 1e-12} if dtype == "float64" else {"rtol": 1e-5, "atol": 1e-6}
         for part in parts:
-            torch.testing.assert_close(torch.tensor(part["total"]).double(), wanted.total.detach().double(), **tolerance)
+            torch.testing.assert_close(torch.tensor(part["total"], dtype=torch.float64), wanted.total.detach().double(), **tolerance)
             assert part["count"] == wanted.count
         found = torch.cat([torch.tensor(part["gradient"], dtype=torch.float64) for part in parts], -1)
         torch.testing.assert_close(found, gradient.double(), **(tolerance if dtype == "float64" else {"rtol": 0.01, "atol": 1e-6}))

@@ -12,7 +12,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, N positions that count
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ from .targets import Hidden, TopK
 CHUNK_BYTES = 1_250_000_000
 
 
-class HeadSums(NamedTuple):
+@dataclass(frozen=True)
+class HeadSums:
     """
     Args:
         total: [], kd_weight * kd + ce_weight * ce, with gradient.

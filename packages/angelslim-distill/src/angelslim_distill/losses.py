@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -156,7 +156,8 @@ class Loss:
             raise UsageError(905, "temperature", "the rest of a stored distribution has no other temperature than 1", "use temperature 1, or renorm")
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Sums:
     """
     Args:
         total: [], the sum over positions that count.

@@ -177,7 +177,8 @@ def towards_whole(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task,
     if loss.rule.confidence and labels is None:
         raise labels_missing()
     kd, ce = torch.empty(rows, device=x.device), torch.zeros(rows, device=x.device)
-    kind = {"kd": "kl", "jsd": {0: "kl", 1: "rkl"}.get(loss.beta, "jsd")}.get(loss.kind, loss.kind)
+    ends = {0.0: "kl", 1.0: "rkl"}
+    kind = "kl" if loss.kind == "kd" else ends.get(loss.beta, "jsd") if loss.kind == "jsd" else loss.kind
     g = x if into is None else into
     with torch.cuda.device_of(x):
         _row[(rows,)](
