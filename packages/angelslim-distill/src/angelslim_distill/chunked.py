@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from angelslim_core.errors import AngelslimError, UsageError
+from angelslim_core.errors import UsageError
 
 from .kernels.gradient import LOSS_GRADIENT, Finish, Task
 from .losses import Loss, check_positions, check_vocabulary, chosen, labels_missing
@@ -70,7 +70,7 @@ def head_loss(
     if labels is None and (ce_weight or (loss.rule.confidence and isinstance(teacher, Hidden))):
         raise labels_missing()
     if rows is not None and rows < 1:
-        raise UsageError(909, "rows", f"is {rows}", "give the number of positions whose logits may be in memory, at least 1")
+        raise UsageError(907, "rows", f"is {rows}", "give the number of positions whose logits may be in memory, at least 1")
     device = student.states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.states.dtype
     states, weight = student.states.flatten(0, -2).to(dtype), student.weight.to(dtype)
@@ -134,7 +134,7 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise AngelslimError(900, "head_loss", "a second backward pass, and its gradients are used up", "call it again for each backward pass")
+            raise UsageError(902, "head_loss", "a second backward pass, and its gradients are used up", "call it again for each backward pass")
         # in place: a copy of a head's gradient is what is spared here
         found = [None if g is None else g.mul_(by) for g in ctx.gradients]
         ctx.gradients = None

@@ -114,14 +114,13 @@ class Loss:
     top_k_mode: TopKMode = "bucket"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UsageError(900, "kind", f"{self.kind!r} is no loss", f"choose one of: {', '.join(KINDS)}")
-        if not 0 < self.temperature < math.inf:
-            raise UsageError(901, "temperature", f"is {self.temperature}", "it divides logits: give a number above 0")
-        if not 0 <= self.beta <= 1:
-            raise UsageError(902, "beta", f"is {self.beta}", "give a number from 0 (kl) to 1 (rkl)")
-        if self.top_k_mode not in MODES:
-            raise UsageError(900, "top_k_mode", f"{self.top_k_mode!r} is none", f"choose one of: {', '.join(MODES)}")
+        for name, value, known in (("kind", self.kind, KINDS), ("top_k_mode", self.top_k_mode, MODES)):
+            if value not in known:
+                raise UsageError(900, name, f"is {value!r}, which there is not", f"choose one of: {', '.join(known)}")
+        ranges = (("temperature", 0 < self.temperature < math.inf, "above 0, which divides logits"), ("beta", 0 <= self.beta <= 1, "from 0 (kl) to 1 (rkl)"))
+        for name, fits, what in ranges:
+            if not fits:
+                raise UsageError(901, name, f"is {getattr(self, name)}", f"give a number {what}")
 
     @property
     def rule(self) -> Kind:
@@ -148,10 +147,10 @@ class Loss:
         Args:
             tempered: whether the log-probabilities are of this temperature.
         """
-        if not self.rule.normalized:
-            raise UsageError(907, self.kind, "compares logits, of which a top-k distribution has none", "use kl, rkl, jsd, cakld or tvd, or no top_k")
-        if self.rule.unbounded and self.top_k_mode == "zero":
-            raise UsageError(907, self.kind, "is infinite where the teacher has no probability, as beyond the top k with zero", "use bucket or renorm")
+        if not self.rule.normalized or (self.rule.unbounded and self.top_k_mode == "zero"):
+            infinite = "is infinite where the teacher has no probability, as beyond the top k with zero"
+            what = infinite if self.rule.normalized else "compares logits, of which a top-k distribution has none"
+            raise UsageError(906, self.kind, what, "use kl, jsd or tvd, or no top_k")
         if self.top_k_mode == "bucket" and self.temperature != 1 and not tempered:
             raise UsageError(905, "temperature", "the rest of a stored distribution has no other temperature than 1", "use temperature 1, or renorm")
 
@@ -188,8 +187,7 @@ def top_k_of(logits: Tensor, k: int, labels: Tensor | None = None) -> TopK:
     Raises:
         UsageError: k is not from 1 to V.
     """
-    if not 1 <= k <= logits.shape[-1]:
-        raise UsageError(906, "top_k", f"is {k}, of a vocabulary of {logits.shape[-1]}", "give a number from 1 to that")
+    _check_k(k, logits.shape[-1])
     logp = log_softmax(wide(logits.detach()), -1).clamp(min=NOTHING)
     kept, ids = logp.topk(k, -1)
     label = torch.full_like(logp[..., 0], torch.nan) if labels is None else logp.gather(-1, labels[..., None])[..., 0]
@@ -204,9 +202,13 @@ def first_k(teacher: TopK, k: int | None) -> TopK:
     """
     if k is None or k == teacher.ids.shape[-1]:
         return teacher
-    if not 1 <= k < teacher.ids.shape[-1]:
-        raise UsageError(906, "top_k", f"is {k}, of {teacher.ids.shape[-1]} kept tokens", "give a number from 1 to that")
+    _check_k(k, teacher.ids.shape[-1])
     return TopK(teacher.ids[..., :k], teacher.logp[..., :k], teacher.label_logp)
+
+
+def _check_k(k: int, tokens: int) -> None:
+    if not 1 <= k <= tokens:
+        raise UsageError(908, "top_k", f"is {k}, of {tokens} tokens", "give a number from 1 to that")
 
 
 def kept_losses(student: Tensor, teacher: Tensor, confidence: Tensor, loss: Loss, vocabulary: int) -> Tensor:
@@ -270,7 +272,7 @@ def _confidence(teacher: Tensor | TopK, labels: Tensor | None) -> Tensor:
 
 def labels_missing() -> UsageError:
     """The error of a loss that needs labels and has none."""
-    return UsageError(908, "labels", "none are given, and the loss needs the tokens that were predicted", "give labels, or another loss")
+    return UsageError(909, "labels", "none are given, and the loss needs the tokens that were predicted", "give labels, or another loss")
 
 
 def kd_sums(
