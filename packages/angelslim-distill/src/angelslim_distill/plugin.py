@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from angelslim_core import hookimpl
 from angelslim_core.errors import RecipeError
 
+if TYPE_CHECKING:
+    from angelslim_core.kernels import Kernel
+
 ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_register_kernels() -> list[Kernel]:
+    from .kernels.gradient import LOSS_GRADIENT
+
+    return [LOSS_GRADIENT]
 
 
 @hookimpl

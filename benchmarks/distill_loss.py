@@ -1,0 +1,218 @@
+"""Time and memory of a distillation loss from hidden states, forward and backward, beside plain torch and Liger-Kernel's fused losses.
+
+    python benchmarks/distill_loss.py --out benchmarks/results/distill_loss.json
+    python benchmarks/distill_loss.py --device cpu --tokens 64 --vocabulary 1000 --hidden 64 --dtype float32 --out /tmp/distill_loss.json
+
+Student and teacher have heads of their own and random states; the student is the teacher with a tenth of noise, so that the loss is small, as it is
+in training. All compute the mean of KL(teacher, student) and its gradients by states and head, which for Liger-Kernel's JSD is beta 0. `gemms` are
+the four matrix products alone, without which none of it can be had: of the rows of a chunk that `ours` would take, in bf16. `naive` is softmax and KL
+over whole logits in FP32. `ours` is what a call chooses by itself; the others of ours say what differs. Contenders take turns, once to warm up;
+times are medians between synchronised ends. `extra_gib` is what a call adds to the peak of memory, its gradients included; none on a CPU. `error` is
+the relative norm of what differs from gradients in FP32 of the same inputs, found in chunks, of the states' and of the head's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import median, table, versions, write
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from angelslim_distill import KINDS, Hidden, Loss, head_loss
+
+Call = Callable[[], tuple[Tensor, ...]]
+PEER = "liger_kernel"
+
+
+def made(tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype) -> tuple[Hidden, Hidden, Tensor]:
+    """Student, teacher and labels."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    states, weight = normal(tokens, width), normal(vocabulary, width).mul_(2 / math.sqrt(width))
+    teacher = Hidden(states.to(dtype), weight.to(dtype))
+    states = states.add(normal(tokens, width), alpha=0.1)
+    weight = weight.add(normal(vocabulary, width), alpha=0.2 / math.sqrt(width))
+    student = Hidden(states.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_())
+    return student, teacher, torch.randint(vocabulary, (tokens,), generator=generator, device=device)
+
+
+def gemms(student: Hidden, teacher: Hidden, rows: int) -> tuple[Tensor, ...]:
+    """Four products a chunk; what is multiplied by are logits."""
+    with torch.no_grad():
+        of_weight, of_states = torch.empty_like(student.weight), torch.empty_like(student.states)
+        for start in range(0, len(student.states), rows):
+            part = slice(start, start + rows)
+            logits = student.states[part] @ student.weight.T
+            torch.mm(teacher.states[part], teacher.weight.T, out=torch.empty_like(logits))
+            torch.mm(logits, student.weight, out=of_states[part])
+            if start:
+                of_weight.addmm_(logits.T, student.states[part])
+            else:
+                torch.mm(logits.T, student.states[part], out=of_weight)
+    return of_states, of_weight
+
+
+def naive(student: Hidden, teacher: Hidden) -> Tensor:
+    with torch.no_grad():
+        towards = log_softmax((teacher.states @ teacher.weight.T).float(), -1)
+    return kl_div(log_softmax((student.states @ student.weight.T).float(), -1), towards, reduction="batchmean", log_target=True)
+
+
+def ours(student: Hidden, teacher: Hidden, labels: Tensor, loss: Loss, **options: Any) -> Tensor:
+    found = head_loss(student, teacher, torch.ones_like(labels), loss, labels if loss.kind == "cakld" else None, **options)
+    return found.total / found.count
+
+
+def liger(student: Hidden, teacher: Hidden, labels: Tensor, chunked: bool) -> Callable[[], Tensor]:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    peer = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0) if chunked else LigerFusedLinearJSD(jsd_beta=0.0)
+    return lambda: peer(student.states, student.weight, teacher.states, teacher.weight, labels)
+
+
+def contenders(student: Hidden, teacher: Hidden, labels: Tensor, rows: list[int], kinds: list[str]) -> dict[str, Call]:
+    """By name, what finds gradients of states and head, and the loss last where there is one."""
+    leaves = student.states, student.weight
+
+    def graded(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        value = loss()
+        return *torch.autograd.grad(value, leaves), value.detach()
+
+    mine = partial(partial, ours, student, teacher, labels)
+    losses: dict[str, Callable[[], Tensor]] = {"naive": partial(naive, student, teacher), "ours": mine(Loss())}
+    losses |= {f"ours, {n} rows": mine(Loss(), rows=n) for n in rows}
+    if student.states.dtype == torch.bfloat16:
+        losses["ours, bf16 logits"] = mine(Loss(), logits_dtype=torch.bfloat16)
+    losses |= {f"ours, {kind}": mine(Loss(kind)) for kind in kinds if kind not in ("kl", "kd")}
+    frozen = Hidden(student.states, student.weight.detach())
+    if importlib.util.find_spec(PEER) is None:
+        print(f"{PEER} is not installed, and is left out: pip install --no-deps liger-kernel==0.8.5", file=sys.stderr)
+    elif not student.states.is_cuda:
+        print(f"{PEER} runs on GPUs, and is left out", file=sys.stderr)
+    else:
+        losses |= {"liger fused jsd": liger(student, teacher, labels, False), "liger chunked jsd": liger(student, teacher, labels, True)}
+    found: dict[str, Call] = {name: partial(graded, loss) for name, loss in losses.items()}
+    found["ours, frozen head"] = lambda: torch.autograd.grad(ours(frozen, teacher, labels, Loss()), student.states)
+    return {"gemms": partial(gemms, student, teacher, min(2048, len(labels))), **found}
+
+
+def exact(student: Hidden, teacher: Hidden, chunk: int = 256) -> tuple[Tensor, Tensor]:
+    """Gradients in FP32."""
+    weight, other = student.weight.detach().float(), teacher.weight.float()
+    of_states, of_weight = torch.empty(student.states.shape, device=weight.device), torch.zeros_like(weight)
+    for start in range(0, len(student.states), chunk):
+        states = student.states.detach()[start : start + chunk].float()
+        asked = ((states @ weight.T).softmax(-1) - (teacher.states[start : start + chunk].float() @ other.T).softmax(-1)) / len(student.states)
+        of_states[start : start + chunk] = asked @ weight
+        of_weight.addmm_(asked.T, states)
+    return of_states, of_weight
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float(f"{float((found.detach().float() - wanted).norm() / wanted.norm()):.3g}")
+
+
+def measured(calls: dict[str, Call], repeats: int, cuda: bool) -> dict[str, dict[str, Any]]:
+    """Of each, or why it failed."""
+    wait: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
+    rows: dict[str, dict[str, Any]] = {name: {} for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            if "failed" in rows[name]:
+                continue
+            wait()
+            before = torch.cuda.memory_allocated() if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            try:
+                found = call()
+            except (torch.OutOfMemoryError, RuntimeError) as failure:
+                rows[name] = {"failed": str(failure).splitlines()[0][:200]}
+                continue
+            wait()
+            if turn:
+                times[name].append(1e3 * (time.perf_counter() - start))
+            if cuda:
+                rows[name]["extra_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+            del found
+    for name, row in rows.items():
+        if times[name]:
+            row |= {"ms": median(times[name]), "min_ms": round(min(times[name]), 3), "runs": len(times[name])}
+    return rows
+
+
+def by_kernel(call: Call) -> dict[str, float]:
+    """Milliseconds of a call on the GPU, by kernel; those that take less than 1% together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    found = {e.key[:80]: e.self_device_time_total / 1e3 for e in seen.key_averages() if e.self_device_time_total}
+    whole = sum(found.values())
+    large = {name: round(ms, 3) for name, ms in sorted(found.items(), key=lambda item: -item[1]) if ms >= whole / 100}
+    return {**large, "others": round(whole - sum(large.values()), 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--rows", default="", help="other sizes of chunks, such as 1024,4096")
+    parser.add_argument("--kinds", default="kl", help=f"kinds of ours, of {','.join(KINDS)}, or all")
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU, or --device cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False  # what is exact is FP32's
+    student, teacher, labels = made(args.tokens, args.vocabulary, args.hidden, args.device, getattr(torch, args.dtype))
+    kinds = list(KINDS) if args.kinds == "all" else args.kinds.split(",")
+    calls = contenders(student, teacher, labels, [int(n) for n in args.rows.split(",") if n], kinds)
+    rows = measured(calls, args.repeats, cuda)
+    of_states, of_weight = exact(student, teacher)
+    for name, row in rows.items():
+        if "failed" in row or name == "gemms" or any(name == f"ours, {kind}" for kind in kinds):
+            continue
+        found = calls[name]()
+        row["error"] = [error(found[0], of_states), *([error(found[1], of_weight)] if len(found) > 1 else [])]
+        if len(found) > 2:
+            row["loss"] = float(f"{found[2].item():.6g}")
+        del found
+    document: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if cuda else "cpu", "versions": versions(sys.executable, ["torch", "triton", "liger-kernel"]),
+        "tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden, "dtype": args.dtype, "rows": rows,
+    }  # fmt: skip
+    if cuda:
+        document["kernels_ms"] = by_kernel(calls["ours"])
+    write(args.out, document)
+    keys = ["ms", "min_ms", "extra_gib", "loss", "error"]
+    table([[name, *(row["failed"] if k == "ms" and "failed" in row else str(row.get(k, "")) for k in keys)] for name, row in rows.items()], ["", *keys])
+    for name, ms in document.get("kernels_ms", {}).items():
+        print(f"{ms:9.3f} ms  {name}")
+    if "failed" in rows["ours"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

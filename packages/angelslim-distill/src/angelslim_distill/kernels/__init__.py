@@ -1,0 +1,1 @@
+"""Operations where time goes: a readable reference each, and faster implementations beside it."""

@@ -1,0 +1,1 @@
+"""Implementations in Triton, one file an operation; imported where one is called."""
