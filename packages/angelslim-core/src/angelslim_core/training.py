@@ -43,6 +43,7 @@ class TrainingOptions(BaseModel):
 
     steps: int = Field(ge=1)
     lr: float = Field(default=1e-4, gt=0, description="highest learning rate")
+    rates: dict[str, float] = Field(default_factory=dict, description="highest learning rate of parameters whose names contain a text, the first that does")
     warmup: float = Field(default=0.015, ge=0, le=1, description="share of the steps in which the rate rises to it; the first is above zero")
     final_lr: float = Field(default=0.0, ge=0, le=1, description="share of the rate at the end of the cosine")
     weight_decay: float = Field(default=0.0, ge=0)
@@ -52,13 +53,18 @@ class TrainingOptions(BaseModel):
     accumulate: int = Field(default=1, ge=1, description="batches a step, each of which counts alike")
     seed: int = Field(default=0, ge=0)
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, from 0."""
+    def highest(self, name: str) -> float:
+        """Highest learning rate of a parameter."""
+        return next((rate for text, rate in self.rates.items() if text in name), self.lr)
+
+    def rate(self, step: int, highest: float | None = None) -> float:
+        """Learning rate of a step, from 0, of parameters with that highest one."""
+        highest = self.lr if highest is None else highest
         warm = max(1, round(self.warmup * self.steps))
         if step < warm:
-            return self.lr * (step + 1) / warm
+            return highest * (step + 1) / warm
         part = (step - warm + 1) / max(1, self.steps - warm)
-        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
+        return highest * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
 
 
 @dataclass
@@ -109,9 +115,13 @@ class Training:
         self._parameters: dict[str, Tensor] = {name: p for name, p in named.items() if p.requires_grad}
         self._masters = {name: self._master(p) for name, p in self._parameters.items()}
         fused = all(p.is_cuda for p in self._masters.values())
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, master in self._masters.items():
+            groups.setdefault(options.highest(name), []).append(master)
         self._adam = torch.optim.AdamW(
-            self._masters.values(), lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused
-        )
+            [{"params": masters, "highest": highest} for highest, masters in groups.items()],
+            lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused,
+        )  # fmt: skip
         self._seen: list[Tensor] = []
 
     @property
@@ -155,7 +165,7 @@ class Training:
             if self._masters[name] is not self._parameters[name]:
                 self._parameters[name].grad = None
         for part in self._adam.param_groups:
-            part["lr"] = self.options.rate(self.step)
+            part["lr"] = self.options.rate(self.step, part["highest"])
         self._adam.step()
         self._adam.zero_grad()
         self._copy()
