@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from angelslim_core import fake_quant
-from angelslim_core.errors import ModelError, NumericError, RecipeError, StoppedError
+from angelslim_core.errors import ModelError, NumericError, RecipeError, StoppedError, UsageError
 from angelslim_core.loading import load_model, load_tokenizer
 from angelslim_core.testing.training import Int3, Int3Along, chats, rounded
 from angelslim_core.training import TrainingOptions
@@ -83,18 +83,20 @@ def test_a_teacher_whose_weights_are_trained_is_a_copy(folder, rows):
     assert not any(p.requires_grad for p in teacher.model.parameters()) and fake_quant.placed(model)
 
 
-def test_the_loss_is_the_dense_one_of_the_models_own_logits(folder, rows):
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_the_loss_is_the_dense_one_of_the_models_own_logits(folder, rows, top_k, monkeypatch):
+    monkeypatch.setattr("angelslim_distill.objective.CHUNK", 5)
     model, batch = student(folder, Int3Along), collate(rows.train[:4])
-    teacher, objective = teacher_of(model), Objective(Loss("cakld", 2.0), None, 0.5, 2.0)
+    teacher, objective = teacher_of(model), Objective(Loss("cakld", 2.0), top_k, 0.5, 2.0)
     sums = objective.sums(Reader(model)(batch), teacher(batch), batch)
-    (sums / batch.counted.sum() @ torch.tensor(objective.weights)).backward()
+    (sums.total / batch.counted.sum()).backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     logits, wanted = model(input_ids=batch.input_ids).logits, teacher.model(input_ids=batch.input_ids).logits
-    kd = kd_loss(logits, wanted, batch.counted, "cakld", 2.0, labels=batch.labels)
+    kd = kd_loss(logits, wanted, batch.counted, "cakld", 2.0, top_k, batch.labels)
     lm = torch.nn.functional.cross_entropy(logits[batch.counted], batch.labels[batch.counted])
     (2.0 * kd + 0.5 * lm).backward()
-    torch.testing.assert_close(sums / batch.counted.sum(), torch.stack((kd, lm)))
+    torch.testing.assert_close(torch.stack((sums.kd, sums.lm)) / batch.counted.sum(), torch.stack((kd, lm)))
     same(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, exactly=False)
 
 
@@ -102,11 +104,22 @@ def test_towards_a_teacher_that_is_sure_of_the_next_token_the_loss_is_cross_entr
     model, batch = student(folder, None), collate(rows.train[:4])
     hidden = Reader(model)(batch)
     sure = Hidden(torch.nn.functional.one_hot(batch.labels, 256).float(), 1e4 * torch.eye(256))
-    found = Objective().sums(hidden, sure, batch)[0]
+    found = Objective().sums(hidden, sure, batch).total
     next_token = torch.nn.functional.cross_entropy(
         logits_of(hidden, hidden.states[:, :-1])[batch.counted[:, :-1]], batch.input_ids[:, 1:][batch.counted[:, :-1]], reduction="sum"
     )
     torch.testing.assert_close(found, next_token)
+
+
+def test_without_a_weight_for_the_teacher_it_is_not_asked(folder, rows, tmp_path):
+    def nobody(batch):
+        raise AssertionError
+
+    training(student(folder, None), rows, teacher=nobody, objective=Objective(kd_weight=0, lm_weight=1), looks=Looks()).run(tmp_path)
+    with pytest.raises(UsageError, match="nothing is trained for"):
+        Objective(kd_weight=0)
+    with pytest.raises(UsageError, match="compares logits"):
+        Objective(Loss("mse"), top_k=3)
 
 
 @pytest.mark.parametrize("kind", [Int3, Int3Along])
@@ -246,7 +259,7 @@ def test_a_teacher_of_a_padded_vocabulary_teaches(folder, tiny, rows):
     found = Objective().sums(Reader(model)(batch), teacher(batch), batch)
     wanted = teacher.model(input_ids=batch.input_ids).logits[..., :256]
     expected = kd_loss(model(input_ids=batch.input_ids).logits, wanted, batch.counted)
-    torch.testing.assert_close(found[0] / batch.counted.sum(), expected)
+    torch.testing.assert_close(found.total / batch.counted.sum(), expected)
 
 
 def test_what_is_trained_is_what_was_asked_for(folder):

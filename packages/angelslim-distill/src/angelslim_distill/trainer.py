@@ -180,11 +180,10 @@ class DistillTraining:
         batch = self._batches[part]
         own = float(batch.counted.sum())
         batch = moved(batch, self.model.device)
-        target = self.teacher(batch)
-        sums = objective.sums(self._reader(batch), target, batch)
+        sums = objective.sums(self._reader(batch), self.teacher(batch) if objective.kd_weight else None, batch)
         share = options.accumulate * float(self._counts[part] / self._counts.sum())
-        weights = torch.tensor([share * weight for weight in objective.weights], device=sums.device)
-        return Terms(sums, torch.full_like(sums, own), weights, sums.new_zeros(0))
+        counts, weights = (torch.tensor([number], device=sums.total.device) for number in (own, share))
+        return Terms(sums.total[None], counts, weights, torch.stack((sums.kd, sums.lm)))
 
     def _tell(self, is_point: bool) -> str:
         """What the steps since the last call have shown, in a few words; waits for the device."""

@@ -76,9 +76,12 @@ def prepare(
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     held = set(order[:kept])
-    parts = [[d for i, d in enumerate(documents) if (i in held) == wanted] for wanted in (False, True)]
-    rows = [(pack(part, length, seed) if packed else [row_of([d]) for d in part]) if part else [] for part in parts]
-    return Rows(*rows, len(documents), dropped, sha256(path))
+
+    def rows(wanted: bool) -> list[Row]:
+        part = [d for i, d in enumerate(documents) if (i in held) == wanted]
+        return pack(part, length, seed) if packed and part else [row_of([d]) for d in part]
+
+    return Rows(rows(False), rows(True), len(documents), dropped, sha256(path))
 
 
 def key_of(row: Row) -> str:

@@ -29,6 +29,7 @@ class Options(PassConfig):
 
     data: Path = Field(description="JSONL of `messages`, `conversations` or `prompt` and `answer`, or text")
     teacher: Path | None = Field(None, description="folder of the model to learn from; none: the model itself, before it is trained or rounded")
+    cache: Path | None = Field(None, description="folder of the teacher's distributions, as `angelslim distill cache` writes it; none: the teacher is run")
     kind: Literal["kl", "rkl", "jsd", "cakld", "mse", "tvd", "kd"] = Field("kl", description="distillation loss: see `angelslim_distill.kd_loss`")
     temperature: float = Field(1.0, gt=0, le=100, description="divides the logits of both; the loss is multiplied by its square")
     top_k: int | None = Field(None, ge=1, description="tokens of the teacher that are told apart; none: all")
@@ -79,12 +80,23 @@ class Distilling(ModelPass):
             if not checkpoint.has_tokenizer:
                 raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
             self.objective()
+            if config.cache is not None:
+                self._check_cache()
             if not config.data.is_file():
                 raise RecipeError(918, str(config.data), "is no file" if config.data.exists() else "does not exist", "set data")
             if config.teacher is not None:
                 check_tokenizer(config.teacher, load_tokenizer(checkpoint.folder))
         except AngelslimError as error:
             raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
+
+    def _check_cache(self) -> None:
+        import torch
+
+        from ..targets import TopK
+
+        self.objective().loss.check_kept(TopK(torch.empty(0), torch.empty(0), torch.empty(0)), tempered=False)
+        if not self.config.cache.is_dir():
+            raise ModelError(916, str(self.config.cache), "is no folder", "write one: angelslim distill cache")
 
     def objective(self) -> Objective:
         """The loss that the options ask for."""
@@ -98,7 +110,14 @@ class Distilling(ModelPass):
         """Who the student learns from; `model` says which of its parameters will be trained."""
         from ..teacher import teacher_from, teacher_of
 
-        return teacher_of(model) if self.config.teacher is None else teacher_from(self.config.teacher, tokenizer, context.device)
+        config = self.config
+        if config.cache is not None:
+            from ..cache.reading import open_cache
+
+            folder = config.teacher or context.source.checkpoint.folder
+            width = model.get_output_embeddings().weight.shape[0]
+            return open_cache(config.cache, tokenizer, width, teacher=folder, top_k=config.top_k, temperature=config.temperature)
+        return teacher_of(model) if config.teacher is None else teacher_from(config.teacher, tokenizer, context.device)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
         """Where the batches come from."""
