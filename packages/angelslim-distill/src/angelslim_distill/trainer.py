@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from torch import Tensor, nn
 
 from angelslim_core import fake_quant
 from angelslim_core.calibration.packing import Row
@@ -16,6 +17,7 @@ from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import ModelError, RecipeError, StoppedError
 from angelslim_core.io.strict_json import read_json
 from angelslim_core.io.writer import write_json
+from angelslim_core.model import decoder_layers
 from angelslim_core.parallel import Group
 from angelslim_core.products import products
 from angelslim_core.training import Terms, Training, TrainingOptions
@@ -24,13 +26,16 @@ from .data.rows import Source, moved
 from .evaluation import Held, evaluate
 from .heads import Reader
 from .history import History, best_of, read_best, write_best
-from .objective import Objective
+from .objective import Objective, Sums
+from .parameters import QUANTIZER
 from .targets import Batch, Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel
+
+    from angelslim_core.sharded import Sharded
 
 Keep = Literal["best", "last"]
 _POINTS = 200  # of the curve of losses
@@ -62,18 +67,25 @@ class DistillTraining:
         model: on the device, in the dtype to compute with; its quantizers are fp32.
         inputs: what decides the result beside the options, JSON; a state of other inputs is not gone on with.
         checkpointing: compute the layers' activations anew on the way back instead of keeping them.
+        in_parts: fp32 weights and moments, and the weights that are computed with, lie in parts over the processes, each layer gathered
+            while it computes; `model` has its weights only at looks and at the end. A training that goes on may do otherwise.
+
+    Raises:
+        RecipeError: no weights are trained that could lie in parts.
     """
 
     def __init__(
         self, model: PreTrainedModel, source: Source, teacher: Teacher, objective: Objective, options: TrainingOptions, looks: Looks, *,
-        group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False,
+        group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False, in_parts: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.source, self.teacher, self.objective, self.looks = model, source, teacher, objective, looks
         self.group, self.inputs = group or Group(), dict(inputs or {})
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._reader = Reader(model)
         self._checkpoints = checkpointing
-        self.training = Training(self.parameters, options, self.group)
+        self._show()
+        self._parts = self._divided() if in_parts and self.group.size > 1 else None
+        self.training = Training(self._parts or self.parameters, options, self.group)
         self.history = History()
         self._batches: list[Batch] = []
         self._counts = torch.zeros(0)
@@ -86,45 +98,24 @@ class DistillTraining:
             NumericError: the loss, a gradient or a measure is not finite; the last state before is kept.
             RecipeError: a step has no token that counts, in no process.
         """
-        training, model = self.training, self.model
-        device = model.device
+        training, device = self.training, self.model.device
         self._check_inputs(states)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), products(device.type):
             try:
                 if self._checkpoints:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
+                    self._computing.gradient_checkpointing_enable({"use_reentrant": False})
                 self._begin(states)
                 self._loop(states, progress, stop_requested)
             finally:
                 if self._checkpoints:
-                    model.gradient_checkpointing_disable()
-                model.eval()
+                    self._computing.gradient_checkpointing_disable()
+                self.model.eval()
+        if self._parts is not None:
+            self._parts.gather()
         found = best_of(states)
         if self.looks.keep == "best" and found is not None and found[0] != training.step:
             read_best(states, found[0], self.parameters)
         return self.history
-
-    @property
-    def kept(self) -> dict[str, Any]:
-        """The look at what is left of the training; empty: it was not looked at."""
-        looks = self.history.looks
-        if not looks:
-            return {}
-        return min(looks, key=lambda look: (look["kl"], look["step"])) if self.looks.keep == "best" else looks[-1]
-
-    def _begin(self, states: Path) -> None:
-        """Take up the last state; without one, look at what is to be trained."""
-        training = self.training
-        self._show()
-        if training.resume(states):
-            self.history = History.read(states, training.step)
-            return
-        if self.group.rank == 0:
-            for earlier in states.glob("best*"):
-                earlier.unlink()
-        self.group.share(None)
-        if self.looks.rows:
-            self._look(states)
 
     @torch.no_grad()
     def _show(self) -> None:
@@ -137,14 +128,60 @@ class DistillTraining:
         given = Batch(ids, ids >= 0, ids, ids >= 0, [], None if positions is None else torch.tensor(positions))
         self.model.train()
         self._reader(moved(given, self.model.device))
+        self.model.eval()
+
+    def _divided(self) -> Sharded:
+        """A copy whose weights lie in parts; called, it gives what a batch sums up."""
+        from angelslim_core.sharded import Sharded
+
+        quantizers = [name for name in self.parameters if QUANTIZER in name]
+        if len(quantizers) == len(self.parameters):
+            raise RecipeError(918, "shard", "there are no weights to lie in parts, since only quantizers are trained", "leave it out")
+
+        def call(part: Any, batch: Batch, target: Any) -> tuple[Tensor, Sums]:
+            sums = self.objective.sums(self._reader(batch), target, batch)
+            return sums.total, sums
+
+        def layers(part: Any) -> nn.ModuleList:
+            return decoder_layers(part, part.config.get_text_config().num_hidden_layers)[1]
+
+        parts = Sharded(self.model, call, self.group, whole=[n for n, p in self.model.named_parameters() if QUANTIZER in n], units=layers)
+        self._reader = Reader(cast("PreTrainedModel", parts.module))
+        return parts
+
+    @property
+    def _computing(self) -> PreTrainedModel:
+        """What steps compute with."""
+        return self._reader.model
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The look at what is left of the training; empty: it was not looked at."""
+        looks = self.history.looks
+        if not looks:
+            return {}
+        return min(looks, key=lambda look: (look["kl"], look["step"])) if self.looks.keep == "best" else looks[-1]
+
+    def _begin(self, states: Path) -> None:
+        """Take up the last state; without one, look at what is to be trained."""
+        training = self.training
+        if training.resume(states):
+            self.history = History.read(states, training.step)
+            return
+        if self.group.rank == 0:
+            for earlier in states.glob("best*"):
+                earlier.unlink()
+        self.group.share(None)
+        if self.looks.rows:
+            self._look(states)
 
     def _loop(self, states: Path, progress: Progress, stop_requested: Callable[[], bool]) -> None:
         training, steps = self.training, self.training.options.steps
         interval, last, began = max(1, steps // _POINTS), 0.0, time.perf_counter()
         before, told = self.history.seconds, ""
-        self.model.train()
+        self._computing.train()
         while not training.is_done:
-            fake_quant.set_progress(self.model, training.step / steps)
+            fake_quant.set_progress(self._computing, training.step / steps)
             training.advance(self._terms)
             now = time.perf_counter()
             is_look = training.step % self.looks.every == 0 or training.is_done
@@ -180,7 +217,8 @@ class DistillTraining:
         batch = self._batches[part]
         own = float(batch.counted.sum())
         batch = moved(batch, self.model.device)
-        sums = objective.sums(self._reader(batch), self.teacher(batch) if objective.kd_weight else None, batch)
+        target = self.teacher(batch) if objective.kd_weight else None
+        sums: Sums = self._parts(batch, target) if self._parts is not None else objective.sums(self._reader(batch), target, batch)
         share = options.accumulate * float(self._counts[part] / self._counts.sum())
         counts, weights = (torch.tensor([number], device=sums.total.device) for number in (own, share))
         return Terms(sums.total[None], counts, weights, torch.stack((sums.kd, sums.lm)))
@@ -196,6 +234,8 @@ class DistillTraining:
 
     def _look(self, states: Path) -> str:
         step, looks = self.training.step, self.looks
+        if self._parts is not None:
+            self._parts.gather()
         fake_quant.set_progress(self.model, step / self.training.options.steps)
         held: Held = evaluate(self.model, self.teacher, looks.rows, looks.batch, self.group, looks.multiple)
         self.history.looks.append({"step": step, **held.as_dict()})
@@ -203,6 +243,8 @@ class DistillTraining:
         if self.group.rank == 0 and looks.keep == "best" and (best is None or held.kl < best[1]):
             write_best(states, step, held.kl, self.parameters)
         self.group.share(None)
+        if self._parts is not None:
+            self._parts.release()
         return f"KL {held.kl:.4f}, ppl {held.perplexity:.2f}"
 
     def _check_inputs(self, states: Path) -> None:

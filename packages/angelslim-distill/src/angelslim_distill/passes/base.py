@@ -58,6 +58,7 @@ class Options(PassConfig):
     final_lr: float = Field(0.0, ge=0, le=1, description="share of the rates at the end of the cosine")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
+    shard: bool = Field(False, description="weights, their fp32 copies and moments lie in parts over the processes of torchrun (FSDP2)")
     checkpointing: bool = Field(False, description="compute the layers' activations anew on the way back: less memory, a third more time")
 
 
@@ -156,8 +157,8 @@ class Distilling(ModelPass):
         training = DistillTraining(
             student, self.source(student, rows, context), teacher, self.objective(), options,
             Looks(rows.held_out, config.every, max(1, config.batch // group.size), config.keep, _multiple(context)),
-            group=group, checkpointing=config.checkpointing,
-            inputs={"data": rows.data, "pass": self.id, "options": config.model_dump(mode="json", exclude={"every", "checkpointing"})},
+            group=group, checkpointing=config.checkpointing, in_parts=config.shard,
+            inputs={"data": rows.data, "pass": self.id, "options": config.model_dump(mode="json", exclude={"every", "checkpointing", "shard"})},
         )  # fmt: skip
         history = training.run(context.workdir / "measured" / self.id, context.progress, context.stop_requested)
         student.requires_grad_(False)
