@@ -1,3 +1,3 @@
-"""Distillation for angelslim-core: a student is trained towards its teacher's distributions."""
+"""Distillation for angelslim-core. Not built yet."""
 
 __version__ = "0.1.0"
