@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
+from angelslim_core.calibration.spans import Renderer
 from angelslim_core.io.writer import write_json
 from angelslim_specdec import bench
 from angelslim_specdec.bench import Contender
 from angelslim_specdec.cli.opening import open_target
-from angelslim_specdec.data.spans import Renderer
 
 SETS = ("mt_bench", "gsm8k", "humaneval", "alpaca")
 

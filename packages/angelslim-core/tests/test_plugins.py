@@ -131,14 +131,14 @@ def test_only_named_or_official_plugins_are_loaded():
     assert "--plugins acme,quant" in failure(required_plugins, ["quant.a"], ["acme"]).hint
 
 
-def test_unbuilt_plugins_say_so():
+def test_plugins_without_a_default_preset_say_why():
     host = PluginHost()
     host.load(["distill"])
     host.register_module("toy", module())
     assert "registers no passes yet" in failure(host.default_steps, ["toy"], "cpu").what
     with pytest.raises(RecipeError, match="needs a teacher") as caught:
         host.default_steps(["distill"], "cpu")
-    assert caught.value.exit_code == 3 and "registers no passes yet" in caught.value.what
+    assert caught.value.exit_code == 3 and "needs a teacher" in caught.value.what
 
 
 def test_loaded_plugins_are_recorded():

@@ -53,7 +53,8 @@ def train(group, folder, stop=None, shard=False, dtype="float32", options=None):
     if shard:
         from angelslim_core.sharded import Sharded
 
-        sharded = Sharded(model, lambda m, x, y: ((t := m.loss(x, y)).sums, t), group)
+        divided = {} if shard is True else {"whole": ["gain"], "units": lambda m: [m.first]}
+        sharded = Sharded(model, lambda m, x, y: ((t := m.loss(x, y)).sums, t), group, **divided)
         assert all(p.untyped_storage().nbytes() <= 4 for p in model.parameters())
     training = Training(sharded or dict(model.named_parameters()), TrainingOptions(**{**OPTIONS, **(options or {})}), group)
     training.resume(folder)
@@ -124,6 +125,16 @@ def test_parts_step_as_whole_parameters_do(two, tmp_path):
         same(found[1], wanted)
         assert sum(int(f["held"]) for f in found) == (1 if shard else 2) * int(wanted["held"])
     assert wanted["seen"][:, 1].min() > OPTIONS["clip"], "the norm over all parts is what is clipped"
+
+
+def test_parameters_that_stay_whole_step_alike_beside_units_in_parts(two, tmp_path):
+    wanted = train(Group(), tmp_path / "none", stop=6)
+    found, other = two(tmp_path, shard="units", stop=6)
+    same(found, wanted)
+    same(other, wanted)
+    assert int(found["held"]) + int(other["held"]) == int(wanted["held"]) + 1
+    whole = train(Group(), tmp_path)
+    same({**two(tmp_path, shard="units")[0], "seen": whole["seen"]}, whole)
 
 
 def test_a_state_goes_on_in_parts_and_whole(two, tmp_path):

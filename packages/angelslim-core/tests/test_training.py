@@ -56,6 +56,21 @@ def test_a_step_is_adamw_on_clipped_gradients():
     assert training.seen() is None and training.is_done
 
 
+def test_parameters_have_their_own_rates_by_name():
+    def moved(**given):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+        before = [p.detach().clone() for p in model.parameters()]
+        training = Training(dict(model.named_parameters()), TrainingOptions(steps=2, warmup=1, **given))
+        x = torch.ones(1, 5)
+        training.advance(lambda s, part: Terms(model(x).square().sum()[None], torch.ones(1), torch.ones(1), torch.zeros(0)))
+        return [float((p - b).abs().max()) for p, b in zip(model.parameters(), before, strict=True)]
+
+    found = moved(lr=0.2, rates={"1.weight": 0.02, "weight": 2.0})
+    assert found == pytest.approx([1.0, 0.1, 0.01, 0.1], rel=1e-3), "half way up, a first step of Adam is the rate"
+    assert moved(lr=0.2) == pytest.approx([0.1] * 4, rel=1e-3)
+
+
 def test_small_updates_are_not_lost_in_bf16():
     model, rows, targets = problem(torch.bfloat16)
     before = model.weight.detach().clone()

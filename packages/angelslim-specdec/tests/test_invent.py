@@ -6,13 +6,13 @@ from itertools import count
 import pytest
 from click.testing import CliRunner
 
+from angelslim_core.calibration.chats import read_prompts
+from angelslim_core.calibration.spans import Renderer
 from angelslim_core.cli.main import cli
 from angelslim_core.errors import ModelError, OutputError, StoppedError
 from angelslim_core.loading import load_tokenizer
 from angelslim_core.testing.models import tiny_checkpoint
-from angelslim_specdec.data.chats import read_prompts
 from angelslim_specdec.data.invent import invent, opening
-from angelslim_specdec.data.spans import Renderer
 
 STOP = 1
 

@@ -6,13 +6,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from angelslim_core.calibration.chats import Conversation, read_conversations
+from angelslim_core.calibration.spans import Renderer
 from angelslim_core.errors import EngineError, OutputError, StoppedError, UsageError
 from angelslim_core.loading import load_tokenizer
 from angelslim_specdec.data import answers
 from angelslim_specdec.data.answers import Answer, Local, Request, Server
-from angelslim_specdec.data.chats import Conversation, read_conversations
 from angelslim_specdec.data.regenerate import Mix, regenerate
-from angelslim_specdec.data.spans import Renderer
 
 USER = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
 PROMPTS = [Conversation("1", USER[:1]), Conversation("2", [{"role": "system", "content": "s"}, *USER]), Conversation("3", USER)]

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
+from angelslim_core.calibration.packing import pack
+from angelslim_core.calibration.spans import Document
 from angelslim_core.cli.main import main
 from angelslim_core.errors import ModelError, StoppedError
 from angelslim_core.loading import load_model
-from angelslim_specdec.data.packing import pack
 from angelslim_specdec.data.shards import Manifest, Shards
-from angelslim_specdec.data.spans import Document
 from angelslim_specdec.target import Target
 from angelslim_specdec.training.dump import dump
 from angelslim_specdec.training.features import Source, computed, stored

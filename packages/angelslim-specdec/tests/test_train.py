@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from angelslim_core.calibration.packing import Order, cut, pack
+from angelslim_core.calibration.spans import Document
 from angelslim_core.cli.main import main
 from angelslim_core.errors import ModelError, RecipeError, StoppedError, UsageError
 from angelslim_core.loading import load_model
 from angelslim_core.parallel import Group
 from angelslim_core.training import TrainingOptions
 from angelslim_specdec import registry
-from angelslim_specdec.data.packing import Order, cut, pack
-from angelslim_specdec.data.spans import Document
 from angelslim_specdec.drafts.base import Draft, DraftConfig, Loss
 from angelslim_specdec.folder import load_draft
 from angelslim_specdec.target import Target

@@ -6,7 +6,7 @@ Nothing else changes: losses are sums and counts as ever, states are whole, and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -22,36 +22,47 @@ from .parallel import Group
 class Sharded:
     """A copy of a module, to be trained in parts. The module itself has values only between `gather` and `release`.
 
-    Its parameters are one unit, gathered for a call and the way back: a call may use any of them at any time.
+    Its parameters are one unit, gathered for a call and the way back: a call may use any of them at any time, but for those of `units`.
 
     Args:
-        module: on the device, its parameters of one dtype, in which is computed, and alike in all processes.
+        module: on the device, its parameters but those of `whole` of one dtype, in which is computed, and alike in all processes.
         call: call(copy, *arguments) -> tensors through which the way back begins, and anything else.
         group: of several processes.
+        whole: names of parameters that every process keeps as they are; their gradients are its own.
+        units: units(copy) -> modules of it whose parameters are gathered when they are called, and let go of until the way back.
+
+    Attributes:
+        module: the copy, which computes.
 
     Raises:
         ModelError: a parameter is a single number.
     """
 
-    def __init__(self, module: nn.Module, call: Callable[..., tuple[Tensor, Any]], group: Group) -> None:
-        if single := [name for name, p in module.named_parameters() if p.ndim == 0]:
+    def __init__(
+        self, module: nn.Module, call: Callable[..., tuple[Tensor, Any]], group: Group, *, whole: Collection[str] = (),
+        units: Callable[[nn.Module], Iterable[nn.Module]] = lambda copy: (),
+    ) -> None:  # fmt: skip
+        if single := [name for name, p in module.named_parameters() if p.ndim == 0 and name not in whole]:
             raise ModelError(424, single[0], "is a single number, which has no rows to share", "make it a vector of one")
-        (dtype,) = {p.dtype for p in module.parameters()}
-        self.group, self._module = group, module
-        part = copy.deepcopy(module).train()
+        (dtype,) = {p.dtype for name, p in module.named_parameters() if name not in whole}
+        self.group, self.whole, self._original = group, frozenset(whole), module
+        part = self.module = copy.deepcopy(module).train()
         self.release()
-        for p in part.parameters():
-            p.data = p.data.float()
+        for name, p in part.named_parameters():
+            if name not in self.whole:
+                p.data = p.data.float()
         mesh = init_device_mesh(next(part.parameters()).device.type, (group.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        kept = {p for name, p in part.named_parameters() if name in self.whole}
         self._call = _Call(part, call)
-        state = fully_shard(self._call, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-        state.set_gradient_divide_factor(1.0)  # sums, as losses are
-        state.set_force_sum_reduction_for_comms(True)
-        self._parameters: dict[str, DTensor] = dict(part.named_parameters())  # type: ignore[arg-type]
+        for unit in [*units(part), self._call]:
+            state = fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not self._call, mp_policy=policy, ignored_params=kept)
+            state.set_gradient_divide_factor(1.0)  # sums, as losses are
+            state.set_force_sum_reduction_for_comms(True)
+        self._parameters: dict[str, Tensor] = dict(part.named_parameters())
 
-    def named_parameters(self) -> dict[str, DTensor]:
-        """The parameters in parts, whose gradients are summed over all processes, by their names in the module."""
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The copy's parameters by their names in the module; the gradients of those in parts are summed over all processes."""
         return self._parameters
 
     def __call__(self, *arguments: Any) -> Any:
@@ -63,13 +74,15 @@ class Sharded:
     def gather(self) -> None:
         """Give the module the values of now; all processes must call it."""
         self.group.meet()
-        for name, p in self._module.named_parameters():
-            p.data = self._parameters[name].full_tensor().to(p.dtype)
+        for name, p in self._original.named_parameters():
+            found = self._parameters[name]
+            p.data = found.full_tensor().to(p.dtype) if isinstance(found, DTensor) else found.detach().clone()
 
     def release(self) -> None:
         """Take the module's values away, which frees their memory."""
-        for p in self._module.parameters():
-            p.data = p.data.new_zeros(()).expand(p.shape)
+        for name, p in self._original.named_parameters():
+            if name not in self.whole:
+                p.data = p.data.new_zeros(()).expand(p.shape)
 
     @staticmethod
     def rows(tensor: Tensor) -> Tensor:
@@ -78,9 +91,10 @@ class Sharded:
         local: Tensor = tensor.to_local()
         return local.detach()
 
-    def whole(self, rows: Tensor, name: str) -> Tensor:
+    def whole_of(self, rows: Tensor, name: str) -> Tensor:
         """What the rows of all processes make, which lie as those of the parameter of that name; all processes must call it."""
         like = self._parameters[name]
+        assert isinstance(like, DTensor)
         self.group.meet()
         return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()).full_tensor()
 

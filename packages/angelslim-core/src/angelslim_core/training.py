@@ -43,6 +43,7 @@ class TrainingOptions(BaseModel):
 
     steps: int = Field(ge=1)
     lr: float = Field(default=1e-4, gt=0, description="highest learning rate")
+    rates: dict[str, float] = Field(default_factory=dict, description="highest learning rate of parameters whose names contain a text, the first that does")
     warmup: float = Field(default=0.015, ge=0, le=1, description="share of the steps in which the rate rises to it; the first is above zero")
     final_lr: float = Field(default=0.0, ge=0, le=1, description="share of the rate at the end of the cosine")
     weight_decay: float = Field(default=0.0, ge=0)
@@ -52,13 +53,18 @@ class TrainingOptions(BaseModel):
     accumulate: int = Field(default=1, ge=1, description="batches a step, each of which counts alike")
     seed: int = Field(default=0, ge=0)
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, from 0."""
+    def highest(self, name: str) -> float:
+        """Highest learning rate of a parameter."""
+        return next((rate for text, rate in self.rates.items() if text in name), self.lr)
+
+    def rate(self, step: int, highest: float | None = None) -> float:
+        """Learning rate of a step, from 0, of parameters with that highest one."""
+        highest = self.lr if highest is None else highest
         warm = max(1, round(self.warmup * self.steps))
         if step < warm:
-            return self.lr * (step + 1) / warm
+            return highest * (step + 1) / warm
         part = (step - warm + 1) / max(1, self.steps - warm)
-        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
+        return highest * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, part))))
 
 
 @dataclass
@@ -107,11 +113,16 @@ class Training:
         self._parts = None if isinstance(parameters, Mapping) else parameters
         named = parameters if isinstance(parameters, Mapping) else parameters.named_parameters()
         self._parameters: dict[str, Tensor] = {name: p for name, p in named.items() if p.requires_grad}
-        self._masters = {name: self._master(p) for name, p in self._parameters.items()}
+        self._divided = frozenset() if self._parts is None else self._parameters.keys() - self._parts.whole
+        self._masters = {name: self._master(name, p) for name, p in self._parameters.items()}
         fused = all(p.is_cuda for p in self._masters.values())
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, master in self._masters.items():
+            groups.setdefault(options.highest(name), []).append(master)
         self._adam = torch.optim.AdamW(
-            self._masters.values(), lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused
-        )
+            [{"params": masters, "highest": highest} for highest, masters in groups.items()],
+            lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused,
+        )  # fmt: skip
         self._seen: list[Tensor] = []
 
     @property
@@ -143,41 +154,44 @@ class Training:
         """Move the masters, and the parameters after them; the norm of the gradients before clipping."""
         names = list(self._parameters)
         gradients = [self._gradient(name) for name in names]
-        if self.group.size > 1 and self._parts is None:
-            flat = self.group.reduce(torch.cat([g.reshape(-1) for g in gradients]))
-            gradients = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in gradients]), gradients, strict=True)]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if self._parts is not None:
-            norm = self.group.reduce(norm.square()).sqrt()
+        whole = [i for i, name in enumerate(names) if name not in self._divided]
+        if self.group.size > 1 and whole:
+            flat = self.group.reduce(torch.cat([gradients[i].reshape(-1) for i in whole]))
+            for i, part in zip(whole, flat.split([gradients[i].numel() for i in whole]), strict=True):
+                gradients[i] = part.view_as(gradients[i])
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(norms)
+        if self._divided:
+            parts = [i for i, name in enumerate(names) if name in self._divided]
+            norm = (self.group.reduce(norms[parts].square().sum()) + norms[whole].square().sum()).sqrt()
         torch._foreach_mul_(gradients, (self.options.clip / norm.clamp(min=self.options.clip)))
         for name, gradient in zip(names, gradients, strict=True):
             self._masters[name].grad = gradient
             if self._masters[name] is not self._parameters[name]:
                 self._parameters[name].grad = None
         for part in self._adam.param_groups:
-            part["lr"] = self.options.rate(self.step)
+            part["lr"] = self.options.rate(self.step, part["highest"])
         self._adam.step()
         self._adam.zero_grad()
         self._copy()
         return norm
 
-    def _master(self, parameter: Tensor) -> nn.Parameter:
+    def _master(self, name: str, parameter: Tensor) -> nn.Parameter:
         """What is stepped: fp32, of all rows or this process's."""
-        if self._parts is not None:
+        if self._parts is not None and name in self._divided:
             return nn.Parameter(self._parts.rows(parameter))
         return parameter if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
 
     def _gradient(self, name: str) -> Tensor:
         found = self._parameters[name].grad
-        if found is not None and self._parts is not None:
+        if found is not None and self._parts is not None and name in self._divided:
             found = self._parts.rows(found)
         return torch.zeros_like(self._masters[name], requires_grad=False) if found is None else found.float()
 
     @torch.no_grad()
     def _copy(self) -> None:
-        if self._parts is not None:  # masters are the parameters' own memory
-            return
-        pairs = [(p, self._masters[name]) for name, p in self._parameters.items() if self._masters[name] is not p]
+        # masters of what lies in parts are the parameters' own memory
+        pairs = [(p, self._masters[name]) for name, p in self._parameters.items() if self._masters[name] is not p and name not in self._divided]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
 
@@ -242,7 +256,8 @@ class Training:
         with torch.no_grad():
             for name, tensor in state.items():
                 info, dtype = header[name], torch_dtype(header[name].dtype)
-                start = self._parts.first_row(_owner(name)) * math.prod(tensor.shape[1:]) if self._parts is not None and tensor.ndim else 0
+                divided = self._parts is not None and _owner(name) in self._divided and tensor.ndim
+                start = self._parts.first_row(_owner(name)) * math.prod(tensor.shape[1:]) if self._parts is not None and divided else 0
                 tensor.copy_(read_bytes(info.file, info.offset + start * dtype.itemsize, tensor.numel() * dtype.itemsize).view(dtype).reshape(tensor.shape))
         self.step = int(document["step"])
         self._copy()
@@ -269,7 +284,7 @@ class Training:
         return tuple(self._parameters[_owner(name)].shape if tensor.ndim else tensor.shape)
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        return self._parts.whole(tensor, _owner(name)) if self._parts is not None and tensor.ndim else tensor
+        return self._parts.whole_of(tensor, _owner(name)) if self._parts is not None and _owner(name) in self._divided and tensor.ndim else tensor
 
 
 def _owner(name: str) -> str:

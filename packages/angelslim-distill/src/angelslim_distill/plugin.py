@@ -1,4 +1,4 @@
-"""The plugin of distillation. It registers nothing yet, and naming it where it would have to do something is an error."""
+"""The plugin of distillation; nothing heavy is imported before it is asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from angelslim_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from angelslim_core.kernels import Kernel
+    from angelslim_core.passes import Pass
+    from angelslim_core.plan import Plan
 
 ANGELSLIM_HOOKS = 1
 
@@ -21,5 +23,19 @@ def angelslim_register_kernels() -> list[Kernel]:
 
 
 @hookimpl
+def angelslim_register_passes() -> list[type[Pass]]:
+    from .passes import PASSES
+
+    return [*PASSES]
+
+
+@hookimpl
+def angelslim_modify_plan(plan: Plan) -> None:
+    from .passes.fits import check
+
+    check(plan)
+
+
+@hookimpl
 def angelslim_default_steps() -> list[dict[str, Any]]:
-    raise RecipeError(401, "distill", "has no default preset, since distillation needs a teacher; it registers no passes yet", "leave it out of --plugins")
+    raise RecipeError(401, "distill", "has no default preset, since distillation needs a teacher and data", "name a step in a recipe: distill.logits")

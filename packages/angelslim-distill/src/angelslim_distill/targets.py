@@ -22,6 +22,7 @@ class Batch:
         labels: [B, T] int64, the token that position t predicts (that of t + 1); any number where it does not count.
         counted: [B, T] bool, whether position t counts in the loss.
         samples: the key of each row, under which a cache keeps its teacher's distributions.
+        positions: [B, T] int64, from 0 in each document of a row: tokens see their own document only. None: a row is one document.
     """
 
     input_ids: Tensor
@@ -29,6 +30,7 @@ class Batch:
     labels: Tensor
     counted: Tensor
     samples: Sequence[str]
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def questions(file: Path, most: int) -> list[list[dict[str, Any]]]:
     Raises:
         RecipeError: as `read_prompts`.
     """
-    from .data.chats import read_prompts
+    from angelslim_core.calibration.chats import read_prompts
 
     chats = [c.messages for c in read_prompts(file)[:most]]
     return [chat[: 1 + next(i for i, m in enumerate(chat) if m["role"] == "user")] for chat in chats]

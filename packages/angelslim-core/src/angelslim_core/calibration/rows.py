@@ -115,8 +115,12 @@ def _shape(row: Mapping[str, Any], name: str) -> Chat | str | None:
         output = row.get("output")
         both = isinstance(value, str) and isinstance(output, str)
         return [{"role": "user", "content": value}, {"role": "assistant", "content": output}] if both else None
+    if name == "prompt" and isinstance(value, str):
+        answer = row.get("answer")
+        said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else []
+        return [{"role": "user", "content": value}, *said]
     if isinstance(value, str):
-        return [{"role": "user", "content": value}] if name == "prompt" else value
+        return value
     if not isinstance(value, list):
         return None
     if value and all(isinstance(turn, str) for turn in value):

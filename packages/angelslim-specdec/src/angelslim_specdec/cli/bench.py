@@ -56,8 +56,9 @@ def command(
 
     n-gram lookup runs beside every draft, and transformers' own `generate` at batch 1.
     """
+    from angelslim_core.calibration.spans import Renderer
+
     from .. import bench as measuring
-    from ..data.spans import Renderer
 
     sizes, lengths = _numbers(batch, "--batch", int), _numbers(k, "--k", int)
     temperatures = _numbers(temperature, "--temperature", float)

@@ -92,8 +92,9 @@ def command(
 def _pair(given: Mapping[str, Any], report: Progress) -> dict[str, Any]:
     import torch
 
+    from angelslim_core.calibration.spans import Renderer
+
     from ..bench import maker, questions
-    from ..data.spans import Renderer
     from ..exactness.pair import check_pair
 
     model, draft, prompts = given["model"], given["draft"], given["prompts"]

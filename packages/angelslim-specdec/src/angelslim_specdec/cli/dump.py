@@ -36,12 +36,12 @@ def command(
 
     A token takes (layers + 1) x hidden size numbers. A stopped or killed run goes on when the same command is run again.
     """
+    from angelslim_core.calibration.chats import read_conversations
+    from angelslim_core.calibration.spans import Renderer
     from angelslim_core.io.checkpoint import dtype_name
     from angelslim_core.workdir import sha256
 
-    from ..data.chats import read_conversations
     from ..data.shards import Manifest
-    from ..data.spans import Renderer
     from ..registry import draft_named
     from ..training.dump import dump
     from ..training.prepare import prepare

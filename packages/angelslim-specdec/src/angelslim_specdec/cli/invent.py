@@ -35,9 +35,10 @@ def command(
     """
     from dataclasses import asdict
 
+    from angelslim_core.calibration.spans import Renderer
+
     from ..data.invent import invent
     from ..data.regenerate import seed_of
-    from ..data.spans import Renderer
     from ..drafters.base import Warp
     from ..streaming import stream
 

@@ -47,12 +47,12 @@ def command(
     """
     from dataclasses import asdict
 
+    from angelslim_core.calibration.chats import read_prompts
+    from angelslim_core.calibration.spans import Renderer
     from angelslim_core.workdir import sha256
 
     from ..data.answers import Assistant, Local, Server
-    from ..data.chats import read_prompts
     from ..data.regenerate import Mix, regenerate
-    from ..data.spans import Renderer
 
     mix, asked = Mix.parse(temperature), read_prompts(Path(prompts))[:limit]
     settings = {"prompts": sha256(Path(prompts)), "max_new_tokens": max_new_tokens}

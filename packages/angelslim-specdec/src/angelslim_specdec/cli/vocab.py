@@ -23,8 +23,9 @@ from .opening import open_target
 @json_option
 def command(model: str, data: str, size: int, out: str, length: int, turns: Literal["joined", "each"], plugins: list[str], as_json: bool) -> None:
     """Select the tokens that a draft may propose: the most frequent of the answers, and those that end them."""
-    from ..data.chats import read_conversations
-    from ..data.spans import Renderer
+    from angelslim_core.calibration.chats import read_conversations
+    from angelslim_core.calibration.spans import Renderer
+
     from ..training.prepare import prepare
     from ..training.selection import coverage_of, select, write_selection
 

@@ -16,7 +16,7 @@ from angelslim_core.calibration.rows import Chat
 from angelslim_core.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
-    from .spans import Renderer
+    from angelslim_core.calibration.spans import Renderer
 
 TRIES = 6
 _AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504))

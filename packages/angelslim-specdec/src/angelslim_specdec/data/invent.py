@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from angelslim_core.calibration.rows import read_objects
+from angelslim_core.calibration.spans import STAND_IN
 from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import ModelError, StoppedError
 
 from .appended import AppendedRows
-from .spans import STAND_IN
 
 if TYPE_CHECKING:
-    from .spans import Renderer
+    from angelslim_core.calibration.spans import Renderer
 
 # of prompts in a row that are of no use, before it is given up
 _MOST_USELESS = 2000

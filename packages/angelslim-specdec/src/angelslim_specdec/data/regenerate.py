@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from angelslim_core.calibration.chats import Conversation
 from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import EngineError, StoppedError, UsageError
 
 from .answers import Answer, Assistant, Request
 from .appended import AppendedRows
-from .chats import Conversation
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from angelslim_core.calibration.packing import Row
 from angelslim_core.errors import ModelError
 from angelslim_core.io.checkpoint import TensorInfo, TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
 from angelslim_core.io.strict_json import read_json
 from angelslim_core.io.writer import ShardWriter, disk_errors, spec_bytes, write_json
-
-from .packing import Row
 
 MANIFEST = "manifest.json"
 TOKENS = ("ids", "loss_mask", "documents", "positions")

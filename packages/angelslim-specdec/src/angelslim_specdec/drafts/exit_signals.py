@@ -159,5 +159,5 @@ def losses(raw: Tensor, told: Labels, signals: Sequence[str]) -> tuple[Tensor, T
 
 
 def any_labels(rows: Sequence[Any], thought_end: int, answer_ends: Sequence[int]) -> bool:
-    """Whether any of the rows of training (`data.packing.Row`) has a thought or an answer that ends."""
+    """Whether any of the rows of training (`calibration.packing.Row`) has a thought or an answer that ends."""
     return any(bool(answers(r.ids, r.loss_mask, segments(r.documents[None])[0], thought_end, answer_ends).labelled.any()) for r in rows)

@@ -71,10 +71,9 @@ class Trained(RuntimePass):
             ModelError: the model has no tokenizer with a chat template.
             PlanError: options do not fit the model.
         """
+        from angelslim_core.calibration.chats import read_conversations
+        from angelslim_core.calibration.spans import Renderer
         from angelslim_core.loading import load_tokenizer
-
-        from ..data.chats import read_conversations
-        from ..data.spans import Renderer
 
         read_conversations(self.config.data)
         checkpoint = plan.source.checkpoint

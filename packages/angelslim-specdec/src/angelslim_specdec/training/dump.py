@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from angelslim_core.calibration.packing import Row, chunks
 from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import StoppedError
 from angelslim_core.workdir import Workdir
 
-from ..data.packing import Row, chunks
 from ..data.shards import Manifest, Shard, write_manifest, write_shard
 from .features import computed
 

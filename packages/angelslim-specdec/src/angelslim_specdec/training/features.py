@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from angelslim_core.calibration.packing import Row, stack
 from angelslim_core.device import free_ram_bytes, to_host
 from angelslim_core.products import products
 
-from ..data.packing import Row, stack
 from ..drafts.base import Batch
 
 if TYPE_CHECKING:

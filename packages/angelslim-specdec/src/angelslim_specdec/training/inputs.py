@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from angelslim_core.calibration.chats import read_conversations
+from angelslim_core.calibration.packing import Row
+from angelslim_core.calibration.spans import Renderer
 from angelslim_core.errors import ModelError
 from angelslim_core.workdir import sha256
 
-from ..data.chats import read_conversations
-from ..data.packing import Row
 from ..data.shards import Shards
-from ..data.spans import Renderer
 from .features import Source, computed, stored, where_to_keep
 from .parts import read_together
 from .prepare import prepare

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from angelslim_core.calibration.chats import Conversation
+from angelslim_core.calibration.packing import Row, cut, pack
+from angelslim_core.calibration.spans import Renderer, Turns
 from angelslim_core.errors import RecipeError, UsageError
 from angelslim_core.model import decoder_layers
 
-from ..data.chats import Conversation
-from ..data.packing import Row, cut, pack
-from ..data.spans import Renderer, Turns
 from ..drafts.base import Draft
 from ..registry import draft_named
 from ..vocabulary import Vocabulary

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from angelslim_core.calibration.packing import Row, counts
 from angelslim_core.errors import ModelError
 from angelslim_core.io.checkpoint import TensorSpec, read_bytes, read_header, torch_dtype
 from angelslim_core.io.writer import ShardWriter
 
-from ..data.packing import Row, counts
 from ..vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from angelslim_core.calibration.packing import Order, chunks
 from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import StoppedError, UsageError
 from angelslim_core.parallel import Group
 from angelslim_core.training import Seen, Terms, Training, TrainingOptions
 
-from ..data.packing import Order, chunks
 from ..drafts.base import Draft, Heads, Loss
 from .features import Source
 from .parts import parts_of

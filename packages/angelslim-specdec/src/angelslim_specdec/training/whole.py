@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from angelslim_core.calibration.packing import Order
 from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import RecipeError
 from angelslim_core.parallel import Group
 from angelslim_core.training import TrainingOptions
 from angelslim_core.workdir import sha256
 
-from ..data.packing import Order
 from ..drafts.base import Heads
 from ..drafts.exit_signals import any_labels
 from .inputs import from_conversations, from_shards

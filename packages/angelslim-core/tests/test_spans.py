@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from angelslim_core.calibration.chats import Conversation, read_conversations, read_prompts
+from angelslim_core.calibration.spans import Renderer
 from angelslim_core.errors import ModelError, RecipeError
 from angelslim_core.loading import load_tokenizer
-from angelslim_specdec.data.chats import Conversation, read_conversations, read_prompts
-from angelslim_specdec.data.spans import Renderer
 
 CHATML = "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
 TRIMMED = CHATML.replace("m['content']", "m['content'] | trim")

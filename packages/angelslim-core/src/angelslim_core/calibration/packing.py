@@ -79,10 +79,11 @@ def pack(documents: Sequence[Document], length: int, seed: int = 0) -> list[Row]
         rows[row].append(i)
         insort(free, (left - size, row))
     random.Random(seed + 1).shuffle(rows)
-    return [_row([documents[i] for i in row]) for row in rows]
+    return [row_of([documents[i] for i in row]) for row in rows]
 
 
-def _row(documents: Sequence[Document]) -> Row:
+def row_of(documents: Sequence[Document]) -> Row:
+    """Documents side by side."""
     sizes = torch.tensor([len(d.ids) for d in documents])
     return Row(
         torch.tensor([i for d in documents for i in d.ids], dtype=torch.int64),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from angelslim_core.calibration.rows import Chat, interpret, read_objects
-from angelslim_core.errors import RecipeError
+from ..errors import RecipeError
+from .rows import Chat, interpret, read_objects
 
 _IDS = ("id", "question_id")
 

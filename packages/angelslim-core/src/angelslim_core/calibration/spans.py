@@ -12,11 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from angelslim_core.calibration.render import render_chats, special_tokens_of, template_of
-from angelslim_core.calibration.rows import Chat
-from angelslim_core.errors import ModelError, RecipeError
-
+from ..errors import ModelError, RecipeError
 from .chats import Conversation
+from .render import render_chats, special_tokens_of, template_of
+from .rows import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,175 @@
+"""What the passes that train towards a teacher's logits share: their options, and the way from these to a training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import Field
+
+from angelslim_core.errors import AngelslimError, ModelError, PlanError, RecipeError
+from angelslim_core.passes import ModelPass, PassConfig
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from angelslim_core.context import Context
+    from angelslim_core.plan import Plan
+
+    from ..data.rows import Rows, Source
+    from ..objective import Objective
+    from ..targets import Teacher
+
+
+class Options(PassConfig):
+    """Options of every training towards logits."""
+
+    data: Path = Field(description="JSONL of `messages`, `conversations` or `prompt` and `answer`, or text")
+    teacher: Path | None = Field(None, description="folder of the model to learn from; none: the model itself, before it is trained or rounded")
+    cache: Path | None = Field(None, description="folder of the teacher's distributions, as `angelslim distill cache` writes it; none: the teacher is run")
+    kind: Literal["kl", "rkl", "jsd", "cakld", "mse", "tvd", "kd"] = Field("kl", description="distillation loss: see `angelslim_distill.kd_loss`")
+    temperature: float = Field(1.0, gt=0, le=100, description="divides the logits of both; the loss is multiplied by its square")
+    top_k: int | None = Field(None, ge=1, description="tokens of the teacher that are told apart; none: all")
+    top_k_mode: Literal["bucket", "renorm", "zero"] = Field("bucket", description="what is done with the rest of them")
+    beta: float = Field(0.5, ge=0, le=1, description="of jsd: 0 is kl, 1 is rkl")
+    kd_weight: float = Field(1.0, ge=0, description="of the distillation loss")
+    lm_weight: float = Field(0.0, ge=0, description="of the cross-entropy of the data's own tokens")
+    train: Literal["auto", "all", "quantizers", "weights"] = Field(
+        "auto", description="`quantizers`, `weights` (all but those), `all`, or `auto`: quantizers and the weights that they are trained with; without any, all"
+    )
+    steps: int = Field(1000, ge=1, description="steps of the optimizer")
+    batch: int = Field(8, ge=1, description="rows a batch, over all processes; more than there are become as many")
+    accumulate: int = Field(1, ge=1, description="batches a step")
+    length: int = Field(1024, ge=8, le=10**7, description="tokens of a row, at most; longer documents are cut")
+    pack: bool = Field(True, description="documents share rows, without seeing each other")
+    count: Literal["answers", "all"] = Field("answers", description="which tokens count: what the assistant says, or all")
+    turns: Literal["joined", "each"] = Field(
+        "joined", description="all answers of a conversation at once, or each with the history as the template shows it then"
+    )
+    held_out: float = Field(0.02, ge=0, le=0.5, description="share of the documents that is evaluated on and not trained on")
+    every: int = Field(100, ge=1, description="steps between looks at held-out rows, and between states that a killed training goes on with")
+    keep: Literal["best", "last"] = Field("best", description="what is left: the state of least KL to the teacher on held-out rows, or the last one")
+    lr: float = Field(1e-5, gt=0, le=1, description="highest learning rate of weights")
+    quantizer_lr: float = Field(1e-4, gt=0, le=1, description="highest learning rate of what quantizers learn")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rates rise")
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of the rates at the end of the cosine")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
+    shard: bool = Field(False, description="weights, their fp32 copies and moments lie in parts over the processes of torchrun (FSDP2)")
+    checkpointing: bool = Field(False, description="compute the layers' activations anew on the way back: less memory, a third more time")
+
+
+class Distilling(ModelPass):
+    """Base of the passes."""
+
+    def check(self, plan: Plan) -> None:
+        """What can be known before any work.
+
+        Raises:
+            PlanError: data, teacher and options do not fit together or the model.
+        """
+        from angelslim_core.loading import load_tokenizer
+
+        from ..teacher import check_tokenizer
+
+        where = plan.recipe.where(f"steps[{next(s.index for s in plan.steps if s.pass_ is self)}].with")
+        checkpoint, config = plan.source.checkpoint, self.config
+        try:
+            if not checkpoint.has_tokenizer:
+                raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
+            self.objective()
+            if config.cache is not None:
+                self._check_cache()
+            if not config.data.is_file():
+                raise RecipeError(918, str(config.data), "is no file" if config.data.exists() else "does not exist", "set data")
+            if config.teacher is not None:
+                check_tokenizer(config.teacher, load_tokenizer(checkpoint.folder))
+        except AngelslimError as error:
+            raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
+
+    def _check_cache(self) -> None:
+        import torch
+
+        from ..targets import TopK
+
+        self.objective().loss.check_kept(TopK(torch.empty(0), torch.empty(0), torch.empty(0)), tempered=False)
+        if not self.config.cache.is_dir():
+            raise ModelError(916, str(self.config.cache), "is no folder", "write one: angelslim distill cache")
+
+    def objective(self) -> Objective:
+        """The loss that the options ask for."""
+        from ..losses import Loss
+        from ..objective import Objective
+
+        config = self.config
+        return Objective(Loss(config.kind, config.temperature, config.beta, config.top_k_mode), config.top_k, config.lm_weight, config.kd_weight)
+
+    def teacher(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: Context) -> Teacher:
+        """Who the student learns from; `model` says which of its parameters will be trained."""
+        from ..teacher import teacher_from, teacher_of
+
+        config = self.config
+        if config.cache is not None:
+            from ..cache.reading import open_cache
+
+            folder = config.teacher or context.source.checkpoint.folder
+            width = model.get_output_embeddings().weight.shape[0]
+            return open_cache(config.cache, tokenizer, width, teacher=folder, top_k=config.top_k, temperature=config.temperature)
+        return teacher_of(model) if config.teacher is None else teacher_from(config.teacher, tokenizer, context.device)
+
+    def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
+        """Where the batches come from."""
+        from ..data.rows import Supervised
+
+        config = self.config
+        return Supervised(rows.train, config.batch, accumulate=config.accumulate, seed=context.seed, group=context.group, multiple=_multiple(context))
+
+    def run(self, model: Module, context: Context) -> Mapping[str, Any]:
+        from angelslim_core.loading import load_tokenizer
+        from angelslim_core.training import TrainingOptions
+
+        from ..data.rows import prepare
+        from ..heads import Reader
+        from ..parameters import QUANTIZER, choose_parameters
+        from ..trainer import DistillTraining, Looks
+
+        config, group, began = self.config, context.group, time.perf_counter()
+        student = cast("PreTrainedModel", model)
+        folder = context.source.checkpoint.folder
+        tokenizer = load_tokenizer(folder)
+        packed = config.pack
+        if packed and not Reader(student).can_pack:
+            packed = False
+            context.warnings.append(f"{self.id}: documents do not share rows, since layers of this model would let them see each other")
+        rows = prepare(
+            config.data, tokenizer, str(folder), length=config.length, count=config.count, turns=config.turns, packed=packed, held_out=config.held_out,
+            seed=context.seed,
+        )  # fmt: skip
+        trained = choose_parameters(student, config.train)
+        teacher = self.teacher(student, tokenizer, context)
+        options = TrainingOptions(
+            steps=config.steps, lr=config.lr, rates={QUANTIZER: config.quantizer_lr}, warmup=config.warmup, final_lr=config.final_lr,
+            weight_decay=config.weight_decay, clip=config.clip, accumulate=config.accumulate, seed=context.seed,
+        )  # fmt: skip
+        training = DistillTraining(
+            student, self.source(student, rows, context), teacher, self.objective(), options,
+            Looks(rows.held_out, config.every, max(1, config.batch // group.size), config.keep, _multiple(context)),
+            group=group, checkpointing=config.checkpointing, in_parts=config.shard,
+            inputs={"data": rows.data, "pass": self.id, "options": config.model_dump(mode="json", exclude={"every", "checkpointing", "shard"})},
+        )  # fmt: skip
+        history = training.run(context.workdir / "measured" / self.id, context.progress, context.stop_requested)
+        student.requires_grad_(False)
+        first = history.looks[0] if history.looks else {}
+        return {
+            **({"kl_before": first["kl"], "perplexity_before": first["perplexity"]} if first else {}), **training.kept, "trained": trained,
+            "documents": rows.documents, "dropped": rows.dropped, "rows": len(rows.train), "trained_tokens": history.tokens,
+            "tokens_per_second": history.tokens / max(history.seconds, 1e-9), "seconds": time.perf_counter() - began, "curves": history.curves(),
+        }  # fmt: skip
+
+
+def _multiple(context: Context) -> int:
+    """To which rows are padded: kernels of a GPU like it."""
+    return 64 if context.device == "cuda" else 1

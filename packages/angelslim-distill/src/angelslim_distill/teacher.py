@@ -1,0 +1,95 @@
+"""Teachers that are models: of another folder, the model as it was before training, or the student itself without rounding."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from angelslim_core import fake_quant
+from angelslim_core.errors import ModelError
+
+from .fingerprints import vocabulary_hash
+from .heads import Reader
+from .targets import Batch, Hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelTeacher:
+    """A model's whole distributions, without gradient and without dropout.
+
+    Args:
+        model: its linears do not round while it teaches, so that a student whose weights are frozen can be its own teacher.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self._reader = model, Reader(model)
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether documents can share a row."""
+        return self._reader.can_pack
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Hidden:
+        """Distributions of all positions of a batch."""
+        was = self.model.training
+        try:
+            self.model.eval()
+            with fake_quant.rounding_off(self.model):
+                return self._reader(batch)
+        finally:
+            self.model.train(was)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is now, without quantizers, never to be trained."""
+    made = copy.deepcopy(model).requires_grad_(False).eval()
+    for linear in fake_quant.placed(made).values():
+        del linear.quantizer
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
+    return made
+
+
+def teacher_of(model: PreTrainedModel) -> ModelTeacher:
+    """The model as it is now: itself where only quantizers are trained, else a copy.
+
+    Args:
+        model: whose parameters say whether they will be trained.
+    """
+    trains_weights = any(p.requires_grad for name, p in model.named_parameters() if ".quantizer." not in name)
+    return ModelTeacher(frozen_copy(model) if trains_weights else model)
+
+
+def teacher_from(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> ModelTeacher:
+    """The model of a folder.
+
+    Raises:
+        ModelError: it has no tokenizer, or another one than the student.
+    """
+    from angelslim_core.loading import load_model
+
+    check_tokenizer(folder, tokenizer)
+    return ModelTeacher(load_model(folder, device, packed=False).model.requires_grad_(False))
+
+
+def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A teacher's distributions are over the student's tokens.
+
+    Raises:
+        ModelError: the folder has no tokenizer, or another one.
+    """
+    from angelslim_core.loading import load_tokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(912, str(folder), "has no tokenizer, so that its tokens cannot be compared to the student's", "copy the teacher's tokenizer there")
+    if vocabulary_hash(load_tokenizer(folder)) != vocabulary_hash(tokenizer):
+        raise ModelError(
+            913, str(folder), "has another tokenizer than the student, and distributions are compared token by token",
+            "give a teacher of the same vocabulary; `uld_loss` compares others, in a training of one's own",
+        )  # fmt: skip

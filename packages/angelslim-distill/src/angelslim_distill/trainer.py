@@ -1,0 +1,263 @@
+"""Training a student towards a teacher: steps of one loss over all processes, looks at held-out rows, and states that go on exactly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from angelslim_core import fake_quant
+from angelslim_core.calibration.packing import Row
+from angelslim_core.context import Progress, never, silent
+from angelslim_core.errors import ModelError, RecipeError, StoppedError
+from angelslim_core.io.strict_json import read_json
+from angelslim_core.io.writer import write_json
+from angelslim_core.model import decoder_layers
+from angelslim_core.parallel import Group
+from angelslim_core.products import products
+from angelslim_core.training import Terms, Training, TrainingOptions
+
+from .data.rows import Source, moved
+from .evaluation import Held, evaluate
+from .heads import Reader
+from .history import History, best_of, read_best, write_best
+from .objective import Objective, Sums
+from .parameters import QUANTIZER
+from .targets import Batch, Teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from transformers import PreTrainedModel
+
+    from angelslim_core.sharded import Sharded
+
+Keep = Literal["best", "last"]
+_POINTS = 200  # of the curve of losses
+
+
+@dataclass(frozen=True)
+class Looks:
+    """When a training is looked at, and on what.
+
+    Args:
+        rows: held out; none: nothing is measured, and the last state is what is left.
+        every: steps between two looks, at each of which a state is kept that a killed training goes on with.
+        batch: rows a process runs at once.
+        keep: what is left at the end, the best state by KL to the teacher on these rows, or the last one.
+        multiple: rows are padded to a multiple of it.
+    """
+
+    rows: Sequence[Row] = ()
+    every: int = 100
+    batch: int = 1
+    keep: Keep = "best"
+    multiple: int = 1
+
+
+class DistillTraining:
+    """A student that is being trained; its parameters that require gradients are.
+
+    Args:
+        model: on the device, in the dtype to compute with; its quantizers are fp32.
+        inputs: what decides the result beside the options, JSON; a state of other inputs is not gone on with.
+        checkpointing: compute the layers' activations anew on the way back instead of keeping them.
+        in_parts: fp32 weights and moments, and the weights that are computed with, lie in parts over the processes, each layer gathered
+            while it computes; `model` has its weights only at looks and at the end. A training that goes on may do otherwise.
+
+    Raises:
+        RecipeError: no weights are trained that could lie in parts.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, source: Source, teacher: Teacher, objective: Objective, options: TrainingOptions, looks: Looks, *,
+        group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False, in_parts: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.source, self.teacher, self.objective, self.looks = model, source, teacher, objective, looks
+        self.group, self.inputs = group or Group(), dict(inputs or {})
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._reader = Reader(model)
+        self._checkpoints = checkpointing
+        self._show()
+        self._parts = self._divided() if in_parts and self.group.size > 1 else None
+        self.training = Training(self._parts or self.parameters, options, self.group)
+        self.history = History()
+        self._batches: list[Batch] = []
+        self._counts = torch.zeros(0)
+
+    def run(self, states: Path, progress: Progress = silent, stop_requested: Callable[[], bool] = never) -> History:
+        """Train to the end, from the last state in a folder on; the model is left as it then is kept, in evaluation mode.
+
+        Raises:
+            StoppedError: it was asked to stop; its state is kept.
+            NumericError: the loss, a gradient or a measure is not finite; the last state before is kept.
+            RecipeError: a step has no token that counts, in no process.
+        """
+        training, device = self.training, self.model.device
+        self._check_inputs(states)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), products(device.type):
+            try:
+                if self._checkpoints:
+                    self._computing.gradient_checkpointing_enable({"use_reentrant": False})
+                self._begin(states)
+                self._loop(states, progress, stop_requested)
+            finally:
+                if self._checkpoints:
+                    self._computing.gradient_checkpointing_disable()
+                self.model.eval()
+        if self._parts is not None:
+            self._parts.gather()
+        found = best_of(states)
+        if self.looks.keep == "best" and found is not None and found[0] != training.step:
+            read_best(states, found[0], self.parameters)
+        return self.history
+
+    @torch.no_grad()
+    def _show(self) -> None:
+        """Let quantizers that learn of their inputs see the same ones in all processes, before anything else is run."""
+        if not fake_quant.placed(self.model):
+            return
+        first = self.source.batch(0, 0)
+        rows, positions = self.group.share([first.input_ids.tolist(), None if first.positions is None else first.positions.tolist()])
+        ids = torch.tensor(rows)
+        given = Batch(ids, ids >= 0, ids, ids >= 0, [], None if positions is None else torch.tensor(positions))
+        self.model.train()
+        self._reader(moved(given, self.model.device))
+        self.model.eval()
+
+    def _divided(self) -> Sharded:
+        """A copy whose weights lie in parts; called, it gives what a batch sums up."""
+        from angelslim_core.sharded import Sharded
+
+        quantizers = [name for name in self.parameters if QUANTIZER in name]
+        if len(quantizers) == len(self.parameters):
+            raise RecipeError(918, "shard", "there are no weights to lie in parts, since only quantizers are trained", "leave it out")
+
+        def call(part: Any, batch: Batch, target: Any) -> tuple[Tensor, Sums]:
+            sums = self.objective.sums(self._reader(batch), target, batch)
+            return sums.total, sums
+
+        def layers(part: Any) -> nn.ModuleList:
+            return decoder_layers(part, part.config.get_text_config().num_hidden_layers)[1]
+
+        parts = Sharded(self.model, call, self.group, whole=[n for n, p in self.model.named_parameters() if QUANTIZER in n], units=layers)
+        self._reader = Reader(cast("PreTrainedModel", parts.module))
+        return parts
+
+    @property
+    def _computing(self) -> PreTrainedModel:
+        """What steps compute with."""
+        return self._reader.model
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """The look at what is left of the training; empty: it was not looked at."""
+        looks = self.history.looks
+        if not looks:
+            return {}
+        return min(looks, key=lambda look: (look["kl"], look["step"])) if self.looks.keep == "best" else looks[-1]
+
+    def _begin(self, states: Path) -> None:
+        """Take up the last state; without one, look at what is to be trained."""
+        training = self.training
+        if training.resume(states):
+            self.history = History.read(states, training.step)
+            return
+        if self.group.rank == 0:
+            for earlier in states.glob("best*"):
+                earlier.unlink()
+        self.group.share(None)
+        if self.looks.rows:
+            self._look(states)
+
+    def _loop(self, states: Path, progress: Progress, stop_requested: Callable[[], bool]) -> None:
+        training, steps = self.training, self.training.options.steps
+        interval, last, began = max(1, steps // _POINTS), 0.0, time.perf_counter()
+        before, told = self.history.seconds, ""
+        self._computing.train()
+        while not training.is_done:
+            fake_quant.set_progress(self._computing, training.step / steps)
+            training.advance(self._terms)
+            now = time.perf_counter()
+            is_look = training.step % self.looks.every == 0 or training.is_done
+            is_point = training.step % interval == 0 or training.is_done
+            if is_look or is_point or now - last > 1:
+                told, last = self._tell(is_point) or told, now
+                self.history.seconds = before + now - began
+                rate = self.history.tokens / max(self.history.seconds, 1e-9)
+                progress(training.step, steps, f"{told}, {rate:.0f} tok/s")
+            stops = bool(self.group.reduce(torch.tensor(float(stop_requested())), "max")) and not training.is_done
+            if is_look or stops:
+                self._tell(is_point)  # nothing that is not finite is kept
+                if is_look and self.looks.rows:
+                    pause = time.perf_counter()
+                    told = self._look(states)
+                    began += time.perf_counter() - pause
+                if self.group.rank == 0:
+                    states.mkdir(parents=True, exist_ok=True)
+                    self.history.write(states, training.step)
+                training.save(states)
+            if stops:
+                raise StoppedError(910, "train", f"stopped as asked after step {training.step}; its state is kept", "run the same command again to go on")
+
+    def _terms(self, step: int, part: int) -> Terms:
+        """The loss of a part of a step, weighed so that every token of the step that counts does so alike, whatever part and process it is in."""
+        options, objective = self.training.options, self.objective
+        if part == 0:
+            self._batches = [self.source.batch(step, i) for i in range(options.accumulate)]
+            self._counts = self.group.reduce(torch.tensor([float(b.counted.sum()) for b in self._batches], dtype=torch.float64))
+            if not float(self._counts.sum()):
+                raise RecipeError(917, f"step {step + 1}", "has no token that counts, in none of its rows", "give more rows a batch, or count: all")
+            self.history.tokens += int(self._counts.sum())
+        batch = self._batches[part]
+        own = float(batch.counted.sum())
+        batch = moved(batch, self.model.device)
+        target = self.teacher(batch) if objective.kd_weight else None
+        sums: Sums = self._parts(batch, target) if self._parts is not None else objective.sums(self._reader(batch), target, batch)
+        share = options.accumulate * float(self._counts[part] / self._counts.sum())
+        counts, weights = (torch.tensor([number], device=sums.total.device) for number in (own, share))
+        return Terms(sums.total[None], counts, weights, torch.stack((sums.kd, sums.lm)))
+
+    def _tell(self, is_point: bool) -> str:
+        """What the steps since the last call have shown, in a few words; waits for the device."""
+        seen = self.training.seen()
+        if seen is not None:
+            self.history.add(seen.loss, seen.steps)
+        if is_point:
+            self.history.point(self.training.step)
+        return "" if seen is None else f"loss {seen.loss:.4f}"
+
+    def _look(self, states: Path) -> str:
+        step, looks = self.training.step, self.looks
+        if self._parts is not None:
+            self._parts.gather()
+        fake_quant.set_progress(self.model, step / self.training.options.steps)
+        held: Held = evaluate(self.model, self.teacher, looks.rows, looks.batch, self.group, looks.multiple)
+        self.history.looks.append({"step": step, **held.as_dict()})
+        best = best_of(states)
+        if self.group.rank == 0 and looks.keep == "best" and (best is None or held.kl < best[1]):
+            write_best(states, step, held.kl, self.parameters)
+        self.group.share(None)
+        if self._parts is not None:
+            self._parts.release()
+        return f"KL {held.kl:.4f}, ppl {held.perplexity:.2f}"
+
+    def _check_inputs(self, states: Path) -> None:
+        """
+        Raises:
+            ModelError: the folder holds states of a training on something else.
+        """
+        path = states / "inputs.json"
+        if self.group.rank == 0:
+            earlier = read_json(path) if path.is_file() else self.inputs
+            differing = sorted(key for key in {*earlier, *self.inputs} if earlier.get(key) != self.inputs.get(key))
+            if differing:
+                raise ModelError(914, str(states), f"is of a training with another {', '.join(differing)}", "give the same, or delete it")
+            states.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.inputs)
+        self.group.share(None)

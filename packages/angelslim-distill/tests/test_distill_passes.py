@@ -1,0 +1,115 @@
+"""`distill.logits` and `distill.qad` as steps of a recipe."""
+
+import json
+
+import pytest
+import torch
+
+from angelslim_core import compress, load
+from angelslim_core.context import Context
+from angelslim_core.errors import AngelslimError, ModelError, PlanError, RecipeError, StoppedError
+from angelslim_core.fake_quant import placed
+from angelslim_core.io.checkpoint import Checkpoint
+from angelslim_core.loading import load_model
+from angelslim_core.pipeline import prepare
+from angelslim_core.plugins import PluginHost
+from angelslim_core.source import describe_source, open_source
+from angelslim_core.testing.training import Int3Along, chats, rounded
+from angelslim_distill.passes.qad import Qad
+
+OPTIONS = {"steps": 20, "batch": 4, "length": 64, "held_out": 0.2, "every": 5, "lr": 3e-3, "warmup": 0.1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return chats(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+def recipe(given, use="distill.logits", **options):
+    return {"steps": [{"use": use, "with": {**OPTIONS, "data": str(given), **options}}]}
+
+
+def context_of(folder, workdir, **given):
+    host = PluginHost()
+    source = open_source(folder, host.registry.exporters.values())
+    return Context(source, describe_source(source, host.registry.layouts), "cpu", 0, workdir, **given)
+
+
+def test_a_student_is_trained_towards_another_model(tiny, data, tmp_path):
+    student, teacher = tiny("llama", dtype="float32"), tiny("llama", dtype="float32", seed=1, num_hidden_layers=1)
+    result = compress(student, recipe=recipe(data, teacher=str(teacher)), out=tmp_path / "out")
+    (entry,) = result.passes
+    found = entry["metrics"]
+    assert found["kl"] < 0.9 * found["kl_before"] and found["documents"] == 40 and found["trained"] == sum(p.numel() for p in load(student)[0].parameters())
+    assert [curve["title"] for curve in found["curves"]] == ["Training loss", "KL to the teacher on held-out rows"] and json.dumps(found)
+    before, after = load(student)[0], load(tmp_path / "out")[0]
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_a_stopped_run_goes_on_to_the_same_model(tiny, data, tmp_path):
+    student, teacher = tiny("llama"), str(tiny("llama", seed=1))
+    asked = iter([False] * 7 + [True] * 1000)
+    with pytest.raises(StoppedError):
+        compress(student, recipe=recipe(data, teacher=teacher), out=tmp_path / "cut", stop_requested=lambda: next(asked))
+    for out in ("cut", "whole"):
+        compress(student, recipe=recipe(data, teacher=teacher), out=tmp_path / out)
+    cut, whole = (Checkpoint.open(tmp_path / out) for out in ("cut", "whole"))
+    assert all(torch.equal(cut.read(name), whole.read(name)) for name in whole.tensors)
+
+
+def test_quantizers_are_trained_towards_the_model_without_them(tiny, data, tmp_path):
+    folder = tiny("llama", dtype="float32")
+    model = load_model(folder, "cpu", emulate=False).model
+    rounded(model, Int3Along)
+    said = []
+    pass_ = Qad(Qad.Config.model_validate({**OPTIONS, "data": data, "quantizer_lr": 1e-2}))
+    found = pass_.run(model, context_of(folder, tmp_path, progress=lambda done, total, label: said.append((done, total, label))))
+    assert found["kl"] < 0.7 * found["kl_before"] and len(placed(model)) == 14 and not any(p.requires_grad for p in model.parameters())
+    assert said[-1][:2] == (20, 20) and "loss" in said[0][2]
+    assert found["trained"] == sum(m.weight.numel() + m.quantizer.scale.numel() for m in placed(model).values())
+
+
+def test_quantization_aware_distillation_needs_linears_that_round(tiny, data, tmp_path):
+    folder = tiny("llama")
+    with pytest.raises(PlanError, match="no step before it says how"):
+        prepare(folder, recipe=recipe(data, "distill.qad"))
+    with pytest.raises(PlanError, match="none of the model's does"):
+        Qad(Qad.Config.model_validate({**OPTIONS, "data": data})).run(load_model(folder, "cpu").model, context_of(folder, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"data": "none.jsonl"}, "does not exist"),
+        ({"kd_weight": 0}, "nothing is trained for"),
+        ({"kind": "mse", "top_k": 5}, "compares logits"),
+        ({"kind": "mse", "cache": "none"}, "compares logits"),
+        ({"cache": "none"}, "is no folder"),
+        ({"teacher": None}, "teacher"),
+        ({"kind": "ukl"}, "kind"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_any_work(tiny, data, options, why):
+    with pytest.raises((PlanError, RecipeError), match=why) as caught:
+        prepare(tiny("llama"), recipe=recipe(data, **{"teacher": str(tiny("llama", seed=1)), **options}))
+    assert caught.value.exit_code == 3
+
+
+def test_a_teacher_of_another_tokenizer_or_none_is_refused_before_any_work(tiny, tiny_copy, data):
+    for teacher in (tiny("llama", tokenizer=False), data.parent / "none"):
+        with pytest.raises(AngelslimError, match="no tokenizer"):
+            prepare(tiny("llama"), recipe=recipe(data, teacher=str(teacher)))
+    with pytest.raises(PlanError, match="has no tokenizer"):
+        prepare(tiny("llama", tokenizer=False), recipe=recipe(data, teacher=str(tiny("llama"))))
+
+
+def test_rows_are_not_shared_where_layers_carry_a_state(tiny, data, tmp_path):
+    folder = tiny("qwen3_next", dtype="float32")
+    result = compress(folder, recipe=recipe(data, teacher=str(folder), steps=1, every=1), out=tmp_path / "out")
+    assert any("do not share rows" in line for line in result.warnings) and result.passes[0]["metrics"]["rows"] == 32
+
+
+def test_a_cache_of_another_teacher_is_refused(tiny, data, tmp_path):
+    student, teacher = tiny("llama", dtype="float32"), tiny("llama", dtype="float32", seed=1)
+    with pytest.raises(ModelError):
+        compress(student, recipe=recipe(data, teacher=str(teacher), cache=str(tmp_path)), out=tmp_path / "out")
