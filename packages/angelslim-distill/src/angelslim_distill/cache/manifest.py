@@ -72,7 +72,7 @@ class Manifest(BaseModel):
 
     def specs(self, rows: int, positions: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of each tensor of a shard."""
-        per_token: dict[str, tuple[str, tuple[int, ...]]] = {name: ("I32", (positions,)) for name in ("tokens", "labels")}
+        per_token: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(("tokens", "labels"), ("I32", (positions,)))
         kept: dict[str, tuple[str, tuple[int, ...]]] = {"ids": ("I32", (positions, self.top_k)), "logp": (self.dtype, (positions, self.top_k))}
         return {**kept, **per_token, "label_logp": ("F32", (positions,)), "lengths": ("I64", (rows,)), "keys": ("U8", (rows, 32))}
 
@@ -85,7 +85,9 @@ def read_manifest(folder: Path) -> Manifest:
     """
     document = read_json(folder / MANIFEST)
     if document.get("version") != 1:
-        raise ModelError(930, str(folder), f"is a cache of format version {document.get('version')!r:.40}, and 1 is read", "make it anew: angelslim distill cache")
+        raise ModelError(
+            930, str(folder), f"is a cache of format version {document.get('version')!r:.40}, and 1 is read", "make it anew: angelslim distill cache"
+        )
     try:
         return Manifest.model_validate(document)
     except ValidationError as error:

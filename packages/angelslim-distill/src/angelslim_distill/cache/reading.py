@@ -149,7 +149,9 @@ class Cache:
             raise ModelError(939, str(path), "does not hold the tensors that the manifest says", _HINT)
         lengths, keys = _rows(infos["lengths"], 0, shard.rows), _rows(infos["keys"], 0, shard.rows)
         if int(lengths.min()) < 1 or int(lengths.max()) > self.manifest.length or int(lengths.sum()) != shard.positions:
-            raise ModelError(940, str(path), f"has samples of other lengths than {shard.positions} positions in all, {self.manifest.length} each at most", _HINT)
+            raise ModelError(
+                940, str(path), f"has samples of other lengths than {shard.positions} positions in all, {self.manifest.length} each at most", _HINT
+            )
         ends = lengths.cumsum(0).tolist()
         for key, length, end in zip(keys.tolist(), lengths.tolist(), ends, strict=True):
             if self._places.setdefault(bytes(key), place := _Place(len(self._infos), end - length, end)) != place:
