@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from angelslim_core.passes import ModelPass, PassConfig
+from angelslim_core.errors import PlanError
+from angelslim_core.passes import ModelPass, PassConfig, TrainedPass
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
     from angelslim_core.context import Context
+    from angelslim_core.plan import Plan
 
 
 class Blockwise(ModelPass):
@@ -37,6 +39,16 @@ class Blockwise(ModelPass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def check(self, plan: Plan) -> None:
+        """
+        Raises:
+            PlanError: no step before it says how linears round.
+        """
+        at = next(s.index for s in plan.steps if s.pass_ is self)
+        if not any(isinstance(s.pass_, TrainedPass) for s in plan.steps[:at]):
+            what = f"{self.id} trains linears that round, and no step before it says how"
+            raise PlanError(935, plan.recipe.where(f"steps[{at}]"), what, "put a step such as quant.seq2 before it")
 
     def run(self, model: Module, context: Context) -> Mapping[str, Any]:
         from ..blockwise import BlockOptions, train_blocks
