@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from angelslim_core import hookimpl
 from angelslim_core.errors import RecipeError
 
+if TYPE_CHECKING:
+    import click
+
 ANGELSLIM_HOOKS = 1
+
+
+@hookimpl
+def angelslim_register_commands(cli: click.Group) -> None:
+    from .cli import add_commands
+
+    add_commands(cli)
 
 
 @hookimpl

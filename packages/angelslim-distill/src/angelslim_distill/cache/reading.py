@@ -107,8 +107,8 @@ class Cache:
         key = _key(sample)
         place = self._places.get(key)
         if place is None:
-            why = "data, length, packing and chat template must be those the cache was made with"
-            raise ModelError(935, str(self.folder), f"holds no sample {sample:.16}", why)
+            what = f"holds no sample {sample:.16}; its file was read with {self.manifest.reading:.200}"
+            raise ModelError(935, str(self.folder), what, "read the same file in the same way, or make the cache anew")
         infos = self._infos[place.shard]
         found = {name: _rows(infos[name], place.start, place.stop) for name in ("ids", "logp", "label_logp", "tokens", "labels")}
         if key not in self._checked:
