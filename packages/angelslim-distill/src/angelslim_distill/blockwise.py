@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +107,11 @@ class _Block:
         self.layer, self.options, self.group = layer, options, layer.context.group
         self.module = layer.module.eval()
         linears = placed(self.module)
-        self.parameters = {f"{name}.quantizer.{inner}": p for name, linear in linears.items() for inner, p in linear.quantizer.named_parameters()}
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{name}.quantizer.{inner}": p for name, linear in linears.items() for inner, p in linear.quantizer.named_parameters()
+        }
         if options.train == "auto":
-            self.parameters |= {f"{name}.weight": linear.weight for name, linear in linears.items() if linear.quantizer.trains_weight}
+            self.parameters |= {f"{name}.weight": cast("nn.Parameter", linear.weight) for name, linear in linears.items() if linear.quantizer.trains_weight}
         with torch.no_grad(), rounding_off(self.module):
             for batch in layer.batches:
                 batch.target = to_host(layer.forward(batch, batch.reference))
