@@ -97,5 +97,5 @@ def test_rows_that_were_read_in_another_way_are_not_in_it(folders, chats, made):
     cache = open_cache(out, tokenizer, 256)
     assert all(sample in cache for sample in collate(prepare(chats, tokenizer, "model", **READ).train).samples)
     others = prepare(chats, tokenizer, "model", **{**READ, "seed": 5})
-    with pytest.raises(ModelError, match="read with length 96, count answers, turns joined, documents share rows, held_out 0.2, seed 0"):
+    with pytest.raises(ModelError, match=r"read with length 96, count answers, turns joined, documents share rows, held_out 0\.2, seed 0"):
         cache(collate(others.train))
