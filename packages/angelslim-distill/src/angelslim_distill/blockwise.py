@@ -45,6 +45,7 @@ class BlockOptions:
         batch: samples a step, over all processes.
         lr: highest rate of weights; `quantizer_lr`: of what quantizers learn; both fall along a cosine to `final_lr` of it.
         train: "auto" trains weights too, where the quantizer says that they are meant to be.
+        relative: each token's error is divided by its target's mean square.
         held_out: share of the samples that the best epoch is chosen by instead of being trained on; 0: by those trained on.
     """
 
@@ -54,6 +55,7 @@ class BlockOptions:
     quantizer_lr: float = 1e-4
     final_lr: float = 0.05
     train: Literal["auto", "quantizers"] = "auto"
+    relative: bool = True
     held_out: float = 0.1
 
 
@@ -69,7 +71,7 @@ def train_blocks(model: PreTrainedModel, context: Context, options: BlockOptions
     """Train the linears that round, block by block, on the run's calibration samples; blocks that are finished are kept in the work folder.
 
     Returns:
-        for each block: `start_error` and `error`, mean squared errors over the tokens the epoch is chosen by, and the best `epoch`, 0 being its start.
+        for each block: `start_error` and `error`, mean errors over the tokens the epoch is chosen by, and the best `epoch`, 0 being its start.
 
     Raises:
         RecipeError: no linear of the model's blocks rounds.
@@ -209,13 +211,14 @@ class _Block:
         return float(total / tokens)
 
     def _errors(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """[1] each, fp32: sum over real tokens of the output's mean squared error, and their number."""
+        """[1] each, fp32: sum over real tokens of the errors of the output, and their number."""
         device = self.layer.context.device
         total, tokens = torch.zeros(1, device=device), torch.zeros(1, device=device)
         for batch in joined(rows, device):
             mask = batch.mask.to(device)
-            difference = self.layer.forward(batch).float()[mask] - batch.target.to(device).float()[mask]
-            total = total + difference.square().mean(-1).sum()
+            target = batch.target.to(device).float()[mask]
+            error = (self.layer.forward(batch).float()[mask] - target).square().mean(-1)
+            total = total + (error / target.square().mean(-1).clamp(min=1e-12) if self.options.relative else error).sum()
             tokens = tokens + mask.sum()
         return total, tokens
 

@@ -32,6 +32,9 @@ class Blockwise(ModelPass):
         quantizer_lr: float = Field(default=1e-4, gt=0, le=1, description="The same of what quantizers learn, scales for instance.")
         final_lr: float = Field(default=0.05, ge=0, le=1, description="Share of the rates at the end of a block.")
         train: Literal["auto", "quantizers"] = Field(default="auto", description="`auto`: quantizers, and the weights that they are trained with.")
+        relative: bool = Field(
+            default=True, description="Divide each token's squared error by its mean square: a few tokens carry a stream hundreds of times larger."
+        )
         held_out: float = Field(
             default=0.1, ge=0, le=0.5, description="Share of the samples that the best epoch is chosen by and that are not trained on; 0: by those trained on."
         )

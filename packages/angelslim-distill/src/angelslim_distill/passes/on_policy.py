@@ -51,6 +51,8 @@ class OnPolicy(Distilling):
             raise PlanError(933, where, f"prompts {config.prompts} is no file", "give a JSONL file")
         if config.cache is not None and config.lmbda:
             raise PlanError(934, where, "no cache holds what the model has yet to say", "leave out cache, or give lmbda: 0")
+        if config.shard and config.lmbda:
+            raise PlanError(936, where, "a model whose weights lie in parts samples no answers", "leave out shard, or give lmbda: 0")
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
         from ..on_policy import OnPolicy as Mixed
