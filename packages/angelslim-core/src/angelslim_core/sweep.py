@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .activations import Interned, Recording, stored
 from .adapters.base import Site
@@ -66,7 +66,18 @@ def _recorder(original: nn.Module, seen: list[tuple[Tensor, dict[str, Any]]]) ->
     return Recorder()
 
 
-def capture(skeleton: Skeleton, context: Context, file: Path | None = None) -> list[list[LayerBatch]]:
+class Layered(Protocol):
+    """A model whose embeddings can be run: a `Skeleton`, or one that is whole.
+
+    Attributes:
+        backbone: what holds the decoder layers, as `layers`.
+    """
+
+    backbone: Any
+    layers: nn.ModuleList
+
+
+def capture(skeleton: Layered, context: Context, file: Path | None = None) -> list[list[LayerBatch]]:
     """Per layer this process's calibration batches; only those of layer 0 have hidden states, the other arguments are each layer's own.
 
     Args:

@@ -8,6 +8,8 @@ from angelslim_core import hookimpl
 from angelslim_core.errors import RecipeError
 
 if TYPE_CHECKING:
+    import click
+
     from angelslim_core.kernels import Kernel
     from angelslim_core.passes import Pass
     from angelslim_core.plan import Plan
@@ -34,6 +36,13 @@ def angelslim_modify_plan(plan: Plan) -> None:
     from .passes.fits import check
 
     check(plan)
+
+
+@hookimpl
+def angelslim_register_commands(cli: click.Group) -> None:
+    from .cli import add_commands
+
+    add_commands(cli)
 
 
 @hookimpl
