@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from angelslim_core.errors import UsageError
 
 from .kernels.gradient import LOSS_GRADIENT, Finish, Task
-from .losses import Loss, check_positions, check_vocabulary, chosen, labels_missing
+from .kinds import Loss
+from .losses import check_positions, check_vocabulary, chosen, labels_missing
 from .targets import Hidden, TopK
 
 # bytes of logits and their gradients in memory at a time: with a head's gradient of 1.2 GB, all that the loss adds stays below 2.5 GiB
