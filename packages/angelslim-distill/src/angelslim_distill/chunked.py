@@ -58,7 +58,7 @@ def head_loss(
         kd_weight, ce_weight: of the total.
         rows: positions whose gradients are in memory at a time; None: as many as `CHUNK_BYTES` hold.
         logits_dtype: of logits in memory, to which products are rounded; None: fp32, or fp64 for such states. In bf16 it takes less time, and
-            losses below about 0.01 drown in the rounding.
+            rounding puts gradients of a loss of .04 off by 5%, those of smaller ones by more.
         executor: of `distill.loss_gradient`.
 
     Raises:
