@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from angelslim_core.errors import AngelslimError
 from angelslim_distill import chunked
 from angelslim_distill.chunked import head_loss
-from angelslim_distill.losses import KINDS, MODES, Loss, kd_sums, top_k_of
+from angelslim_distill.kinds import KINDS, MODES, Loss
+from angelslim_distill.losses import kd_sums, top_k_of
 from angelslim_distill.targets import Hidden
 
 V, H = 31, 6

@@ -6,11 +6,12 @@ import torch
 from angelslim_core.errors import EngineError
 from angelslim_distill.chunked import head_loss
 from angelslim_distill.kernels.gradient import LOSS_GRADIENT, Finish, Task
-from angelslim_distill.losses import KINDS, MODES, Loss, kd_sums, top_k_of
+from angelslim_distill.kinds import KINDS, MODES, Loss
+from angelslim_distill.losses import kd_sums, top_k_of
 from angelslim_distill.targets import Hidden
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-R, V = 3, 150
+R, V = 3, 100
 KEPT = [(kind, mode) for kind in KINDS for mode in MODES if kind != "mse" and not (mode == "zero" and kind in ("rkl", "cakld"))]
 FINISHES = {"plain": (Finish(), Finish()), "all": (Finish(torch.linspace(-1, 1, V, device=DEVICE), 9.0, 0.5), Finish(torch.ones(V, device=DEVICE), 5.0, 2.0))}
 
@@ -75,7 +76,7 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_far_apart_and_equal(kind):
     far = torch.zeros(R, V, device=DEVICE)
-    far[0, 3], far[0, 100], far[1, 149], far[2] = 1e4, -1e4, 1e4, 5
+    far[0, 3], far[0, 90], far[1, 99], far[2] = 1e4, -1e4, 1e4, 5
     into = torch.empty(R, V, device=DEVICE)
     for x, t in ((far, far.roll(1, 0)), (made(R, V), made(R, V))):
         got = LOSS_GRADIENT(x, t, labels(), Task(Loss(kind), 1.0, 0.0), into, executor="triton")

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from angelslim_core.errors import AngelslimError
-from angelslim_distill.losses import KINDS, MODES, Loss, Sums, kd_loss, kd_sums, token_losses, top_k_of, uld_loss
+from angelslim_distill.kinds import KINDS, MODES, Loss
+from angelslim_distill.losses import Sums, kd_loss, kd_sums, token_losses, top_k_of, uld_loss
 from angelslim_distill.targets import TopK
 
 TEACHER, STUDENT, LABEL = [1.0, 2, 0, -1], [2, 0.5, 0, -1], 1

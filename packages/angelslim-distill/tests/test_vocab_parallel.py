@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from angelslim_distill.losses import KINDS, Loss, kd_sums
+from angelslim_distill.kinds import KINDS, Loss
+from angelslim_distill.losses import kd_sums
 from angelslim_distill.vocab_parallel import sharded_kd_sums
 
 V, CUT = 11, 7

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .chunked import head_loss
     from .hidden import hs_cosine, hs_mse
-    from .losses import KINDS, Loss, Sums, kd_loss, kd_sums, top_k_of, uld_loss
+    from .kinds import KINDS, Loss
+    from .losses import Sums, kd_loss, kd_sums, top_k_of, uld_loss
     from .targets import Batch, Hidden, TopK
     from .vocab_parallel import sharded_kd_sums
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "head_loss": "chunked", "hs_cosine": "hidden", "hs_mse": "hidden", "KINDS": "losses", "Loss": "losses", "Sums": "losses", "kd_loss": "losses",
+    "head_loss": "chunked", "hs_cosine": "hidden", "hs_mse": "hidden", "KINDS": "kinds", "Loss": "kinds", "Sums": "losses", "kd_loss": "losses",
     "kd_sums": "losses", "top_k_of": "losses", "uld_loss": "losses", "Batch": "targets", "Hidden": "targets", "TopK": "targets",
     "sharded_kd_sums": "vocab_parallel",
 }  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .losses import NOTHING, Loss, Sums, check_positions, check_vocabulary, labels_missing, wide
+from .kinds import NOTHING, Loss
+from .losses import Sums, check_positions, check_vocabulary, labels_missing, wide
 
 
 class _Shared(torch.autograd.Function):

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from angelslim_core.kernels import Implementation, Kernel, triton_runs
 
-from ..losses import Loss, token_losses, wide
+from ..kinds import Loss
+from ..losses import token_losses, wide
 from ..targets import TopK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

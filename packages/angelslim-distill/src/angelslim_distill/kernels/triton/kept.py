@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...losses import NOTHING as SMALLEST
+from ...kinds import NOTHING as SMALLEST
 from ...losses import kept_losses
 from ...targets import TopK
 from ..gradient import Losses, Task

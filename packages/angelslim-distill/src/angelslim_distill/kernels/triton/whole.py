@@ -112,10 +112,11 @@ def _row(
         label = tl.load(labels + row).to(tl.int32)
         if APART:
             s_lse_1 = log_sum(s_most_1, s_sum_1)
-        tl.store(ce + row, s_lse_1 - logits(x, x_bias, label, True, x_scale, x_cap, X_BIAS, X_CAP))
+        named = (label >= 0) & (label < vocabulary)  # of one that is no token the cross entropy is infinite
+        tl.store(ce + row, s_lse_1 - logits(x, x_bias, label, named, x_scale, x_cap, X_BIAS, X_CAP))
         if KIND == "cakld":
             t_lse_1 = log_sum(t_most_1, t_sum_1) if TEMPERED else t_lse
-            confidence = tl.exp(logits(t, t_bias, label, True, t_scale, t_cap, T_BIAS, T_CAP) - t_lse_1)
+            confidence = tl.exp(logits(t, t_bias, label, named, t_scale, t_cap, T_BIAS, T_CAP) - t_lse_1)
     TWICE: tl.constexpr = KIND == "kl" or KIND == "mse"  # whether the last pass can find the loss too
     value, inner = zeros, 0.0
     if not TWICE or not GRADIENT:
