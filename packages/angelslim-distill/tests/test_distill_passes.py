@@ -57,6 +57,14 @@ def test_a_stopped_run_goes_on_to_the_same_model(tiny, data, tmp_path):
     assert all(torch.equal(cut.read(name), whole.read(name)) for name in whole.tensors)
 
 
+def test_a_recipe_may_train_twice(tiny, data, tmp_path):
+    teacher = str(tiny("llama", dtype="float32", seed=1))
+    step = recipe(data, teacher=teacher, held_out=0.0, steps=3)["steps"][0]
+    result = compress(tiny("llama", dtype="float32"), recipe={"steps": [step, step]}, out=tmp_path / "out")
+    first, second = (entry["metrics"]["curves"][0]["points"] for entry in result.passes)
+    assert second[0][1] < first[0][1], "the second goes on with what the first left"
+
+
 def test_quantizers_are_trained_towards_the_model_without_them(tiny, data, tmp_path):
     folder = tiny("llama", dtype="float32")
     model = load_model(folder, "cpu", emulate=False).model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field
 
@@ -63,7 +63,15 @@ class Options(PassConfig):
 
 
 class Distilling(ModelPass):
-    """Base of the passes."""
+    """Base of the passes.
+
+    Attributes:
+        shards: the student may lie in parts over processes while it is trained.
+        index: of its step, settled with the plan: a recipe may train twice.
+    """
+
+    shards: ClassVar[bool] = True
+    index = 0
 
     def check(self, plan: Plan) -> None:
         """What can be known before any work.
@@ -75,12 +83,15 @@ class Distilling(ModelPass):
 
         from ..teacher import check_tokenizer
 
-        where = plan.recipe.where(f"steps[{next(s.index for s in plan.steps if s.pass_ is self)}].with")
+        self.index = next(s.index for s in plan.steps if s.pass_ is self)
+        where = plan.recipe.where(f"steps[{self.index}].with")
         checkpoint, config = plan.source.checkpoint, self.config
         try:
             if not checkpoint.has_tokenizer:
                 raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
             self.objective()
+            if config.shard and not self.shards:
+                raise RecipeError(919, "shard", f"{self.id} runs the student whole between steps", "leave it out")
             if config.cache is not None:
                 self._check_cache()
             if not config.data.is_file():
@@ -132,6 +143,7 @@ class Distilling(ModelPass):
         from angelslim_core.training import TrainingOptions
 
         from ..data.rows import prepare
+        from ..fingerprints import model_fingerprint
         from ..heads import Reader
         from ..parameters import QUANTIZER, choose_parameters
         from ..trainer import DistillTraining, Looks
@@ -158,9 +170,9 @@ class Distilling(ModelPass):
             student, self.source(student, rows, context), teacher, self.objective(), options,
             Looks(rows.held_out, config.every, max(1, config.batch // group.size), config.keep, _multiple(context)),
             group=group, checkpointing=config.checkpointing, in_parts=config.shard,
-            inputs={"data": rows.data, "pass": self.id, "options": config.model_dump(mode="json", exclude={"every", "checkpointing", "shard"})},
+            inputs={"data": rows.data, "teacher": model_fingerprint(config.teacher) if config.teacher else "", "options": config.model_dump(mode="json", exclude={"every", "checkpointing", "shard"})},
         )  # fmt: skip
-        history = training.run(context.workdir / "measured" / self.id, context.progress, context.stop_requested)
+        history = training.run(context.workdir / "measured" / f"{self.index}-{self.id}", context.progress, context.stop_requested)
         student.requires_grad_(False)
         first = history.looks[0] if history.looks else {}
         return {

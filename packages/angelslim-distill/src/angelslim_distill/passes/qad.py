@@ -32,9 +32,8 @@ class Qad(Distilling):
 
     def check(self, plan: Plan) -> None:
         super().check(plan)
-        at = next(s.index for s in plan.steps if s.pass_ is self)
-        if not any(isinstance(s.pass_, TrainedPass) for s in plan.steps[:at]):
-            raise PlanError(911, plan.recipe.where(f"steps[{at}]"), f"{self.id} trains linears that round, and no step before it says how", _HINT)
+        if not any(isinstance(s.pass_, TrainedPass) for s in plan.steps[: self.index]):
+            raise PlanError(911, plan.recipe.where(f"steps[{self.index}]"), f"{self.id} trains linears that round, and no step before it says how", _HINT)
 
     def run(self, model: Module, context: Context) -> Mapping[str, Any]:
         from angelslim_core.fake_quant import placed
