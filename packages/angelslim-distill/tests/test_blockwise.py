@@ -134,7 +134,7 @@ def test_a_block_is_fed_by_the_rounding_blocks_and_compared_with_the_unquantized
     for i, ids in enumerate(context.samples.ids):
         with rounding_off(model):
             wanted[i] = outputs(model, ids)[1][1]
-    first = train_blocks(model, context, BlockOptions(epochs=1, lr=1e-9, quantizer_lr=1e-9, batch=2, held_out=0.0))
+    first = train_blocks(model, context, BlockOptions(epochs=1, lr=1e-9, quantizer_lr=1e-9, batch=2, held_out=0.0, relative=False))
     isolated = 0.0
     for i, ids in enumerate(context.samples.ids):
         own, layers = outputs(model, ids), model.model.layers

@@ -1,6 +1,7 @@
 """`distill.on_policy` and `distill.blockwise` as steps of a recipe."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,17 +34,16 @@ class Rounding(TrainedPass):
         return Int3Along(weight_OI)
 
 
-class Plugin:
-    @hookimpl
-    def angelslim_register_passes(self):
-        return [Rounding]
+@hookimpl
+def angelslim_register_passes():
+    return [Rounding]
 
 
-def host():
-    found = PluginHost()
-    found.manager.register(Plugin(), name="toy")
-    found.load(["distill"])
-    return found
+def beside():
+    """What lets a recipe name the toy step."""
+    host = PluginHost()
+    host.register_module("toy", SimpleNamespace(__name__="toy", ANGELSLIM_HOOKS=1, angelslim_register_passes=angelslim_register_passes))
+    return {"plugins": ["toy", "distill"], "host": host}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,6 @@ def test_prompts_may_be_those_of_another_file_and_must_leave_room(tiny, data, tm
         ({"count": "all"}, "nothing is a prompt"),
         ({"max_new_tokens": 64}, "leave none of 64"),
         ({"prompts": "none.jsonl"}, "is no file"),
-        ({"cache": "."}, "yet to say"),
         ({"shard": True}, "samples no answers"),
         ({"lmbda": 1.5}, "lmbda"),
         ({"top_p": 0}, "top_p"),
@@ -109,7 +108,14 @@ def test_prompts_may_be_those_of_another_file_and_must_leave_room(tiny, data, tm
 )
 def test_what_does_not_fit_is_refused_before_any_work(options, why, tiny, data):
     with pytest.raises(AngelslimError, match=why):
-        prepare(tiny("llama"), recipe=steps(data, **{"teacher": str(tiny("llama", seed=1)), **options}), host=host())
+        prepare(tiny("llama"), recipe=steps(data, **{"teacher": str(tiny("llama", seed=1)), **options}), **beside())
+
+
+def test_no_cache_holds_what_the_model_has_yet_to_say(tiny, data, tmp_path):
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(PlanError, match="yet to say"):
+        prepare(tiny("llama"), recipe=steps(data, teacher=str(tiny("llama", seed=1)), cache=str(tmp_path / "cache")))
+    assert prepare(tiny("llama"), recipe=steps(data, teacher=str(tiny("llama", seed=1)), cache=str(tmp_path / "cache"), lmbda=0.0, kind="kl"))
 
 
 def test_a_model_that_rounds_learns_on_its_own_answers_from_itself(tiny, data, tmp_path):
@@ -119,7 +125,7 @@ def test_a_model_that_rounds_learns_on_its_own_answers_from_itself(tiny, data, t
     given = {**OPTIONS, "data": data, "quantizer_lr": 1e-2, "steps": 20}
     found = OnPolicy(OnPolicy.Config.model_validate(given)).run(model, context_of(folder, tmp_path))
     assert found["kl"] < 0.8 * found["kl_before"]
-    assert prepare(folder, recipe=steps(data, "toy.int3"), host=host())  # its unrounded self is its teacher
+    assert prepare(folder, recipe=steps(data, "toy.int3"), **beside())  # its unrounded self is its teacher
 
 
 def test_block_by_block_is_a_step_after_one_that_says_how_linears_round(tiny, tmp_path):
@@ -129,10 +135,10 @@ def test_block_by_block_is_a_step_after_one_that_says_how_linears_round(tiny, tm
     calibration = {"data": str(text), "samples": 6, "tokens": 32, "batch_size": 2}
     alone = {"steps": [{"use": "distill.blockwise"}], "calibration": calibration}
     with pytest.raises(PlanError, match="no step before it says how"):
-        prepare(folder, recipe=alone, host=host())
+        prepare(folder, recipe=alone, **beside())
     step = {"use": "distill.blockwise", "with": {"epochs": 4, "batch": 2, "lr": 1e-3, "quantizer_lr": 1e-3, "held_out": 0.0}}
     recipe = {"steps": [{"use": "toy.int3"}, step], "calibration": calibration}
-    result = compress(folder, recipe=recipe, out=tmp_path / "out", host=host())
+    result = compress(folder, recipe=recipe, out=tmp_path / "out", **beside())
     found = result.passes[1]["metrics"]
     assert (
         len(found["errors"]) == 2
@@ -145,7 +151,7 @@ def test_block_by_block_is_a_step_after_one_that_says_how_linears_round(tiny, tm
 
 def test_blocks_need_samples(tiny, tmp_path):
     with pytest.raises(AngelslimError, match="calibration"):
-        prepare(tiny("llama"), recipe={"steps": [{"use": "toy.int3"}, {"use": "distill.blockwise"}]}, host=host())
+        prepare(tiny("llama"), recipe={"steps": [{"use": "toy.int3"}, {"use": "distill.blockwise"}]}, **beside())
     model, context = load_model(tiny("llama"), "cpu").model, context_of(tiny("llama"), tmp_path, samples=Samples([[5, 6, 7]]))
     with pytest.raises(RecipeError, match="no linear of the model's blocks rounds"):
         Blockwise().run(model, context)
