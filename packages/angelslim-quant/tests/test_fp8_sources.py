@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from angelslim_core import PluginHost, compress
 from angelslim_core.errors import AngelslimError, ModelError, NumericError
 from angelslim_core.io.checkpoint import Checkpoint
+from angelslim_core.passes import TrainedPass
 from angelslim_core.source import open_source
 from angelslim_core.testing.models import add_mtp, store_as_fp8, tiny_checkpoint
 
@@ -78,7 +79,7 @@ def text(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("pass_id", sorted(HOST.registry.passes))
+@pytest.mark.parametrize("pass_id", sorted(n for n, p in HOST.registry.passes.items() if not issubclass(p, TrainedPass)))
 def test_every_pass_reads_block_fp8_as_its_plain_values(pairs, tmp_path, text, pass_id):
     stored, plain = pairs(scattered=True)
     found, expected = run(stored, tmp_path / "fp8", pass_id, text), run(plain, tmp_path / "plain", pass_id, text)

@@ -12,7 +12,7 @@ from angelslim_core.errors import NumericError, PlanError
 from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.loading import load_model
 from angelslim_core.rounding import cast_e4m3, round_e2m1
-from angelslim_core.testing.conformance import check_plugin, tiny_site
+from angelslim_core.testing.conformance import check_pass, check_plugin, tiny_site
 from angelslim_quant.numerics import microscale
 from angelslim_quant.trained.sherry import residual
 
@@ -89,6 +89,11 @@ def test_what_is_stored_is_what_was_trained(host, pass_id, options, dtype, shape
         if grid.levels:
             assert found.codes.dtype == torch.int8 and set(found.codes.unique().tolist()) == set(grid.levels)
         assert bool((found.scale.float() > 0).all())
+
+
+@pytest.mark.parametrize(("pass_id", "options"), SCHEMES, ids=str)
+def test_conformance(tmp_path, pass_id, options):
+    check_pass("quant", plugin, pass_id, tmp_path, **options)
 
 
 @pytest.mark.parametrize(("pass_id", "options"), SCHEMES, ids=str)
