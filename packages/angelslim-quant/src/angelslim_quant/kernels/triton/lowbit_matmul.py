@@ -181,7 +181,7 @@ def _added(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _kernel(
     x, words, scale, bias, out, partial, turns, rows, outputs, inputs, row, chunks, groups, high, low, mask_high, mask_low,
     SPARSE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
