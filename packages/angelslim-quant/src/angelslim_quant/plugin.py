@@ -79,6 +79,7 @@ def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.delta_sums import DELTA_CODES, DELTA_SUMS
     from .kernels.gated_rows import GATED_ROWS
     from .kernels.int4_matmul import W4A8_MATMUL, W4A16_MATMUL
+    from .kernels.lowbit_matmul import LOWBIT_MATMUL
     from .kernels.normed_rows import NORMED_ROWS
     from .kernels.quantize_fp8 import QUANTIZE_FP8
     from .kernels.quantize_groups import QUANTIZE_GROUPS
@@ -93,14 +94,15 @@ def angelslim_register_kernels() -> list[Kernel]:
     deltas = [DELTA_SUMS, DELTA_SCALES, DELTA_CHOICE, DELTA_TOTALS, DELTA_CODES]
     searches = [QUANTIZE_FP8, QUANTIZE_GROUPS, SEARCH_RANGE, SEARCH_BLOCKS, ROUND_COLUMNS]
     trained = [ROUND_LEVELS, ROUND_LEVELS_BACK, ROUND_TERNARY, ROUND_TERNARY_BACK]
-    return [*searches, *deltas, *trained, QUANTIZE_ROWS, GATED_ROWS, NORMED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL]
+    return [*searches, *deltas, *trained, QUANTIZE_ROWS, GATED_ROWS, NORMED_ROWS, FP8_MATMUL, INT8_MATMUL, W4A16_MATMUL, W4A8_MATMUL, LOWBIT_MATMUL]
 
 
 @hookimpl
 def angelslim_register_linears() -> list[type[PackedLinear]]:
     from .packed import FP8Linear, INT4Linear, INT8Linear
+    from .packed_lowbit import LowBitLinear
 
-    return [FP8Linear, INT8Linear, INT4Linear]
+    return [FP8Linear, INT8Linear, LowBitLinear, INT4Linear]  # INT4 runs codes of fewer levels as well, in 4 bits
 
 
 @hookimpl

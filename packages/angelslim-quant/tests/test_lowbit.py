@@ -1,0 +1,263 @@
+"""Weights of at most four levels: their layouts, the kernels that read them, and the linears that run on them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from angelslim_core.errors import ModelError
+from angelslim_core.packed import join
+from angelslim_core.schemes import Grid, Quantized, Scheme
+from angelslim_quant.kernels.available import lowbit_mma
+from angelslim_quant.kernels.int4_matmul import Packed4CPU
+from angelslim_quant.kernels.lowbit_matmul import LOWBIT_MATMUL, PackedLow, pack_low, place, unpack_codes, unpack_low
+from angelslim_quant.packed import INT4Linear
+from angelslim_quant.packed_lowbit import LowBitLinear
+from angelslim_quant.plugin import angelslim_register_linears
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEQ2, TERNARY, INT2 = (-3, -1, 1, 3), (-1, 0, 1), (-2, -1, 0, 1)
+# levels, whether just three of four weights are not zero
+KINDS = {"seq2": (SEQ2, False), "ternary": (TERNARY, False), "int2": (INT2, False), "sherry": (TERNARY, True)}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def grid(kind, group):
+    levels, sparse = KINDS[kind]
+    return Grid(4, "int", "group" if group else "channel", group or None, levels=levels, sparsity=(3, 4) if sparse else None)
+
+
+def made(kind, outputs, inputs, group, dtype=torch.float32):
+    levels, sparse = KINDS[kind]
+    codes = torch.tensor(levels, dtype=torch.int8)[torch.randint(len(levels), (outputs, inputs))]
+    if sparse:
+        codes = (torch.randint(2, (outputs, inputs // 4, 4)) * 2 - 1).scatter(2, torch.randint(4, (outputs, inputs // 4, 1)), 0).flatten(1).to(torch.int8)
+    scale = torch.rand(outputs, inputs // group if group else 1).to(dtype)
+    scale[3] = 0
+    return Quantized(Scheme(kind, grid(kind, group)), codes, scale)
+
+
+def close(found, wanted, tolerance):
+    error = (found.cpu().double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape and float(error) < tolerance, float(error)
+
+
+def moved(weight):
+    return weight._replace(words=weight.words.to(DEVICE), scale=weight.scale.to(DEVICE))
+
+
+# layouts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(32, 128, 128), (64, 576, 64), (32, 160, 32), (96, 512, 256), (64, 288, 0)])
+def test_words_are_the_weight(kind, outputs, inputs, group):
+    quantized = made(kind, outputs, inputs, group)
+    weight = pack_low(quantized)
+    assert unpack_low(weight, torch.float32).equal(quantized.dequantize())
+    assert (weight.outputs, weight.inputs) == (outputs, inputs) and weight.sparse == (kind == "sherry" and group != 32)
+    assert weight.words.nbytes * 8 == (1.25 if weight.sparse else 2) * outputs * 128 * weight.chunks
+    rows = slice(1, 2)
+    assert unpack_low(weight, torch.float32, rows).equal(quantized.dequantize()[32:64])
+
+
+def test_places_of_codes_share_no_bit():
+    places = [place(r, i) for r in range(2) for i in range(8)]
+    assert sorted(places) == list(range(1, 32, 2))
+    # turned right by 0, 4, 8 and 12, halves of registers lie in bits 3 to 6 of both halves, inputs beside each other in one register
+    for r in range(2):
+        for i in range(8):
+            assert (place(r, i) - 4 * (2 * (i // 4) + r)) % 32 == (5, 3)[i // 2 % 2] + 16 * (i % 2)
+
+
+def test_every_four_of_five_bits_comes_back():
+    fours = torch.tensor([[*s[:z], 0, *s[z:]] for z in range(4) for s in [[1 - 2 * (n >> k & 1) for k in range(3)] for n in range(8)]], dtype=torch.int8)
+    quantized = replace(made("sherry", 32, 128, 128), codes=fours.flatten().repeat(32, 1))
+    assert unpack_codes(pack_low(quantized)).equal((quantized.codes + 1).to(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "number"), [("seq2", 0, 970), ("seq2", 5, 970), ("seq2", -128, 970), ("ternary", 2, 970), ("sherry", 127, 970), ("sherry", None, 971)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_that_no_level_has_are_refused(kind, code, number, dtype):
+    quantized = made(kind, 32, 128, 128)
+    quantized.codes[7, 64:68] = torch.tensor([1, 0, 0, 1]) if code is None else code
+    with pytest.raises(ModelError) as error:
+        LowBitLinear(quantized, None, dtype)
+    assert error.value.number == number
+
+
+# kernels --------------------------------------------------------------------------------------------------------------
+
+FP16, BF16 = torch.float16, torch.bfloat16
+CASES = [
+    ("seq2", 1, 64, 512, 128, FP16), ("sherry", 1, 64, 512, 128, BF16), ("ternary", 3, 32, 576, 64, BF16), ("sherry", 3, 32, 576, 64, FP16), ("int2", 16, 64, 160, 32, FP16),
+    ("sherry", 16, 64, 160, 0, FP16), ("seq2", 2, 32, 288, 0, BF16), ("sherry", 33, 32, 256, 256, FP16), ("seq2", 100, 32, 128, 128, BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "rows", "outputs", "inputs", "group", "half"), CASES)
+def test_triton_is_the_reference(kind, rows, outputs, inputs, group, half):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_gemv import gemv, widen
+    from angelslim_quant.kernels.triton.lowbit_matmul import SHAPES, Shape, matmul
+
+    quantized = made(kind, outputs, inputs, group, half)
+    weight = pack_low(quantized)
+    x, bias = torch.randn(rows, inputs).to(half), torch.randn(outputs).to(half)
+    wanted = LOWBIT_MATMUL.reference(x, weight, bias, dtype=half)
+    close(wanted, (x.double() @ quantized.dequantize().double().T + bias).to(half), 1e-6)
+    given = (x.to(DEVICE), moved(weight), bias.to(DEVICE), half)
+    step = 4e-3 if DEVICE == "cuda" else 1e-2  # Triton's interpreter cuts numbers off when it makes them BF16
+    divided = [Shape(2), Shape(2, wide=outputs // 32, ahead=False), Shape(1)]
+    for shape in divided if rows < 3 else divided[:1]:
+        close(matmul(*given, shape, ptx=False), wanted, step)
+        if DEVICE == "cuda":
+            close(matmul(*given, shape), wanted, step)
+    if DEVICE == "cuda":
+        for shape in SHAPES:
+            close(matmul(*given, shape), wanted, step)
+    if rows < 10:
+        close(gemv(*given, warps=2), wanted, step)
+        close(widen(moved(weight), half), unpack_low(weight, half), step)
+    assert LOWBIT_MATMUL.choose(x, weight, bias, dtype=half).name == "torch"
+    close(LOWBIT_MATMUL(x, weight, bias, dtype=half), wanted, 4e-3)
+
+
+def test_sums_do_not_lose_small_outputs_to_what_codes_read_as():
+    """Codes read 4 or 16 more than they are: outputs that these would swamp are what the reference gives."""
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_gemv import gemv
+    from angelslim_quant.kernels.triton.lowbit_matmul import Shape, matmul
+
+    quantized = made("ternary", 32, 256, 128)
+    quantized.codes.zero_()
+    quantized.codes[:, ::64] = 1
+    weight, x = pack_low(quantized), (100 + torch.rand(2, 256)).half()
+    wanted = LOWBIT_MATMUL.reference(x, weight, dtype=torch.float16)
+    close(matmul(x.to(DEVICE), moved(weight), None, torch.float16, Shape(2), ptx=False), wanted, 2e-3)
+    close(gemv(x.to(DEVICE), moved(weight), None, torch.float16, 2), wanted, 2e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_products_with_many_rows_widen_the_weight():
+    quantized = made("seq2", 64, 256, 128, torch.bfloat16)
+    weight = moved(pack_low(quantized))
+    for rows in (64, 65, 300):
+        x = torch.randn(rows, 256, device=DEVICE).bfloat16()
+        for name in ("mma", "gemv"):
+            close(LOWBIT_MATMUL(x, weight, executor=name).cpu(), LOWBIT_MATMUL.reference(x, weight).cpu(), 1e-2)
+    assert lowbit_mma() == (True, "")
+
+
+def test_the_kernel_takes_a_row_out_of_an_odd_one():
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_gemv import gemv
+    from angelslim_quant.kernels.triton.lowbit_matmul import Shape, matmul
+
+    weight, x = pack_low(made("seq2", 32, 128, 64, torch.float16)), torch.randn(1, 199).half()
+    for start in (1, 2):
+        row = x[:, start : start + 128]
+        wanted = LOWBIT_MATMUL.reference(row, weight, dtype=torch.float16)
+        close(matmul(row.to(DEVICE), moved(weight), None, torch.float16, Shape(1), ptx=False), wanted, 4e-3)
+        close(gemv(row.to(DEVICE), moved(weight), None, torch.float16, 1), wanted, 4e-3)
+
+
+def test_no_ptx_where_cuda_means_rocm(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    assert lowbit_mma.__wrapped__()[0] is False
+
+
+# linears --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_linear_runs_its_codes_and_nothing_else(kind, group, dtype):
+    quantized, bias = made(kind, 64, 320, group), torch.nn.Parameter(torch.randn(64).to(dtype))
+    packed = LowBitLinear(quantized, bias, dtype)
+    x = torch.randn(2, 3, 320).to(dtype)
+    with torch.no_grad():
+        close(
+            packed(x),
+            torch.nn.functional.linear(x.double(), quantized.dequantize().double(), bias.double()).to(dtype),
+            2e-2 if dtype == torch.bfloat16 else 2e-3,
+        )
+        assert packed(x[:0]).shape == (0, 3, 64)
+    bits = 4 if dtype == torch.bfloat16 else (1.25 if kind == "sherry" else 2) * 384 / 320  # a CPU's kernel reads four bits; chunks are filled up
+    assert packed.words.nbytes * 8 == bits * quantized.codes.numel() and "bits on" in repr(packed)
+
+
+@pytest.mark.parametrize("kind", ["seq2", "sherry"])
+@pytest.mark.parametrize(("group", "dtype", "fit"), [(64, torch.float32, (96, 32, 64)), (0, torch.float16, (32, 64)), (128, torch.bfloat16, (128, 64, 32))])
+def test_joined_rows_are_those_of_the_parts(kind, group, dtype, fit):
+    given = [(made(kind, n, 256, group), torch.nn.Parameter(torch.randn(n).to(dtype))) for n in fit]
+    parts, plain = ([LowBitLinear(q, b, dtype) for q, b in given] for _ in range(2))
+    joined = join(parts)
+    assert joined is not None and joined.out_features == sum(fit) and joined.packed_bytes() == sum(m.packed_bytes() for m in plain)
+    with torch.no_grad():
+        for rows in (1, 5):
+            x = torch.randn(rows, 256).to(dtype)
+            wanted = [m(x) for m in plain]
+            for m, y, cut in zip(parts, wanted, joined(x).split(fit, -1), strict=True):
+                assert m(x).equal(y)
+                close(cut, y, 1e-2)
+
+
+def test_weights_of_other_levels_are_not_joined():
+    a, b = (LowBitLinear(made(kind, 32, 128, 128), None, torch.float32) for kind in ("seq2", "ternary"))
+    assert join([a, b]) is None and join([a, LowBitLinear(made("seq2", 32, 128, 128), None, torch.float32)]) is not None
+
+
+REFUSED = {
+    "levels": (Grid(4, "int", "group", 128), (64, 256)),
+    "steps": (Grid(4, "int", "group", 128, levels=(-2, -1, 1, 2)), (64, 256)),
+    "five": (Grid(4, "int", "group", 128, levels=(-2, -1, 0, 1, 2)), (64, 256)),
+    "float": (Grid(4, "float", "group", 128, levels=TERNARY), (64, 256)),
+    "asymmetric": (Grid(2, "int", "group", 128, symmetric=False), (64, 256)),
+    "groups": (Grid(2, "int", "group", 96), (64, 192)),
+    "blocks": (Grid(2, "int", "block", block_structure=(128, 128)), (128, 128)),
+    "outputs": (Grid(2, "int", "group", 128), (48, 256)),
+    "inputs": (Grid(2, "int", "channel"), (64, 100)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_does_not_run_it_refuses(case):
+    weights, shape = REFUSED[case]
+    ok, why = LowBitLinear.supports(Scheme("", weights), shape, torch.float32, "cpu")
+    assert not ok and why
+    assert not LowBitLinear.supports(Scheme("", grid("seq2", 128), Grid(8, "int", "token", dynamic=True)), (64, 256), torch.float32, "cpu")[0]
+
+
+def test_codes_of_few_levels_go_to_it_before_int4(monkeypatch):
+    scheme = Scheme("", grid("seq2", 128))
+    fitting = [c for c in angelslim_register_linears() if c.supports(scheme, (64, 256), torch.float32, "cpu")[0]]
+    assert fitting == [LowBitLinear, INT4Linear]
+    assert LowBitLinear.supports(Scheme("", Grid(2, "int", "tensor")), (64, 256), torch.float32, "cpu")[0]
+    monkeypatch.setattr("angelslim_quant.packed.slow_on_cpu", lambda: frozenset({torch.bfloat16}))
+    assert (
+        LowBitLinear.pays(scheme, torch.bfloat16, "cpu")
+        and not LowBitLinear.pays(scheme, torch.float32, "cpu")
+        and LowBitLinear.pays(scheme, torch.float16, "cuda")
+    )
+
+
+def test_a_cpu_reads_four_bits_and_a_tensor_has_one_scale():
+    levels = Grid(2, "int", "tensor")
+    quantized = Quantized(Scheme("", levels), torch.randint(-2, 2, (32, 128), dtype=torch.int8), torch.tensor([0.5]))
+    packed = LowBitLinear(quantized, None, torch.bfloat16)
+    assert LOWBIT_MATMUL.choose(torch.zeros(1, 128).bfloat16(), Packed4CPU(packed.words, packed.weight_scale)).name == "int4pack"
+    x = torch.randn(2, 128)
+    with torch.no_grad():
+        close(packed(x.bfloat16()).float(), x @ quantized.dequantize().T, 2e-2)
+        close(LowBitLinear(quantized, None, torch.float32)(x), x @ quantized.dequantize().T, 1e-5)
+    assert isinstance(pack_low(quantized), PackedLow)
