@@ -13,6 +13,7 @@ from .artifact import quantized_config, versions, write_checksums
 from .context import Progress, silent
 from .errors import ModelError, NumericError, OutputError, PlanError, UsageError
 from .exporters import Exporter
+from .exporters.few_levels import MOST, TERNARY, in_quads, occurring
 from .gguf.write import TYPES, write_gguf
 from .io.checkpoint import TensorSpec, torch_dtype
 from .io.hub import resolve
@@ -184,7 +185,35 @@ def _schemes(source: Source, exporter: Exporter) -> dict[str, Scheme]:
             raise PlanError(233, misfit, f"has a scale that is no {wanted} number", hint)
         if misfit is None:
             chosen = {**stored, **dict.fromkeys(integer, wanted)}
-    return {m: replace(s, weights=replace(s.weights, scale_dtype=chosen[m])) for m, s in source.quantized.items()}
+    schemes = {m: replace(s, weights=replace(s.weights, scale_dtype=chosen[m])) for m, s in source.quantized.items()}
+    return _with_levels(source, schemes) if exporter.few_levels else schemes
+
+
+def _with_levels(source: Source, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """Schemes that name the codes which occur, where they are few: in all modules of one scheme, or else in each."""
+    alike: dict[Scheme, list[str]] = {}
+    for module, scheme in schemes.items():
+        alike.setdefault(scheme, []).append(module)
+    chosen = {}
+    for scheme, modules in alike.items():
+        found = {m: _occurring(source, m, scheme) for m in modules}
+        few = {level for levels, _ in found.values() for level in levels or range(MOST + 1)}
+        for part in [modules] if len(few) <= MOST else [[m] for m in modules]:
+            levels = found[part[0]][0] if len(part) == 1 else tuple(sorted(few))
+            levels = TERNARY if levels and {*levels} <= {*TERNARY} else levels
+            sparsity = (3, 4) if levels == TERNARY and all(found[m][1] for m in part) else None
+            chosen |= dict.fromkeys(part, replace(scheme, weights=replace(scheme.weights, levels=levels, sparsity=sparsity)))
+    return {module: chosen[module] for module in schemes}
+
+
+def _occurring(source: Source, module: str, scheme: Scheme) -> tuple[tuple[int, ...] | None, bool]:
+    """Levels of a module, None where they are many, and whether its codes are 3:4-sparse."""
+    grid = scheme.weights
+    if grid.type != "int" or grid.levels:
+        return grid.levels, grid.sparsity == (3, 4)
+    codes = source.read_quantized(module).codes
+    levels = occurring(codes)
+    return levels, levels == TERNARY and in_quads(codes)
 
 
 def _scale_name(source: Source, module: str) -> str:
