@@ -61,8 +61,8 @@ def from_index(index: Tensor, levels: Sequence[int]) -> Tensor:
     if index.numel() and int(index.amax()) >= len(levels):
         raise ModelError(990, "weight_packed", f"has a code that stands for none of its {len(levels)} levels")
     codes = torch.full_like(index, levels[0], dtype=torch.int8)
-    for place, (below, level) in enumerate(zip(levels, levels[1:], strict=False), 1):
-        codes += (index >= place).to(torch.int8) * (level - below)
+    for place, level in enumerate(levels[1:], 1):
+        codes.masked_fill_(index == place, level)
     return codes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, PlanError
@@ -212,4 +213,4 @@ def _whole(value: Any, least: int, most: int) -> bool:
 
 
 def _ascending(levels: Sequence[Any], half: int) -> bool:
-    return all(_whole(level, -half, half - 1) for level in levels) and all(a < b for a, b in zip(levels, levels[1:], strict=False))
+    return all(_whole(level, -half, half - 1) for level in levels) and all(a < b for a, b in pairwise(levels))
