@@ -426,3 +426,101 @@ def test_experts(made, tmp_path):
     convert(folder, tmp_path / "back", "compressed-tensors")
     other = open_any(tmp_path / "back")
     assert all(other.read_quantized(m).dequantize().equal(source.read_quantized(m).dequantize()) for m in source.quantized)
+
+
+# GGUF ----------------------------------------------------------------------------------------------------------------
+
+
+def gguf_tensors(path):
+    """name -> (number of its type, fp32 weights), also of types that the gguf library does not know."""
+    gguf = pytest.importorskip("gguf")
+    from angelslim_core.gguf.blocks import BLOCKS, decode, nbytes, number
+
+    kinds = {number(kind): kind for kind in (*BLOCKS, "F32", "F16", "BF16")}
+    found = {}
+
+    class Reader(gguf.GGUFReader):
+        def _build_tensors(self, start, fields):
+            for field in fields:
+                _, name, _, shape, kind, offset = field.parts
+                rows, size = [int(n) for n in shape[::-1]], nbytes(kinds[int(kind[0])], int(shape.prod()))
+                data = self._get(int(start + offset[0]), "uint8", size)
+                data = data.reshape(-1, size // rows[0]).copy() if len(rows) == 2 else data.copy()
+                name = bytes(name).decode()
+                if kinds[int(kind[0])] not in ("F32", "F16", "BF16"):
+                    found[name] = (kinds[int(kind[0])], decode(data, kinds[int(kind[0])]))
+                else:
+                    found[name] = (kinds[int(kind[0])], None)
+
+    return found, {name: field.contents() for name, field in Reader(path).fields.items()}
+
+
+def gguf_read(path):
+    found, fields = gguf_tensors(path)
+    return {name: kind for name, (kind, _) in found.items()}, {name: w for name, (_, w) in found.items()}, fields
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "group_size", "inside", "down"),
+    [("seq2", "64", "Q4_0", "Q4_0"), ("ternary", "64", "Q2_0", "Q2_0"), ("ternary", "null", "Q2_0", "TQ2_0"), ("ternary", "32", "Q4_0", "Q4_0")],
+)
+def test_auto_takes_the_smallest_exact_type(made, tmp_path, layout, kind, group_size, inside, down):
+    """Levels that a folder of int4 does not name are seen in its codes. Rows are of 64 inputs, of the down projections of 256."""
+    folder = made(kind, layout, group_size, hidden_size=64, intermediate_size=256)
+    found = convert(folder, tmp_path / "m.gguf", "gguf")
+    kinds, stored, fields = gguf_read(tmp_path / "m.gguf")
+    assert found["rounded"] == 0 and kinds["blk.0.attn_q.weight"] == kinds["blk.1.ffn_up.weight"] == inside and kinds["blk.0.ffn_down.weight"] == down
+    assert fields["general.file_type"] == {"Q4_0": 2, "Q2_0": 41}[inside]
+    source = open_any(folder)
+    for name, ours in (("blk.0.ffn_down", "mlp.down_proj"), ("blk.0.ffn_up", "mlp.up_proj"), ("blk.0.attn_v", "self_attn.v_proj")):
+        assert stored[f"{name}.weight"].equal(source.read_quantized(f"model.layers.0.{ours}").dequantize())
+    k = source.read_quantized("model.layers.0.self_attn.k_proj").dequantize()
+    assert stored["blk.0.attn_k.weight"].reshape(2, -1, 2, 64).transpose(1, 2).reshape(k.shape).equal(k)
+
+
+def test_two_bit_codes_take_two_bits(tiny, tmp_path):
+    folder = compress(tiny(hidden_size=64), ["quant.int4_rtn"], tmp_path / "int2", overrides=["steps[0].with.group_size=64", "steps[0].with.bits=2"]).path
+    assert convert(folder, tmp_path / "m.gguf", "gguf")["tensors"]["Q2_0"] == 14
+    assert gguf_read(tmp_path / "m.gguf")[1]["blk.0.ffn_up.weight"].equal(open_any(folder).read_quantized(UP).dequantize())
+
+
+@pytest.mark.parametrize("kind", ["q2_0", "tq1_0"])
+def test_a_type_asked_for_is_taken_where_it_holds_codes(made, tmp_path, kind):
+    folder = made("ternary", "packed", "null", hidden_size=64, intermediate_size=256)
+    assert convert(folder, tmp_path / "m.gguf", "gguf", kind)["rounded"] == 0
+    kinds = gguf_read(tmp_path / "m.gguf")[0]
+    assert kinds["blk.0.ffn_down.weight"] == kind.upper() and kinds["blk.0.ffn_up.weight"] == "Q2_0"
+    with pytest.raises(PlanError, match="ternary"):
+        convert(made("seq2", "packed"), tmp_path / "n.gguf", "gguf", kind)
+
+
+@pytest.mark.parametrize("kind", ["q2_0", "stq1_0"])
+def test_plain_weights_that_are_ternary(tiny_copy, tmp_path, kind):
+    folder = tiny_copy(hidden_size=64, intermediate_size=256)
+    with pytest.raises(PlanError, match="ternary"):
+        convert(folder, tmp_path / "m.gguf", "gguf", kind)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(2, (tensors[name].shape[0], 4, 16, 4), generator=generator).mul(2).sub(1)
+    codes = codes.scatter_(3, torch.randint(4, (*codes.shape[:3], 1), generator=generator), 0).transpose(2, 3).flatten(1)
+    tensors[name] = (codes * 0.03125).bfloat16()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = convert(folder, tmp_path / "m.gguf", "gguf", kind)
+    kinds, stored, _ = gguf_read(tmp_path / "m.gguf")
+    assert found["tensors"][kind.upper()] == 1 and found["rounded"] == 0 and kinds["blk.1.ffn_down.weight"] == "BF16"
+    assert stored["blk.0.ffn_down.weight"].equal(tensors[name].float())
+
+
+def test_biases_of_the_feed_forward_part(tiny_copy, tmp_path):
+    """Which a trained ternary linear may have got: llama.cpp's Llama adds them."""
+    folder = tiny_copy(attention_bias=True, mlp_bias=True)
+    convert(folder, tmp_path / "m.gguf", "gguf", "f16")
+    kinds = gguf_read(tmp_path / "m.gguf")[0]
+    assert all(kinds[f"blk.1.{name}.bias"] == "F32" for name in ("ffn_up", "ffn_gate", "ffn_down", "attn_output", "attn_q"))
+    config = json.loads((folder / "config.json").read_text())
+    from angelslim_core.gguf.model import Shape
+
+    with pytest.raises(PlanError, match="biases"):
+        Shape(config, "qwen3")

@@ -86,17 +86,14 @@ def holding(grid: Grid, columns: int) -> tuple[str, ...]:
 
 
 def choose(quantized: Quantized, kinds: Sequence[str]) -> str | None:
-    """The first type that holds codes and scales as they are: in F16, and one a block.
-
-    Args:
-        kinds: of those that `holding` gives.
-    """
+    """The first of these types that holds codes and scales as they are: in F16, and one a block."""
+    held = holding(quantized.scheme.weights, quantized.codes.shape[1])
     low, high = (int(value) for value in quantized.codes.aminmax())
 
     def fits(kind: str) -> bool:
         return _within(low, high, kind) and _block_scales(quantized, kind) is not None and (kind != "STQ1_0" or low_bits.is_strided(quantized.codes))
 
-    return next(filter(fits, kinds), None)
+    return next((kind for kind in kinds if kind in held and fits(kind)), None)
 
 
 def lay_out(quantized: Quantized, kind: str) -> Tensor | None:
