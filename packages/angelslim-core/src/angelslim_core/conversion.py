@@ -194,7 +194,7 @@ def _with_levels(source: Source, schemes: Mapping[str, Scheme]) -> dict[str, Sch
     alike: dict[Scheme, list[str]] = {}
     for module, scheme in schemes.items():
         alike.setdefault(scheme, []).append(module)
-    chosen = {}
+    chosen: dict[str, Scheme] = {}
     for scheme, modules in alike.items():
         found = {m: _occurring(source, m, scheme) for m in modules}
         few = {level for levels, _ in found.values() for level in levels or range(MOST + 1)}

@@ -128,10 +128,10 @@ class Packed(Exporter):
         found = {}
         for module, suffixes in modules.items():
             if self.scale_suffix in suffixes:
-                scheme = grids.get(module) or grids.get("Linear")
-                if scheme is None:
+                known = grids.get(module) or grids.get("Linear")
+                if known is None:
                     raise ModelError(994, module, "is stored quantized, but no config group targets it")
-                found[module] = scheme
+                found[module] = known
         return found
 
     def _check(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def packing(grid: Grid) -> str:
 
 def named(grid: Grid) -> str:
     """Short name of a weight-only integer grid."""
-    levels = {TERNARY: "ternary", None: f"int{grid.bits}"}.get(grid.levels) or f"{len(grid.levels or ())} levels"
+    levels = "ternary" if grid.levels == TERNARY else f"{len(grid.levels)} levels" if grid.levels else f"int{grid.bits}"
     words = (levels, f"g{grid.group_size}" if grid.group_size else grid.strategy, f"{grid.sparsity[0]}:{grid.sparsity[1]}" if grid.sparsity else "")
     return " ".join(filter(None, words)) + ("" if grid.symmetric else " asym")
 
