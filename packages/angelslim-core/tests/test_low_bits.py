@@ -230,6 +230,7 @@ def test_what_it_does_not_hold():
         (0, {"weight_shape": torch.tensor([4, 18])}),
         (0, {"weight_shape": torch.tensor([4, -20])}),
         (0, {"weight_shape": torch.tensor([80])}),
+        (0, {"weight_shape": torch.tensor([4, float("nan")])}),
         (0, {"weight_shape": None}),
         (1, {"weight_packed": torch.full((4, 4), 243, dtype=torch.uint8)}),
         (2, {"weight_signs": None}),
@@ -294,6 +295,9 @@ def test_broken_folders_are_refused_in_one_line(made, tmp_path, kind):
             {"weight_shape": torch.zeros(2, 2, dtype=torch.int64)},
             {"weight_packed": torch.zeros(1, 1, dtype=torch.uint8)},
             {"weight_packed": torch.zeros(3)},
+            {"weight_packed": torch.zeros(128, dtype=torch.uint8)},
+            {"weight_packed": torch.zeros((), dtype=torch.uint8)},
+            {"weight_shape": torch.tensor([float("nan"), 1])},
             {"weight_scale": torch.ones(1)},
             {"weight_scale": None},
         )

@@ -137,7 +137,7 @@ class Packed(Exporter):
     def _check(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
         """Shape of the weight, which all tensors (hostile input) must fit."""
         size = tensors.get("weight_shape")
-        if size is None or tuple(size.shape) != (2,) or bool((size <= 0).any()):
+        if size is None or tuple(size.shape) != (2,) or size.is_floating_point() or bool((size <= 0).any()):
             raise ModelError(995, "weight_shape", "does not say how many rows and columns are packed")
         rows, columns = (int(n) for n in size)
         if columns % (scheme.weights.group_size or 1) or (packing(scheme.weights) == "3:4" and columns % 4):
