@@ -416,6 +416,25 @@ def test_a_linear_of_other_levels_has_a_group_of_its_own(made, tmp_path):
     assert all(found[m].dequantize().equal(q.dequantize()) for m, q in weights(folder).items())
 
 
+def test_transforms_go_along(tiny, tmp_path):
+    steps = [{"use": "quant.rotate", "with": {"r4": True, "randomize": True}}, {"use": "quant.int4_rtn", "with": {"group_size": 32}}]
+    folder = compress(tiny(), out=tmp_path / "ct", recipe={"steps": steps}).path
+    convert(folder, tmp_path / "packed", "packed")
+    convert(tmp_path / "packed", tmp_path / "back", "compressed-tensors")
+    first, second = load_file(folder / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert first.keys() == second.keys() and all(first[n].equal(second[n]) for n in first) and any("R4_input" in n for n in first)
+    assert json.loads((folder / "config.json").read_text()) == json.loads((tmp_path / "back/config.json").read_text())
+    assert validate(tmp_path / "packed")["ok"]
+    loaded = [load_model(path, "cpu", packed=False) for path in (folder, tmp_path / "packed")]
+    assert loaded[1].backend.endswith("transform_config applied by AngelSlim")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert loaded[0].model(ids).logits.equal(loaded[1].model(ids).logits)
+    for layout in ("gptq", "gguf"):
+        with pytest.raises(PlanError, match="transform_config"):
+            convert(folder, tmp_path / "x.gguf", layout)
+
+
 def test_packed_cannot_hold_what_is_no_weight_only_integer(tiny, tmp_path):
     folder = compress(tiny(), ["quant.fp8_dynamic"], tmp_path / "fp8").path
     with pytest.raises(PlanError, match="weight-only integers"):

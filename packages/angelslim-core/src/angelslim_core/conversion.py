@@ -61,7 +61,7 @@ def convert(
         raise UsageError(221, "--type", f"{kind!r} is no type of {to}", f"with --to gguf: {', '.join(TYPES)}")
     source = open_any(resolve(folder), exporters.values())
     description = describe_source(source, host.registry.layouts)
-    _check_beside(source)
+    _check_beside(source, to != "gguf" and exporters[to].transforms)
     found: dict[str, Any] = {
         "path": str(out),
         "from": source.exporter.name if source.exporter else "plain",
@@ -79,11 +79,11 @@ def convert(
     return found
 
 
-def _check_beside(source: Source) -> None:
-    """Nothing that the folder holds may be dropped."""
+def _check_beside(source: Source, transforms: bool) -> None:
+    """Nothing that the folder holds may be dropped; `transforms`: those of linears have a place."""
     config = quantization_config(source.config) or {}
     for key in _BESIDE:
-        if config.get(key):
+        if config.get(key) and not (transforms and key == "transform_config"):
             raise PlanError(
                 237, str(source.checkpoint.folder), f"has a {key}, which conversion would drop", "quantize the original model into the other layout"
             )
@@ -126,9 +126,11 @@ def _to_folder(source: Source, description: Description, out: Path, exporter: Ex
         raise PlanError(239, str(source.checkpoint.folder), "is not quantized, so there are no codes to convert", hint)
     schemes = _schemes(source, exporter)
     ignore = left_alone(source, description, schemes)
-    names = list(source.dtypes)
+    names = [*source.dtypes, *_matrices(source)]
     units = [_outputs(source, name, schemes, exporter) for name in names]
     config = quantized_config(source.config, description.layout, exporter, schemes, ignore)
+    if source.transforms:
+        config["quantization_config"]["transform_config"] = (quantization_config(source.config) or {})["transform_config"]
     shards = split_shards(units, Export.model_validate({}).max_shard_bytes)
     total = sum(spec_bytes(spec) for unit in units for spec in unit.values())
     folder = source.checkpoint.folder
@@ -238,8 +240,15 @@ def _shape(source: Source, module: str) -> tuple[int, int]:
     return rows, columns
 
 
+def _matrices(source: Source) -> list[str]:
+    """Stored tensors that are no weights of the model: matrices of transforms."""
+    return [name for name in source.checkpoint.tensors if name not in source.dtypes and name not in source.consumed] if source.transforms else []
+
+
 def _outputs(source: Source, name: str, schemes: Mapping[str, Scheme], exporter: Exporter) -> dict[str, TensorSpec]:
     module = name.removesuffix(".weight")
+    if name not in source.dtypes:
+        return {name: TensorSpec(source.checkpoint.tensors[name].dtype, source.checkpoint.tensors[name].shape)}
     if module not in schemes:
         return {name: TensorSpec(source.dtypes[name], source.shapes[name])}
     return {f"{module}.{suffix}": spec for suffix, spec in exporter.layout(_shape(source, module), schemes[module]).items()}
@@ -247,6 +256,8 @@ def _outputs(source: Source, name: str, schemes: Mapping[str, Scheme], exporter:
 
 def _read(source: Source, name: str) -> Any:
     module = name.removesuffix(".weight")
+    if name not in source.dtypes:
+        return source.checkpoint.read(name)
     return source.read_quantized(module) if module in source.quantized else source.read(name)
 
 
