@@ -11,7 +11,7 @@ from angelslim_core import compress
 from angelslim_core.conversion import convert
 from angelslim_core.errors import ModelError, OutputError, PlanError, UsageError
 from angelslim_core.gguf import write
-from angelslim_core.gguf.blocks import decode, holding, is_ternary, lay_out
+from angelslim_core.gguf.blocks import FEW, choose, decode, holding, lay_out, ternary
 from angelslim_core.gguf.model import Shape
 from angelslim_core.gguf.tokenizer import _LLAMA3, _QWEN2, CONTROL, NORMAL, UNUSED, read_vocabulary
 from angelslim_core.schemes import Grid, Quantized, Scheme
@@ -45,11 +45,12 @@ def test_codes_keep_their_weights(grid):
     scale = torch.rand(grid.scale_shape((6, 128)), generator=generator).add(0.01).bfloat16()
     quantized = Quantized(Scheme("t", grid), codes, scale)
     kinds = holding(grid, 128)
-    assert kinds == (("Q4_0", "Q8_0") if grid.bits <= 4 else ("Q8_0",))
-    for kind in kinds:
+    assert [k for k in kinds if k not in FEW] == (["Q4_0", "Q8_0"] if grid.bits <= 4 else ["Q8_0"])
+    assert choose(quantized, kinds) == ("Q4_0" if grid.bits <= 4 else "Q8_0")
+    for kind in ("Q4_0", "Q8_0") if grid.bits <= 4 else ("Q8_0",):
         assert decode(lay_out(quantized, kind).numpy(), kind).equal(quantized.dequantize())
     quantized.scale = scale.float() * (1 + 2**-20)
-    assert lay_out(quantized, kinds[0]) is None
+    assert lay_out(quantized, "Q8_0") is None and choose(quantized, kinds) is None
 
 
 def test_grids_that_no_block_holds():
@@ -61,8 +62,11 @@ def test_grids_that_no_block_holds():
 
 def test_ternary_blocks():
     weight = torch.randint(-1, 2, (4, 512)).float() * 0.25
-    assert is_ternary(weight.bfloat16())
-    assert not is_ternary(weight + torch.eye(4, 512) * 0.1) and not is_ternary(weight[:, :300]) and not is_ternary(torch.zeros(4, 512))
+    found = ternary(weight.bfloat16(), 256)
+    assert found is not None and found.dequantize().equal(weight)
+    weight[:, :64] *= 2  # of its own scale: for blocks of 64 only
+    assert ternary(weight, 256) is None and ternary(weight, 64) is not None
+    assert not ternary(weight + torch.eye(4, 512) * 0.1, 64) and not ternary(weight[:, :300], 64) and not ternary(torch.zeros(4, 512), 64)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +105,8 @@ def test_codes_of_a_folder(tiny, tmp_path):
     assert fields["general.file_type"] == 2 and fields["llama.attention.head_count_kv"] == 2
     with pytest.raises(OutputError):
         convert(folder, tmp_path / "m.gguf", "gguf")
-    for kind in ("q4_1", "tq2_0"):
-        with pytest.raises(PlanError, match="does not hold"):
+    for kind, why in (("q4_1", "does not hold"), ("tq2_0", "ternary"), ("q2_0", "codes -2 to 1"), ("stq1_0", "lie 16 apart")):
+        with pytest.raises(PlanError, match=why):
             convert(folder, tmp_path / "n.gguf", "gguf", kind)
     with pytest.raises(UsageError):
         convert(folder, tmp_path / "folder", "gguf")
@@ -169,7 +173,6 @@ def test_llama3_rotary_divisors():
     [
         {"use_sliding_window": True, "sliding_window": 64},
         {"rope_parameters": {"rope_type": "longrope"}},
-        {"mlp_bias": True},
     ],
 )
 def test_architectures_it_does_not_know(change, tiny, tmp_path):

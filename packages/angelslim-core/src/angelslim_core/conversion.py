@@ -13,6 +13,7 @@ from .artifact import quantized_config, versions, write_checksums
 from .context import Progress, silent
 from .errors import ModelError, NumericError, OutputError, PlanError, UsageError
 from .exporters import Exporter
+from .exporters.few_levels import MOST, TERNARY, in_quads, occurring
 from .gguf.write import TYPES, write_gguf
 from .io.checkpoint import TensorSpec, torch_dtype
 from .io.hub import resolve
@@ -60,7 +61,7 @@ def convert(
         raise UsageError(221, "--type", f"{kind!r} is no type of {to}", f"with --to gguf: {', '.join(TYPES)}")
     source = open_any(resolve(folder), exporters.values())
     description = describe_source(source, host.registry.layouts)
-    _check_beside(source)
+    _check_beside(source, to != "gguf" and exporters[to].transforms)
     found: dict[str, Any] = {
         "path": str(out),
         "from": source.exporter.name if source.exporter else "plain",
@@ -78,11 +79,11 @@ def convert(
     return found
 
 
-def _check_beside(source: Source) -> None:
-    """Nothing that the folder holds may be dropped."""
+def _check_beside(source: Source, transforms: bool) -> None:
+    """Nothing that the folder holds may be dropped; `transforms`: those of linears have a place."""
     config = quantization_config(source.config) or {}
     for key in _BESIDE:
-        if config.get(key):
+        if config.get(key) and not (transforms and key == "transform_config"):
             raise PlanError(
                 237, str(source.checkpoint.folder), f"has a {key}, which conversion would drop", "quantize the original model into the other layout"
             )
@@ -125,9 +126,11 @@ def _to_folder(source: Source, description: Description, out: Path, exporter: Ex
         raise PlanError(239, str(source.checkpoint.folder), "is not quantized, so there are no codes to convert", hint)
     schemes = _schemes(source, exporter)
     ignore = left_alone(source, description, schemes)
-    names = list(source.dtypes)
+    names = [*source.dtypes, *_matrices(source)]
     units = [_outputs(source, name, schemes, exporter) for name in names]
     config = quantized_config(source.config, description.layout, exporter, schemes, ignore)
+    if source.transforms:
+        config["quantization_config"]["transform_config"] = (quantization_config(source.config) or {})["transform_config"]
     shards = split_shards(units, Export.model_validate({}).max_shard_bytes)
     total = sum(spec_bytes(spec) for unit in units for spec in unit.values())
     folder = source.checkpoint.folder
@@ -184,7 +187,35 @@ def _schemes(source: Source, exporter: Exporter) -> dict[str, Scheme]:
             raise PlanError(233, misfit, f"has a scale that is no {wanted} number", hint)
         if misfit is None:
             chosen = {**stored, **dict.fromkeys(integer, wanted)}
-    return {m: replace(s, weights=replace(s.weights, scale_dtype=chosen[m])) for m, s in source.quantized.items()}
+    schemes = {m: replace(s, weights=replace(s.weights, scale_dtype=chosen[m])) for m, s in source.quantized.items()}
+    return _with_levels(source, schemes) if exporter.few_levels else schemes
+
+
+def _with_levels(source: Source, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """Schemes that name the codes which occur, where they are few: in all modules of one scheme, or else in each."""
+    alike: dict[Scheme, list[str]] = {}
+    for module, scheme in schemes.items():
+        alike.setdefault(scheme, []).append(module)
+    chosen: dict[str, Scheme] = {}
+    for scheme, modules in alike.items():
+        found = {m: _occurring(source, m, scheme) for m in modules}
+        few = {level for levels, _ in found.values() for level in levels or range(MOST + 1)}
+        for part in [modules] if len(few) <= MOST else [[m] for m in modules]:
+            levels = found[part[0]][0] if len(part) == 1 else tuple(sorted(few))
+            levels = TERNARY if levels and {*levels} <= {*TERNARY} else levels
+            sparsity = (3, 4) if levels == TERNARY and all(found[m][1] for m in part) else None
+            chosen |= dict.fromkeys(part, replace(scheme, weights=replace(scheme.weights, levels=levels, sparsity=sparsity)))
+    return {module: chosen[module] for module in schemes}
+
+
+def _occurring(source: Source, module: str, scheme: Scheme) -> tuple[tuple[int, ...] | None, bool]:
+    """Levels of a module, None where they are many, and whether its codes are 3:4-sparse."""
+    grid = scheme.weights
+    if grid.type != "int" or grid.levels:
+        return grid.levels, grid.sparsity == (3, 4)
+    codes = source.read_quantized(module).codes
+    levels = occurring(codes)
+    return levels, levels == TERNARY and in_quads(codes)
 
 
 def _scale_name(source: Source, module: str) -> str:
@@ -209,8 +240,15 @@ def _shape(source: Source, module: str) -> tuple[int, int]:
     return rows, columns
 
 
+def _matrices(source: Source) -> list[str]:
+    """Stored tensors that are no weights of the model: matrices of transforms."""
+    return [name for name in source.checkpoint.tensors if name not in source.dtypes and name not in source.consumed] if source.transforms else []
+
+
 def _outputs(source: Source, name: str, schemes: Mapping[str, Scheme], exporter: Exporter) -> dict[str, TensorSpec]:
     module = name.removesuffix(".weight")
+    if name not in source.dtypes:
+        return {name: TensorSpec(source.checkpoint.tensors[name].dtype, source.checkpoint.tensors[name].shape)}
     if module not in schemes:
         return {name: TensorSpec(source.dtypes[name], source.shapes[name])}
     return {f"{module}.{suffix}": spec for suffix, spec in exporter.layout(_shape(source, module), schemes[module]).items()}
@@ -218,6 +256,8 @@ def _outputs(source: Source, name: str, schemes: Mapping[str, Scheme], exporter:
 
 def _read(source: Source, name: str) -> Any:
     module = name.removesuffix(".weight")
+    if name not in source.dtypes:
+        return source.checkpoint.read(name)
     return source.read_quantized(module) if module in source.quantized else source.read(name)
 
 

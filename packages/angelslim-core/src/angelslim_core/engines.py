@@ -44,6 +44,8 @@ class Folder(NamedTuple):
 
 _EMULATED = Row(True, "verified on 5.24, emulated; BF16 models")
 _UNROUNDED = Row(False, "5.23 with compressed-tensors 0.20 leaves the cache in 16 bits; AngelSlim's load() rounds it")
+_OURS = Row(False, "a layout of AngelSlim's own, which its load() runs; `angelslim convert --to compressed-tensors` makes one for engines")
+_WEIGHT_ONLY = ("w4a16", "w8a16", "wNa16", "w4a16-asym", "w8a16-asym", "wNa16-asym")
 _GPTQMODEL = Row(False, "read only where gptqmodel is installed; AngelSlim's load() reads it")
 
 # (engine, exporter, kind of scheme); versions: vLLM 0.32, transformers 5.23 with compressed-tensors 0.20 run by us,
@@ -96,6 +98,7 @@ TABLE: dict[tuple[str, str, str], Row] = {
     ("transformers", "compressed-tensors", "wNa16"): Row(True, "verified on 5.24"),
     ("transformers", "fp8", "w8a8-float-block"): Row(True, "dequantized where there is no GPU", aligned=True),
     **{("transformers", "compressed-tensors", kind): _UNROUNDED for kind in ("kv-tensor", "kv-attn_head")},
+    **{(engine, "packed", kind): _OURS for engine in ("vllm", "sglang", "transformers") for kind in _WEIGHT_ONLY},
     **{("transformers", layout, kind): _GPTQMODEL for layout in ("gptq", "awq") for kind in ("w4a16", "w4a16-asym", "w8a16", "w8a16-asym")},
 }
 

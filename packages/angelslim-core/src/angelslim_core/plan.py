@@ -284,8 +284,8 @@ def _exporter(
         return exporters[layouts[0] if wanted == "auto" else wanted]()
     common = [e for e in distinct[0].exporters if all(e in s.exporters for s in distinct) and e in exporters]
     # several block sizes or schemes need a layout with groups
-    if len(distinct) > 1 and "compressed-tensors" in common:
-        common = ["compressed-tensors"]
+    if len(distinct) > 1 and any(exporters[e].groups for e in common):
+        common = [e for e in common if exporters[e].groups]
     if wanted != "auto":
         common = [e for e in common if e == wanted]
     if not common:

@@ -110,7 +110,7 @@ class Evaluation(_Model):
 class Export(_Model):
     """What is written, and where."""
 
-    format: str = Field("auto", description="Layout: auto, compressed-tensors, fp8, gptq, awq, modelopt, or one a plugin brings.")
+    format: str = Field("auto", description="Layout: auto, compressed-tensors, fp8, gptq, awq, modelopt, packed, or one a plugin brings.")
     to: str | None = Field(None, description="Output folder.")
     max_shard: str = Field("5GB", description="Largest weight file.")
     engines: list[str] = Field(default_factory=list, description="Engines that must be able to load the result; refused before any work if one cannot.")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MARKS = frozenset({"weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "qweight", "scales"})
 # tensors with one value for a whole linear; linears that run as one matmul must agree on them
 SHARED = ("weight_scale", "input_scale", "weight_global_scale", "input_global_scale", "weight_scale_2")
+_GROUPED = ("compressed-tensors", "angelslim-packed")  # whose config speaks of modules group by group
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # output column c of eight lies in nibble _AWQ_ORDER[c]
 
 
@@ -60,7 +61,7 @@ class SecondReader:
 
     def group(self, module: str) -> Mapping[str, Any]:
         """The part of the config that speaks about a module, with the format that holds for it."""
-        if self.method != "compressed-tensors":
+        if self.method not in _GROUPED:
             return self.config
         groups = self.config.get("config_groups")
         for group in groups.values() if isinstance(groups, dict) else ():
@@ -83,6 +84,7 @@ class SecondReader:
                 "fp8": ["weight_scale_inv"],
                 "gptq": ["scales", "qzeros"],
                 "awq": ["scales", "qzeros"],
+                "angelslim-packed": ["weight_scale"],
                 "modelopt": ["weight_scale", "weight_scale_2", *(["input_scale"] if str(self.config.get("quant_algo")).upper() == "NVFP4" else [])],
             }.get(self.method, [])
         return [suffix for suffix in wanted if suffix not in suffixes]
@@ -90,7 +92,7 @@ class SecondReader:
     def ignores(self, module: str) -> bool:
         """Whether the config says that a module stays as it is."""
         rules = [str(rule) for rule in self.config.get("ignore") or self.config.get("modules_to_not_convert") or ()]
-        if self.method == "compressed-tensors":
+        if self.method in _GROUPED:
             return any(_named(rule, module) for rule in rules)
         if self.method == "modelopt":
             return any(fnmatch.fnmatchcase(module, rule) for rule in rules)
@@ -252,10 +254,35 @@ def _modelopt(config: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
     return values * _spread(_scale(parts["weight_scale"]), (values.shape[0], values.shape[1]), 1, 16) * parts["weight_scale_2"].float()
 
 
+def _angelslim_packed(group: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
+    import torch
+
+    grid, scale, zero = group["weights"], parts["weight_scale"].float(), parts.get("weight_zero_point")
+    rows, columns = parts["weight_shape"].tolist()
+    place, packed = torch.arange(columns), parts["weight_packed"].long()
+    match grid["packing"]:
+        case "dense":
+            values = _unpacked(packed, grid["num_bits"], columns).float() - (1 << (grid["num_bits"] - 1))
+        case "2-bit":
+            values = torch.tensor(grid["levels"]).float()[packed[:, place // 4] >> 2 * (place % 4) & 3]
+        case "base-3":
+            values = torch.tensor(grid["levels"]).float()[packed[:, place // 5] // 3 ** (place % 5) % 3]
+        case "3:4":  # the lowest bit of a slot and the next: whether the second and the third that is not zero have another sign than the first
+            slot = packed[:, place // 8] >> place // 4 % 2 * 4 & 15
+            minus = parts["weight_signs"].long()[:, place // 32] >> place // 4 % 8 & 1
+            rank = place % 4 - (slot // 4 < place % 4).long()
+            values = torch.where(slot // 4 == place % 4, 0.0, 1.0 - 2.0 * (minus ^ (slot * 2 >> rank & 1)))
+        case other:
+            raise ValueError(f"packing {other!r}")
+    extent = {"tensor": (rows, columns), "channel": (1, columns)}.get(grid["strategy"], (1, grid.get("group_size")))
+    return (values if zero is None else values - _spread(zero.float(), (rows, columns), *extent)) * _spread(scale, (rows, columns), *extent)
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "gptq": _gptq,
     "awq": _awq,
     "modelopt": _modelopt,
+    "angelslim-packed": _angelslim_packed,
 }

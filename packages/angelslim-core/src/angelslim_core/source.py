@@ -328,10 +328,10 @@ def _logical(
 
 def _packed_shape(checkpoint: Checkpoint, info: TensorInfo, module: str) -> tuple[int, ...]:
     shape = f"{module}.weight_shape"
-    if shape not in checkpoint.tensors or checkpoint.tensors[shape].shape != (2,):
+    if shape not in checkpoint.tensors or checkpoint.tensors[shape].shape != (2,) or checkpoint.tensors[shape].dtype not in ("I64", "I32"):
         raise ModelError(80, module, "is packed, but has no weight_shape")
     rows, columns = (int(n) for n in checkpoint.read(shape))
-    if rows != info.shape[0] or not 0 < columns <= info.shape[1] * 32:
+    if len(info.shape) != 2 or rows != info.shape[0] or not 0 < columns <= info.shape[1] * 32:
         raise ModelError(81, shape, f"says {[rows, columns]}, which {list(info.shape)} words cannot hold")
     return (rows, columns)
 

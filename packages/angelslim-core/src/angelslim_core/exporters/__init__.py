@@ -24,6 +24,8 @@ class Exporter(ABC):
         scale_suffix: suffix of the tensor that holds a weight's scales.
         scale_dtype: dtype the layout prescribes for scales of integer weights, None if it holds any.
         transforms: its config can say what linears multiply their inputs and outputs by.
+        groups: one folder can hold several schemes.
+        few_levels: it stores the levels of a grid (`Grid.levels`), and codes in as many bits as these need.
     """
 
     name: ClassVar[str]
@@ -31,6 +33,8 @@ class Exporter(ABC):
     scale_suffix: ClassVar[str] = "weight_scale"
     scale_dtype: ClassVar[str | None] = None
     transforms: ClassVar[bool] = False
+    groups: ClassVar[bool] = False
+    few_levels: ClassVar[bool] = False
 
     @abstractmethod
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
@@ -100,10 +104,11 @@ def builtin_exporters() -> tuple[type[Exporter], ...]:
     from .gptq import GPTQ
     from .hf_fp8 import HFFP8
     from .modelopt import ModelOpt
+    from .packed import Packed
 
-    return (CompressedTensors, HFFP8, GPTQ, AWQ, ModelOpt)
+    return (CompressedTensors, HFFP8, GPTQ, AWQ, ModelOpt, Packed)
 
 
 def group_layouts(bits: int) -> tuple[str, ...]:
     """Names of the layouts that hold weight-only integer grids of channels or groups, preferred first."""
-    return ("compressed-tensors", *(("gptq",) if bits in (4, 8) else ()), *(("awq",) if bits == 4 else ()))
+    return ("compressed-tensors", *(("gptq",) if bits in (4, 8) else ()), *(("awq",) if bits == 4 else ()), "packed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import regex
@@ -33,6 +34,7 @@ class CompressedTensors(Exporter):
     name = "compressed-tensors"
     quant_method = "compressed-tensors"
     transforms = True
+    groups = True
 
     def layout(self, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
         grid, stored = scheme.weights, storage_format(scheme)
@@ -108,7 +110,7 @@ class CompressedTensors(Exporter):
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
         groups: dict[Scheme, list[str]] = {}
         for module, scheme in schemes.items():
-            groups.setdefault(scheme, []).append(module)
+            groups.setdefault(_stored(scheme), []).append(module)
         formats = {storage_format(scheme) for scheme in groups} or {"dense"}
         return {
             "quant_method": self.quant_method,
@@ -152,6 +154,12 @@ class CompressedTensors(Exporter):
 
     def with_cache(self, config: Mapping[str, Any], scheme: CacheScheme) -> dict[str, Any]:
         return {**config, "kv_cache_scheme": {**_CACHE, "strategy": scheme.strategy}}
+
+
+def _stored(scheme: Scheme) -> Scheme:
+    """What is stored of a scheme: neither which codes occur nor what it is called."""
+    grid = scheme.weights
+    return replace(scheme, name="", weights=replace(grid, levels=None, sparsity=None), exporters=()) if grid.levels or grid.sparsity else scheme
 
 
 def storage_format(scheme: Scheme) -> str:

@@ -28,8 +28,8 @@ class Shape:
 
     def __init__(self, config: Mapping[str, Any], architecture: str) -> None:
         self.config, self.architecture = config, architecture
-        if (config.get("use_sliding_window", True) and config.get("sliding_window") is not None) or config.get("mlp_bias"):
-            raise PlanError(227, "gguf", "this export knows neither sliding windows nor biases of the feed-forward part")
+        if (config.get("use_sliding_window", True) and config.get("sliding_window") is not None) or (config.get("mlp_bias") and architecture != "llama"):
+            raise PlanError(227, "gguf", "this export knows neither sliding windows nor, but of Llama, biases of the feed-forward part")
         self.heads = self._count("num_attention_heads")
         self.kv_heads = self._count("num_key_value_heads", self.heads)
         self.head_dim = self._count("head_dim", self._count("hidden_size") // self.heads)

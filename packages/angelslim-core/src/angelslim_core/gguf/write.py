@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from ..adapters.base import Description
 from ..context import Progress
 from ..errors import NumericError, PlanError, PluginError
 from ..source import Source
-from .blocks import BLOCKS, decode, encode, holding, is_ternary, lay_out
+from .blocks import AUTO, BLOCKS, FEW, choose, decode, encode, file_type, holding, lay_out, nbytes, number, ternary
 from .model import Shape
 from .tokenizer import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TYPES = ("auto", "f16", "bf16", "q8_0", "q4_0", "q4_1", "tq1_0", "tq2_0")
+TYPES = ("auto", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q2_0", "tq1_0", "tq2_0", "stq1_0")
 _PLAIN = {"BF16": "BF16", "F16": "F16"}
+_WANTED = {
+    "q2_0": "ternary or of the codes -2 to 1 or -1 to 2", "tq1_0": "ternary", "tq2_0": "ternary",
+    "stq1_0": "ternary with one zero in every four weights that lie 16 apart",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,20 +67,19 @@ def write_gguf(source: Source, description: Description, path: Path, kind: str, 
 
     shape = Shape(source.config, gguf_architecture(description.layout, source.config))
     entries = [_entry(source, description, shape, name, kind.upper()) for name in source.dtypes if not name.endswith("rotary_emb.inv_freq")]
-    if kind.startswith("tq") and not any(e.kind == kind.upper() for e in entries):
-        raise PlanError(
-            234, "gguf", "no linear of this model is ternary in rows of a multiple of 256", "train one with a ternary pass, or choose another --type"
-        )
+    if kind.upper() in FEW and not any(e.kind == kind.upper() for e in entries):
+        what = f"no linear of this model is {_WANTED[kind]}, in rows of a multiple of {BLOCKS[kind.upper()].size} and with one F16 scale a block"
+        raise PlanError(234, "gguf", what, "train one with a ternary pass, or --type auto")
     vocabulary = read_vocabulary(source.checkpoint.folder, source.config, source.shapes["model.embed_tokens.weight"][0])
     writer = gguf.GGUFWriter(path, shape.architecture)
-    _describe(writer, shape, source.checkpoint.folder, vocabulary, gguf.LlamaFileType[_file_type(entries)])
+    _describe(writer, shape, source.checkpoint.folder, vocabulary, _file_type(entries))
     divisors = shape.rope_divisors()
     if divisors:
         writer.add_tensor_info("rope_freqs.weight", (len(divisors),), np.dtype(np.float32), 4 * len(divisors))
     for entry in entries:
-        size = gguf.quant_shape_to_byte_shape(source.shapes[entry.source], gguf.GGMLQuantizationType[entry.kind])
-        nbytes = int(np.prod(size, dtype=np.int64))
-        writer.add_tensor_info(entry.name, source.shapes[entry.source], np.dtype(np.float32), nbytes, gguf.GGMLQuantizationType[entry.kind])
+        size = source.shapes[entry.source]
+        # the library writes the number of a type that it does not know as it is
+        writer.add_tensor_info(entry.name, size, np.dtype(np.float32), nbytes(entry.kind, math.prod(size)), number(entry.kind))  # type: ignore[arg-type]
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -109,18 +113,31 @@ def _entry(source: Source, description: Description, shape: Shape, tensor: str, 
     kept = _PLAIN.get(source.dtypes[tensor], "F16")
     if scheme is not None:
         types = holding(scheme.weights, size[1])
-        if wanted in types or (wanted == "AUTO" and types):
-            return Entry(tensor, name, types[0] if wanted == "AUTO" else wanted, as_codes=True)
-        if wanted in BLOCKS:
-            raise PlanError(235, module, f"is stored as {scheme.name}, whose codes {wanted} does not hold", "--type f16, or convert the original model")
-        return Entry(tensor, name, "F16" if wanted == "AUTO" else wanted)
+        if wanted in _PLAIN:
+            return Entry(tensor, name, wanted)
+        if wanted in BLOCKS and wanted not in FEW:
+            if wanted not in types:
+                raise PlanError(235, module, f"is stored as {scheme.name}, whose codes {wanted} does not hold", "--type f16, or convert the original model")
+            return Entry(tensor, name, wanted, as_codes=True)
+        found = _chosen(source, module, [t for t in dict.fromkeys((wanted, *AUTO)) if t in types])
+        return Entry(tensor, name, found or "F16", as_codes=found is not None)
     if wanted in ("F16", "BF16"):
         return Entry(tensor, name, wanted)
-    if wanted.startswith("TQ"):
-        return Entry(tensor, name, wanted if linear and is_ternary(source.read(tensor)) else kept)
+    if wanted in FEW:
+        weight = ternary(source.read(tensor), BLOCKS[wanted].size) if linear else None
+        held = weight is not None and choose(weight, [wanted]) is not None
+        return Entry(tensor, name, wanted if held else kept, as_codes=held)
     # beside stored codes nothing else is rounded; the embedding and the head bear less than the layers
     coarse = wanted if linear else "Q8_0"
-    return Entry(tensor, name, kept if wanted == "AUTO" or source.quantized or size[1] % BLOCKS[coarse] else coarse)
+    return Entry(tensor, name, kept if wanted == "AUTO" or source.quantized or size[1] % BLOCKS[coarse].size else coarse)
+
+
+def _chosen(source: Source, module: str, kinds: list[str]) -> str | None:
+    """Of types that may hold a module's codes, the first that does; weights are read only where a grid leaves it open."""
+    if kinds and kinds[0] in FEW:
+        last = [kind for kind in kinds if kind not in FEW]  # what is wrong with these is said when they are written
+        return choose(source.read_quantized(module), kinds) or (last[0] if last else None)
+    return kinds[0] if kinds else None
 
 
 def _data(source: Source, entry: Entry) -> tuple[Any, bool]:
@@ -131,7 +148,8 @@ def _data(source: Source, entry: Entry) -> tuple[Any, bool]:
     """
     module = entry.source.removesuffix(".weight")
     if entry.as_codes:
-        quantized = source.read_quantized(module)
+        quantized = source.read_quantized(module) if module in source.quantized else ternary(source.read(entry.source), BLOCKS[entry.kind].size)
+        assert quantized is not None
         laid_out = lay_out(quantized, entry.kind)
         if laid_out is None:
             raise PlanError(236, module, "has a scale that F16, which GGUF stores, does not hold", "--type f16, or convert the original model")
@@ -144,16 +162,16 @@ def _data(source: Source, entry: Entry) -> tuple[Any, bool]:
     return data, decode(data, entry.kind).reshape(exact.shape).equal(exact)
 
 
-def _file_type(entries: list[Entry]) -> str:
-    """Name of the type that most matrices have."""
+def _file_type(entries: list[Entry]) -> int:
+    """What llama.cpp calls the type that most matrices have."""
     kinds = [e.kind for e in entries if e.kind != "F32"]
-    return "MOSTLY_" + max(dict.fromkeys(kinds), key=kinds.count)
+    return file_type(max(dict.fromkeys(kinds), key=kinds.count))
 
 
-def _describe(writer: Any, shape: Shape, folder: Path, vocabulary: Vocabulary, file_type: int) -> None:
+def _describe(writer: Any, shape: Shape, folder: Path, vocabulary: Vocabulary, file_number: int) -> None:
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
-    writer.add_file_type(int(file_type))
+    writer.add_file_type(file_number)
     writer.add_quantization_version(2)
     _add_fields(writer, shape.architecture, shape.fields())
     writer.add_tokenizer_model("gpt2")
