@@ -91,6 +91,23 @@ def test_what_is_stored_is_what_was_trained(host, pass_id, options, dtype, shape
         assert bool((found.scale.float() > 0).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("pass_id", "options"), SCHEMES, ids=str)
+def test_gradients_reach_weights_in_their_dtype_and_scales_in_fp32(host, pass_id, options, dtype):
+    weight = weight_of((24, 576), dtype).requires_grad_()
+    quantizer = make(host, pass_id, options, weight.detach()).train()
+    quantizer.progress = 0.5
+    x = torch.randn(3, 7, 576, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    y = quantizer.product(x, weight, None)
+    assert y.shape == (3, 7, 24) and y.dtype == dtype
+    y.float().square().sum().backward()
+    for tensor in (x, weight, *quantizer.parameters()):
+        assert tensor.grad is not None and tensor.grad.dtype == tensor.dtype and bool(tensor.grad.isfinite().all()) and bool(tensor.grad.any())
+    assert all(p.dtype == torch.float32 and p.ndim for p in quantizer.parameters())
+    weight.requires_grad_(False)
+    quantizer.product(x, weight, None).sum().backward()  # as if frozen
+
+
 @pytest.mark.parametrize(("pass_id", "options"), SCHEMES, ids=str)
 def test_conformance(tmp_path, pass_id, options):
     check_pass("quant", plugin, pass_id, tmp_path, **options)
@@ -302,6 +319,14 @@ def test_inputs_are_rounded_as_engines_do_under_one_learnt_scale(host, dtype):
     found = made[1].quantized(weights[1])
     assert found.input_scale.shape == (1,) and found.input_scale.dtype == torch.float32
     assert made[2].inputs(later).equal(round_input(later, found.scheme.input_activations, found.input_scale))
+
+
+def test_processes_agree_on_the_scale_of_inputs(host, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda largest, op: largest.fill_(max(float(largest), 3.0)))
+    quantizer = make(host, "quant.lsq", INT8, weight_of((24, 128), torch.float32))
+    quantizer.inputs(torch.ones(2, 128))
+    assert float(quantizer.input_log.exp()) == pytest.approx(3.0)
 
 
 def test_the_scale_of_inputs_has_the_gradient_of_autograd(host):

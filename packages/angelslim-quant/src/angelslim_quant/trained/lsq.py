@@ -75,7 +75,7 @@ class LSQQuantizer(ScaledQuantizer):
         if not self._seen:
             if self.training and float(self.input_log) <= UNSEEN:
                 largest = x.abs().amax().float().reshape(1) / ((1 << (self.scheme.input_activations.bits - 1)) - 1)
-                if torch.distributed.is_initialized():
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
                     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
                 self.input_log.copy_(largest.clamp_(min=1e-8).log_())
             self._seen = float(self.input_log) > UNSEEN
