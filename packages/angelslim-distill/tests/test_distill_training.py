@@ -15,7 +15,8 @@ from angelslim_core.training import TrainingOptions
 from angelslim_distill.data.rows import Supervised, collate, prepare
 from angelslim_distill.evaluation import evaluate
 from angelslim_distill.heads import Reader, logits_of
-from angelslim_distill.losses import Loss, kd_loss
+from angelslim_distill.kinds import Loss
+from angelslim_distill.losses import kd_loss
 from angelslim_distill.objective import Objective
 from angelslim_distill.parameters import choose_parameters
 from angelslim_distill.targets import Hidden

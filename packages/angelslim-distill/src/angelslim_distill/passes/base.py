@@ -102,17 +102,13 @@ class Distilling(ModelPass):
             raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
 
     def _check_cache(self) -> None:
-        import torch
-
-        from ..targets import TopK
-
-        self.objective().loss.check_kept(TopK(torch.empty(0), torch.empty(0), torch.empty(0)), tempered=False)
+        self.objective().loss.check_kept(tempered=False)
         if not self.config.cache.is_dir():
             raise ModelError(916, str(self.config.cache), "is no folder", "write one: angelslim distill cache")
 
     def objective(self) -> Objective:
         """The loss that the options ask for."""
-        from ..losses import Loss
+        from ..kinds import Loss
         from ..objective import Objective
 
         config = self.config
