@@ -15,7 +15,9 @@ from angelslim_core.training import TrainingOptions
 from angelslim_distill.data.rows import Supervised, collate, prepare
 from angelslim_distill.evaluation import evaluate
 from angelslim_distill.heads import Reader, logits_of
-from angelslim_distill.losses import Loss, kd_loss
+from angelslim_distill.history import History
+from angelslim_distill.kinds import Loss
+from angelslim_distill.losses import kd_loss
 from angelslim_distill.objective import Objective
 from angelslim_distill.parameters import choose_parameters
 from angelslim_distill.targets import Hidden
@@ -177,10 +179,12 @@ def test_a_stopped_training_ends_as_one_that_ran_through(tiny, rows, tmp_path, k
         first = student(folder, kind)
         with pytest.raises(StoppedError):
             training(first, rows, looks=looks, accumulate=2, batch=2).run(tmp_path / "cut", stop_requested=Stop(stop))
+        History([(6, 1.0)]).write(tmp_path / "cut", 6)  # as one that was killed before its state was whole
     last = student(folder, kind)
     found = training(last, rows, looks=looks, accumulate=2, batch=2).run(tmp_path / "cut")
     same(parameters(last), parameters(whole))
     assert found.looks == wanted.looks and dict(found.losses) == pytest.approx(dict(wanted.losses)) and found.tokens == wanted.tokens
+    assert [path.name for path in (tmp_path / "cut").glob("history*")] == ["history-00000006.json"]
     assert all(linear.quantizer.scale.dtype == torch.float32 for linear in fake_quant.placed(last).values())
     other = training(student(folder, kind), rows, looks=looks, accumulate=2, batch=2, inputs={"data": "another"})
     with pytest.raises(ModelError, match="another data"):

@@ -15,7 +15,7 @@ from angelslim_core.io.checkpoint import TensorSpec, dtype_name, read_bytes, rea
 from angelslim_core.io.strict_json import read_json
 from angelslim_core.io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
 
-_HISTORY, _BEST, _PARAMETERS = "history.json", "best.json", "best-{:08d}.safetensors"
+_HISTORY, _BEST, _PARAMETERS = "history-{:08d}.json", "best.json", "best-{:08d}.safetensors"
 
 
 @dataclass
@@ -47,16 +47,21 @@ class History:
             self.sums = (0.0, 0)
 
     def write(self, folder: Path, step: int) -> None:
-        """Keep it as it is after a step."""
-        write_json(folder / _HISTORY, {"step": step, **vars(self)})
+        """Keep it as it is after a step, beside what is kept of earlier ones."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _HISTORY.format(step), vars(self))
+
+    @staticmethod
+    def forget(folder: Path, step: int) -> None:
+        """Let go of what is kept of other steps."""
+        for path in folder.glob("history-*.json"):
+            if path.name != _HISTORY.format(step):
+                path.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path, step: int) -> History:
-        """As it was after a step; empty where nothing is kept of it."""
-        path = folder / _HISTORY
-        document = read_json(path) if path.is_file() else {}
-        if document.get("step") != step:
-            return cls()
+        """As it was after a step."""
+        document = read_json(folder / _HISTORY.format(step))
         losses = [(int(at), float(loss)) for at, loss in document["losses"]]
         return cls(losses, list(document["looks"]), (float(document["sums"][0]), int(document["sums"][1])), int(document["tokens"]), float(document["seconds"]))
 

@@ -18,7 +18,8 @@ from angelslim_core.errors import UsageError
 
 from .chunked import head_loss
 from .heads import logits_of
-from .losses import Loss, chosen, first_k, token_losses
+from .kinds import Loss
+from .losses import chosen, first_k, token_losses
 from .targets import Batch, Hidden, TopK
 
 CHUNK = 512  # positions whose logits are there at a time
@@ -57,7 +58,7 @@ class Objective:
         if not self.lm_weight and not self.kd_weight:
             raise UsageError(911, "kd_weight", "and lm_weight are 0, so that nothing is trained for", "give one of them")
         if self.top_k is not None:
-            self.loss.check_kept(torch.empty(0), tempered=True)
+            self.loss.check_kept(tempered=True)
 
     def sums(self, student: Hidden, teacher: Hidden | TopK | None, batch: Batch) -> Sums:
         """What a step sums up; zero, with gradients of zero, without any position that counts.

@@ -198,10 +198,11 @@ class DistillTraining:
                     pause = time.perf_counter()
                     told = self._look(states)
                     began += time.perf_counter() - pause
-                if self.group.rank == 0:
-                    states.mkdir(parents=True, exist_ok=True)
+                if self.group.rank == 0:  # before the state that it is of: who is killed in between goes on from the one before
                     self.history.write(states, training.step)
                 training.save(states)
+                if self.group.rank == 0:
+                    self.history.forget(states, training.step)
             if stops:
                 raise StoppedError(910, "train", f"stopped as asked after step {training.step}; its state is kept", "run the same command again to go on")
 
@@ -239,9 +240,10 @@ class DistillTraining:
         fake_quant.set_progress(self.model, step / self.training.options.steps)
         held: Held = evaluate(self.model, self.teacher, looks.rows, looks.batch, self.group, looks.multiple)
         self.history.looks.append({"step": step, **held.as_dict()})
-        best = best_of(states)
-        if self.group.rank == 0 and looks.keep == "best" and (best is None or held.kl < best[1]):
-            write_best(states, step, held.kl, self.parameters)
+        if self.group.rank == 0 and looks.keep == "best":
+            best = best_of(states)
+            if best is None or held.kl < best[1]:
+                write_best(states, step, held.kl, self.parameters)
         self.group.share(None)
         if self._parts is not None:
             self._parts.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 
@@ -66,11 +66,9 @@ class Distilling(ModelPass):
     """Base of the passes.
 
     Attributes:
-        shards: the student may lie in parts over processes while it is trained.
         index: of its step, settled with the plan: a recipe may train twice.
     """
 
-    shards: ClassVar[bool] = True
     index = 0
 
     def check(self, plan: Plan) -> None:
@@ -90,8 +88,6 @@ class Distilling(ModelPass):
             if not checkpoint.has_tokenizer:
                 raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
             self.objective()
-            if config.shard and not self.shards:
-                raise RecipeError(919, "shard", f"{self.id} runs the student whole between steps", "leave it out")
             if config.cache is not None:
                 self._check_cache()
             if not config.data.is_file():
@@ -102,17 +98,13 @@ class Distilling(ModelPass):
             raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
 
     def _check_cache(self) -> None:
-        import torch
-
-        from ..targets import TopK
-
-        self.objective().loss.check_kept(TopK(torch.empty(0), torch.empty(0), torch.empty(0)), tempered=False)
+        self.objective().loss.check_kept(tempered=False)
         if not self.config.cache.is_dir():
             raise ModelError(916, str(self.config.cache), "is no folder", "write one: angelslim distill cache")
 
     def objective(self) -> Objective:
         """The loss that the options ask for."""
-        from ..losses import Loss
+        from ..kinds import Loss
         from ..objective import Objective
 
         config = self.config
