@@ -173,7 +173,7 @@ def test_held_out_samples_are_not_trained_on(opened):
     other, beside = opened(where="b", batch_size=1)
     beside.samples = Samples([*context.samples.ids[:-2], *torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(7)).tolist()])
     for m, c in ((model, context), (other, beside)):
-        found = train_blocks(m, c, BlockOptions(epochs=1, held_out=0.34, lr=3e-4, quantizer_lr=1e-4))
+        found = train_blocks(m, c, BlockOptions(epochs=1, held_out=0.34, lr=3e-4, quantizer_lr=1e-4, relative=False))
         assert found[0]["epoch"] == 1
     first = {n: p for n, p in values(model).items() if ".layers.0." in n}
     moved = {n: p for n, p in values(other).items() if ".layers.0." in n}

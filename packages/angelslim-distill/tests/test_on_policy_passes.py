@@ -124,7 +124,7 @@ def test_a_model_that_rounds_learns_on_its_own_answers_from_itself(tiny, data, t
     rounded(model, Int3Along)
     given = {**OPTIONS, "data": data, "quantizer_lr": 1e-2, "steps": 20}
     found = OnPolicy(OnPolicy.Config.model_validate(given)).run(model, context_of(folder, tmp_path))
-    assert found["kl"] < 0.8 * found["kl_before"]
+    assert found["kl"] < 0.95 * found["kl_before"]
     assert prepare(folder, recipe=steps(data, "toy.int3"), **beside())  # its unrounded self is its teacher
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Blockwise(ModelPass):
     """Quantizers, and weights where these are meant to be trained, block by block on each block's output.
 
-    Source: the block-wise training of EfficientQAT (Chen et al., 2407.11062), without its initial clipping.
+    Source: block-wise training of all parameters, as in EfficientQAT (Chen et al., 2407.11062).
     """
 
     id = "distill.blockwise"
