@@ -335,6 +335,23 @@ def test_both_layouts_hold_the_same_model(made, tiny, kind, dtype):
     assert found["engines"]["transformers"] == {"ok": False, "why": found["engines"]["transformers"]["why"]} and "load()" in found["engines"]["vllm"]["why"]
 
 
+def test_several_schemes_in_one_folder(tiny, tmp_path):
+    host = PluginHost()
+    host.register_module("toy", SimpleNamespace(__name__="toy", ANGELSLIM_HOOKS=1, angelslim_register_passes=angelslim_register_passes))
+    steps = [{"use": "toy.levels", "targets": ["attention"]}, {"use": "toy.levels", "targets": ["mlp"], "with": {"kind": "sparse"}}]
+    recipe = {"steps": steps}
+    folders = [
+        compress(tiny(), out=tmp_path / f, recipe={**recipe, "export": {"format": f}}, plugins=["toy"], host=host).path
+        for f in ("packed", "compressed-tensors", "auto")
+    ]
+    packed, engine, chosen = map(weights, folders)
+    assert {packing(q.scheme.weights) for q in packed.values()} == {"2-bit", "3:4"} and open_any(folders[2]).exporter.name == "compressed-tensors"
+    assert all(packed[m].dequantize().equal(engine[m].dequantize()) and packed[m].dequantize().equal(chosen[m].dequantize()) for m in packed)
+    assert validate(folders[0], tiny())["ok"]
+    convert(folders[2], tmp_path / "again", "packed")
+    assert all(q.scheme == packed[m].scheme and q.codes.equal(packed[m].codes) for m, q in weights(tmp_path / "again").items())
+
+
 def test_the_records_name_the_levels(made):
     folder = made("seq2", "packed")
     grid = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]["weights"]
