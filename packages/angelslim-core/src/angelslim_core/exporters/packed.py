@@ -118,20 +118,19 @@ class Packed(Exporter):
         groups = config.get("config_groups")
         if config.get("version") != VERSION or not isinstance(groups, dict):
             raise ModelError(992, _WHERE, f"is of version {config.get('version')!r:.50}, or has no config_groups; this reader knows version {VERSION}")
-        grids: dict[str, Scheme] = {}
+        parsed: list[tuple[set[str], Scheme]] = []
         for group in groups.values():
             targets, weights = (group.get("targets"), group.get("weights")) if isinstance(group, dict) else (None, None)
             if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
                 raise ModelError(993, _WHERE, "a config group is no object with a list of targets and weights")
-            scheme = _scheme(weights)
-            grids |= {target: scheme for target in targets if target not in grids}
+            parsed.append((set(targets), _scheme(weights)))
         found = {}
         for module, suffixes in modules.items():
             if self.scale_suffix in suffixes:
-                known = grids.get(module) or grids.get("Linear")
-                if known is None:
+                scheme = next((s for targets, s in parsed if targets & {module, "Linear"}), None)
+                if scheme is None:
                     raise ModelError(994, module, "is stored quantized, but no config group targets it")
-                found[module] = known
+                found[module] = scheme
         return found
 
     def _check(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
