@@ -186,6 +186,9 @@ def test_all_32_patterns_of_three_of_four():
     slots, signs = pack_quads(patterns)
     assert len({(int(a), int(b)) for a, b in zip(slots, signs, strict=True)}) == 32 and int(slots.amax()) == 15
     assert unpack_quads(slots, signs).equal(patterns)
+    for wrong in ([1, 2, 0, 1], [1, -2, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1], [127, 0, 1, 1], [-128, 0, 1, 1]):
+        with pytest.raises(NumericError):
+            pack_quads(torch.tensor([[*[0, 1, 1, 1] * 3, *wrong]], dtype=torch.int8))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,7 @@ def test_tensors_that_do_not_fit(index, change):
 
 def test_an_index_beyond_the_levels():
     original = random_weight(Grid(2, "int", "channel", levels=(-1, 1)), 4, 20)
-    with pytest.raises(ModelError, match="none of its 2 levels"):
+    with pytest.raises(ModelError, match="each one of 2 levels"):
         Packed().unpack({**Packed().pack(original), "weight_packed": torch.full((4, 4), 2, dtype=torch.uint8)}, original.scheme)
 
 
