@@ -186,6 +186,9 @@ def test_all_32_patterns_of_three_of_four():
     slots, signs = pack_quads(patterns)
     assert len({(int(a), int(b)) for a, b in zip(slots, signs, strict=True)}) == 32 and int(slots.amax()) == 15
     assert unpack_quads(slots, signs).equal(patterns)
+    for wrong in ([1, 2, 0, 1], [1, -2, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1], [127, 0, 1, 1], [-128, 0, 1, 1]):
+        with pytest.raises(NumericError):
+            pack_quads(torch.tensor([[*[0, 1, 1, 1] * 3, *wrong]], dtype=torch.int8))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,7 @@ def test_tensors_that_do_not_fit(index, change):
 
 def test_an_index_beyond_the_levels():
     original = random_weight(Grid(2, "int", "channel", levels=(-1, 1)), 4, 20)
-    with pytest.raises(ModelError, match="none of its 2 levels"):
+    with pytest.raises(ModelError, match="each one of 2 levels"):
         Packed().unpack({**Packed().pack(original), "weight_packed": torch.full((4, 4), 2, dtype=torch.uint8)}, original.scheme)
 
 
@@ -333,6 +336,23 @@ def test_both_layouts_hold_the_same_model(made, tiny, kind, dtype):
         assert found["ok"], found["problems"]
         assert found["readers"] == {"linears": 14, "second": True, "differ": []}
     assert found["engines"]["transformers"] == {"ok": False, "why": found["engines"]["transformers"]["why"]} and "load()" in found["engines"]["vllm"]["why"]
+
+
+def test_several_schemes_in_one_folder(tiny, tmp_path):
+    host = PluginHost()
+    host.register_module("toy", SimpleNamespace(__name__="toy", ANGELSLIM_HOOKS=1, angelslim_register_passes=angelslim_register_passes))
+    steps = [{"use": "toy.levels", "targets": ["attention"]}, {"use": "toy.levels", "targets": ["mlp"], "with": {"kind": "sparse"}}]
+    recipe = {"steps": steps}
+    folders = [
+        compress(tiny(), out=tmp_path / f, recipe={**recipe, "export": {"format": f}}, plugins=["toy"], host=host).path
+        for f in ("packed", "compressed-tensors", "auto")
+    ]
+    packed, engine, chosen = map(weights, folders)
+    assert {packing(q.scheme.weights) for q in packed.values()} == {"2-bit", "3:4"} and open_any(folders[2]).exporter.name == "compressed-tensors"
+    assert all(packed[m].dequantize().equal(engine[m].dequantize()) and packed[m].dequantize().equal(chosen[m].dequantize()) for m in packed)
+    assert validate(folders[0], tiny())["ok"]
+    convert(folders[2], tmp_path / "again", "packed")
+    assert all(q.scheme == packed[m].scheme and q.codes.equal(packed[m].codes) for m, q in weights(tmp_path / "again").items())
 
 
 def test_the_records_name_the_levels(made):

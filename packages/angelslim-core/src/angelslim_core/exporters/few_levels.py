@@ -1,5 +1,7 @@
 """Codes of few levels as bytes: digits of a small base, or five bits for every four codes of which just one is zero.
 
+Tables of 256 entries do the work, so that a file is read about as fast as memory.
+
 Shapes: R rows, C columns, Q quads (four columns), B bytes.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, NumericError
@@ -14,6 +17,8 @@ from ..errors import ModelError, NumericError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# bytes looked up at a time
+PIECE = 1 << 20
 TERNARY = (-1, 0, 1)
 MOST = 4
 
@@ -42,28 +47,12 @@ def to_index(codes: Tensor, levels: Sequence[int]) -> Tensor:
     """
     import torch
 
-    index = torch.zeros_like(codes, dtype=torch.uint8)
-    for level in levels[1:]:
-        index += codes >= level
-    if not from_index(index, levels).equal(codes):
+    table = torch.full((256,), 255, dtype=torch.uint8)
+    table[torch.tensor(levels) % 256] = torch.arange(len(levels), dtype=torch.uint8)
+    index = _looked_up(table[:, None], codes.contiguous().view(torch.uint8))
+    if index.numel() and int(index.amax()) == 255:
         raise NumericError(990, "weight", f"has codes other than the levels {tuple(levels)} that its scheme names")
     return index
-
-
-def from_index(index: Tensor, levels: Sequence[int]) -> Tensor:
-    """Inverse of `to_index`.
-
-    Raises:
-        ModelError: an index (hostile input) stands for no level.
-    """
-    import torch
-
-    if index.numel() and int(index.amax()) >= len(levels):
-        raise ModelError(990, "weight_packed", f"has a code that stands for none of its {len(levels)} levels")
-    codes = torch.full_like(index, levels[0], dtype=torch.int8)
-    for place, level in enumerate(levels[1:], 1):
-        codes.masked_fill_(index == place, level)
-    return codes
 
 
 def byte_columns(columns: int, per_byte: int) -> int:
@@ -83,49 +72,75 @@ def pack_digits(digits_RC: Tensor, base: int, per_byte: int) -> Tensor:
     return packed
 
 
-def unpack_digits(packed_RB: Tensor, base: int, per_byte: int, columns: int) -> Tensor:
-    """Inverse of `pack_digits`: uint8 [R, C].
+def unpack_digits(packed_RB: Tensor, base: int, per_byte: int, columns: int, levels: Sequence[int] | None = None) -> Tensor:
+    """Inverse of `pack_digits`, and with `levels` of `to_index` before it: uint8 digits or int8 codes [R, C].
 
     Raises:
-        ModelError: a byte (hostile input) is no such number.
+        ModelError: a byte (hostile input) is no such number, or has a digit that stands for no level.
     """
     import torch
 
-    if base**per_byte < 256 and packed_RB.numel() and int(packed_RB.amax()) >= base**per_byte:
-        raise ModelError(991, "weight_packed", f"has a byte above {base**per_byte - 1}, which is no number of {per_byte} digits of base {base}")
-    digits = torch.stack([packed_RB // base**place % base for place in range(per_byte)], -1)
-    return digits.flatten(1)[:, :columns].contiguous()
+    number = torch.arange(256)[:, None]
+    digits = number // base ** torch.arange(per_byte) % base
+    good = (number[:, 0] < base**per_byte) & (digits < (base if levels is None else len(levels))).all(-1)
+    if not bool(good.all()) and bool((torch.bincount(packed_RB.flatten().int(), minlength=256).cpu()[~good] > 0).any()):
+        raise ModelError(
+            990, "weight_packed", f"has bytes that are no {per_byte} digits of base {base}" + (f", each one of {len(levels)} levels" if levels else "")
+        )
+    table = digits.byte() if levels is None else torch.tensor(levels, dtype=torch.int8)[digits.clamp_max(len(levels) - 1)]
+    return _looked_up(table, packed_RB)[:, :columns].contiguous()
 
 
-def pack_quads(codes_Q4: Tensor) -> tuple[Tensor, Tensor]:
-    """Ternary codes [..., 4] with one zero in every four, as slots [...] below 16 and signs [...], both uint8.
-
-    slot = zero's place << 2 | (third kept sign differs from the first) << 1 | (second differs); sign = the first kept is -1.
+def pack_quads(codes_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternary codes with one zero in every four columns, as slots below 16 and signs [R, Q], both uint8 (see `_quads`).
 
     Raises:
-        NumericError: four codes are not of that kind.
+        NumericError: codes are not of that kind.
     """
     import torch
 
-    zero = codes_Q4 == 0
-    if not bool((zero.sum(-1) == 1).all()) or int(codes_Q4.abs().amax()) > 1:
+    table = torch.full((256,), 255, dtype=torch.uint8)
+    table[pack_digits(_quads().add(1).byte(), 4, 4)[:, 0].long()] = torch.arange(32, dtype=torch.uint8)
+    found = _looked_up(table[:, None], pack_digits(codes_RC.clamp(-1, 2).add(1).byte(), 4, 4))
+    if int(codes_RC.amin()) < -1 or int(found.amax()) == 255:
         raise NumericError(991, "weight", "has not just one zero in every four codes, as its scheme says")
-    place = zero.to(torch.uint8).argmax(-1).to(torch.uint8)
-    minus = codes_Q4 < 0
-    first = torch.where(place == 0, minus[..., 1], minus[..., 0])
-    second = torch.where(place <= 1, minus[..., 2], minus[..., 1]) ^ first
-    third = torch.where(place <= 2, minus[..., 3], minus[..., 2]) ^ first
-    return place << 2 | third.to(torch.uint8) << 1 | second, first.to(torch.uint8)
+    return found & 15, found >> 4
 
 
-def unpack_quads(slots: Tensor, signs: Tensor) -> Tensor:
-    """Inverse of `pack_quads`: int8 codes [..., 4]. Every slot and sign stands for codes."""
+def unpack_quads(slots_RQ: Tensor, signs_RQ: Tensor) -> Tensor:
+    """Inverse of `pack_quads`: int8 codes [R, C]. Every slot and sign stands for codes."""
+    return _looked_up(_quads(), slots_RQ | signs_RQ << 4)
+
+
+@cache
+def _quads() -> Tensor:
+    """The four codes [32, 4] of each slot + 16 * sign.
+
+    slot = place of the zero << 2 | (the third kept has another sign than the first) << 1 | (the second has); sign = the first is -1.
+    """
     import torch
 
-    place = slots >> 2
-    codes = []
-    for lane in range(4):
-        kept = lane - (place < lane).to(torch.uint8)  # among the three that are not zero
-        other = torch.where(kept == 1, slots & 1, torch.where(kept == 2, slots >> 1 & 1, 0))
-        codes.append(torch.where(place == lane, 0, 1 - 2 * (other ^ signs).to(torch.int8)))
-    return torch.stack(codes, -1).to(torch.int8)
+    found = []
+    for index in range(32):
+        sign, place = index >> 4, index >> 2 & 3
+        kept = [1 - 2 * (sign ^ other) for other in (0, index & 1, index >> 1 & 1)]
+        found.append([*kept[:place], 0, *kept[place:]])
+    return torch.tensor(found, dtype=torch.int8)
+
+
+def _looked_up(table: Tensor, data_RB: Tensor) -> Tensor:
+    """Row `data` of a table [N, K] of bytes, one after another: [R, B * K]. Rows of 1, 2, 4 or 8 bytes are fetched as one number."""
+    import torch
+
+    rows, width = data_RB.shape
+    columns = table.shape[1]
+    whole = 1 << (columns - 1).bit_length()
+    number = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[whole]
+    entries = torch.nn.functional.pad(table, (0, whole - columns)).contiguous().view(number).flatten().to(data_RB.device)
+    found = torch.empty(rows, width * columns, dtype=table.dtype, device=data_RB.device)
+    step = max(1, PIECE // max(1, width))
+    for start in range(0, rows, step):
+        piece = data_RB[start : start + step]
+        values = entries.index_select(0, piece.flatten().int()).view(table.dtype).view(len(piece), width, whole)
+        found[start : start + step] = values[..., :columns].reshape(len(piece), -1)
+    return found

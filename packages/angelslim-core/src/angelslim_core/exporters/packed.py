@@ -15,7 +15,6 @@ from .few_levels import (
     MOST,
     TERNARY,
     byte_columns,
-    from_index,
     pack_digits,
     pack_quads,
     to_index,
@@ -79,7 +78,7 @@ class Packed(Exporter):
         if kind == "dense":
             tensors["weight_packed"] = pack(codes, grid.bits)
         elif kind == "3:4":
-            slots, signs = pack_quads(codes.unflatten(1, (-1, 4)))
+            slots, signs = pack_quads(codes)
             tensors["weight_packed"], tensors["weight_signs"] = pack_digits(slots, 16, 2), pack_digits(signs, 2, 8)
         else:
             assert grid.levels
@@ -88,16 +87,16 @@ class Packed(Exporter):
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
         grid, kind = scheme.weights, packing(scheme.weights)
-        rows, columns = self._check(tensors, scheme)
+        columns = self._columns(tensors, scheme)
         packed = tensors["weight_packed"]
         if kind == "dense":
             codes = unpack(packed, grid.bits, columns)
         elif kind == "3:4":
             slots = unpack_digits(packed, 16, 2, columns // 4)
-            codes = unpack_quads(slots, unpack_digits(tensors["weight_signs"], 2, 8, columns // 4)).view(rows, columns)
+            codes = unpack_quads(slots, unpack_digits(tensors["weight_signs"], 2, 8, columns // 4))
         else:
             assert grid.levels
-            codes = from_index(unpack_digits(packed, *DIGITS[kind], columns), grid.levels)
+            codes = unpack_digits(packed, *DIGITS[kind], columns, grid.levels)
         return Quantized(scheme, codes, tensors["weight_scale"], tensors.get("weight_zero_point"))
 
     def config(self, schemes: Mapping[str, Scheme], ignore: Sequence[str]) -> dict[str, Any]:
@@ -118,24 +117,23 @@ class Packed(Exporter):
         groups = config.get("config_groups")
         if config.get("version") != VERSION or not isinstance(groups, dict):
             raise ModelError(992, _WHERE, f"is of version {config.get('version')!r:.50}, or has no config_groups; this reader knows version {VERSION}")
-        grids: dict[str, Scheme] = {}
+        parsed: list[tuple[set[str], Scheme]] = []
         for group in groups.values():
             targets, weights = (group.get("targets"), group.get("weights")) if isinstance(group, dict) else (None, None)
             if not isinstance(weights, dict) or not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
                 raise ModelError(993, _WHERE, "a config group is no object with a list of targets and weights")
-            scheme = _scheme(weights)
-            grids |= {target: scheme for target in targets if target not in grids}
+            parsed.append((set(targets), _scheme(weights)))
         found = {}
         for module, suffixes in modules.items():
             if self.scale_suffix in suffixes:
-                known = grids.get(module) or grids.get("Linear")
-                if known is None:
+                scheme = next((s for targets, s in parsed if targets & {module, "Linear"}), None)
+                if scheme is None:
                     raise ModelError(994, module, "is stored quantized, but no config group targets it")
-                found[module] = known
+                found[module] = scheme
         return found
 
-    def _check(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
-        """Shape of the weight, which all tensors (hostile input) must fit."""
+    def _columns(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> int:
+        """Columns of a weight, to whose shape all tensors (hostile input) must fit."""
         size = tensors.get("weight_shape")
         if size is None or tuple(size.shape) != (2,) or size.is_floating_point() or bool((size <= 0).any()):
             raise ModelError(995, "weight_shape", "does not say how many rows and columns are packed")
@@ -148,7 +146,7 @@ class Packed(Exporter):
             if tensor is None or tuple(tensor.shape) != spec.shape or kind not in (_SCALES if suffix == self.scale_suffix else (spec.dtype,)):
                 held = "missing" if tensor is None else f"{kind} {list(tensor.shape)}"
                 raise ModelError(997, suffix, f"is {held}, where {rows} x {columns} in {scheme.name} has {spec.dtype} {list(spec.shape)}")
-        return rows, columns
+        return columns
 
 
 def packing(grid: Grid) -> str:

@@ -51,7 +51,7 @@ def stq1_0(codes_N256: Tensor, scale_N: Tensor) -> Tensor:
     Raises:
         NumericError: not just one of the four is zero.
     """
-    slots, signs = pack_quads(_strided(codes_N256))
+    slots, signs = pack_quads(_strided(codes_N256).flatten(1))
     return _joined(pack_digits(slots, 16, 2), pack_digits(signs, 2, 8), scale_N)
 
 
