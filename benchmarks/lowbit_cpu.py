@@ -100,7 +100,7 @@ def write_gguf(path: Path, kind: str) -> None:
 
 def write_folder(folder: Path, layout: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    exporter = PluginHost().registry.exporters[layout]
+    exporter = PluginHost().registry.exporters[layout]()
     scheme = Scheme("seq2 g128", Grid(4, "int", "group", GROUP, scale_dtype="BF16", levels=LEVELS))
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     tensors = {"model.embed_tokens.weight": (torch.randn(VOCABULARY, HIDDEN) * 0.02).bfloat16(), "model.norm.weight": ones}

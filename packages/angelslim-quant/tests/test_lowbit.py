@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from angelslim_core.adapters import llama
+from angelslim_core.adapters.base import describe
 from angelslim_core.errors import ModelError
+from angelslim_core.loading import load_model
 from angelslim_core.packed import join
+from angelslim_core.packed_model import Linears, fill
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.kernels.available import lowbit_mma
 from angelslim_quant.kernels.int4_matmul import Packed4CPU
@@ -261,3 +265,28 @@ def test_a_cpu_reads_four_bits_and_a_tensor_has_one_scale():
         close(packed(x.bfloat16()).float(), x @ quantized.dequantize().T, 2e-2)
         close(LowBitLinear(quantized, None, torch.float32)(x), x @ quantized.dequantize().T, 1e-5)
     assert isinstance(pack_low(quantized), PackedLow)
+
+
+# models ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["seq2", "sherry"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_computes_what_the_dequantized_one_does(tiny, kind, dtype):
+    model = load_model(tiny("llama", dtype=str(dtype).removeprefix("torch.")), "cpu").model
+    weights = model.state_dict()
+    description = describe(llama.LAYOUTS[0], model.config.to_dict(), {n: tuple(t.shape) for n, t in weights.items()}, dict.fromkeys(weights, "F32"))
+    sites = [s for s in description.sites if s.layer is not None]
+    given = {s.name: made(kind, *s.shape, 64 if s.shape[1] % 64 == 0 else 32) for s in sites}
+    assert all(LowBitLinear.supports(q.scheme, tuple(q.codes.shape), dtype, "cpu") == (True, "") for q in given.values())
+    given = {n: replace(q, scale=(q.scale * 0.1).bfloat16().float()) for n, q in given.items()}  # a CPU's kernel rounds scales to BF16
+    with torch.no_grad():
+        for name, quantized in given.items():
+            model.get_submodule(name).weight.copy_(quantized.dequantize())
+        ids = torch.arange(2, 34)[None]
+        wanted = model(ids).logits.double()
+        said = fill(Linears(model, description), given.__getitem__, dict.fromkeys(given, LowBitLinear), dtype, "cpu")
+        found = model(ids).logits.double()
+    assert f"{len(sites)} linears packed" in said and all(isinstance(model.get_submodule(n), LowBitLinear) for n in given)
+    assert any(m.joined is not None for m in model.modules() if isinstance(m, LowBitLinear))
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < (0.05 if dtype == torch.bfloat16 else 1e-4)
