@@ -133,6 +133,72 @@ def test_triton_is_the_reference(kind, rows, outputs, inputs, group, half):
     close(LOWBIT_MATMUL(x, weight, bias, dtype=half), wanted, 4e-3)
 
 
+def run_ptx(text, operands, half):
+    """What the threads of a warp hold after a text of the few instructions there are; an operand is [32], by thread."""
+    values = {f"${i}": v for i, v in enumerate(operands)}
+    number = {"bf16": torch.bfloat16, "f16": torch.float16}[half]
+
+    def pairs(names):  # [32, 2 k] fp32
+        return torch.cat([values[n].int()[:, None].contiguous().view(number).float() for n in names], 1)
+
+    for line in text.strip("{}\n ").splitlines():
+        name, _, rest = line.rstrip(";").partition(" ")
+        args = [a.strip(" {}") for a in rest.split(",")]
+        if name == "mov.f32":
+            values[args[0]] = torch.zeros(32)
+        elif name == "shf.r.wrap.b32":
+            assert args[1] == args[2]
+            bits, by = values[args[1]].long() & 0xFFFFFFFF, int(args[3])
+            values[args[0]] = ((bits >> by | bits << (32 - by)) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+        elif name == "lop3.b32":
+            assert args[4] == "0xEA"
+            values[args[0]] = values[args[1]] & values[args[2]] | int(args[3], 16)
+        elif name.startswith("mma.sync.aligned.m16n8k16"):
+            assert name == f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32" and args[:4] == args[10:]
+            rows = [pairs([args[4 + r], args[6 + r]]).view(8, 16) for r in range(2)]  # of g: k by thread, in the order b has them too
+            columns = pairs(args[8:10]).view(8, 16)
+            for r in range(2):
+                sums = (rows[r] @ columns.T).view(32, 2)
+                for e in range(2):
+                    values[args[2 * r + e]] = values[args[2 * r + e]] + sums[:, e]
+        else:
+            assert name == ".reg", line
+    return values
+
+
+@pytest.mark.parametrize("half", ["bf16", "f16"])
+@pytest.mark.parametrize(("first", "halves", "passes", "words"), [(0, 2, 1, 4), (0, 2, 2, 1), (1, 1, 1, 4), (0, 1, 2, 2)])
+def test_the_text_of_ptx_is_the_product(half, first, halves, passes, words):
+    """Numbers are small and whole: nothing is rounded."""
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_matmul import _MASKS, _twice
+    from angelslim_quant.kernels.triton.lowbit_sums import _constant_ptx, _constraints, _ptx
+
+    dtype, inputs = {"bf16": BF16, "f16": FP16}[half], 2 * halves * words * passes
+    kind = "bf16" if half == "bf16" else "fp16"
+    held = torch.randint(-(2**31), 2**31 - 1, (words, 32), dtype=torch.int32)
+    x = torch.randint(-8, 9, (inputs, 32, 2)).to(dtype)
+    registers = [r.view(torch.int32)[:, 0] for r in x]
+    masks = [torch.full((32,), m, dtype=torch.int32) for m in _MASKS[kind]]
+    text = _ptx(kind, words, first, halves, passes)
+    found = run_ptx(text, [*torch.zeros(4 * passes, 32), *held, *masks, *registers], half)
+    assert _constraints(4 * passes, words + 2 + inputs).count("r") == words + 2 + inputs
+    constants = [torch.full((32,), _twice(-at - 1.5, dtype), dtype=torch.int32) for at in (4, 16)]
+    for p in range(passes):
+        own = range(p * inputs // passes, (p + 1) * inputs // passes)
+        taken = run_ptx(_constant_ptx(kind, len(own)), [*torch.zeros(2, 32), *constants, *(registers[i] for i in own)], half)
+        wanted = torch.zeros(2, 8, 8)  # r, output g, row n
+        for at, i in enumerate(own):
+            word, m, k = at // (2 * halves), first + at // 2 % halves, at % 2
+            for h in range(2):
+                spot = [place(r, 4 * m + 2 * k + h) for r in range(2)]
+                codes = torch.stack([(held[word] >> s & 1) + 2 * (held[word] >> (s + 1) % 32 & 1) - 1.5 for s in spot])
+                wanted += torch.einsum("rgq,nq->rgn", codes.view(2, 8, 4), x[i, :, h].float().view(8, 4))
+        for r in range(2):
+            for e in range(2):
+                assert (found[f"${4 * p + 2 * r + e}"] + taken[f"${e}"]).view(8, 4).equal(wanted[r, :, e::2])
+
+
 def test_sums_do_not_lose_small_outputs_to_what_codes_read_as():
     """Codes read 4 or 16 more than they are: outputs that these would swamp are what the reference gives."""
     pytest.importorskip("triton")
