@@ -31,7 +31,7 @@ class Clock(BaseStreamer):
 
 def main() -> None:
     given = arguments()
-    loaded = load_model(given.model, "cpu")
+    loaded = load_model(given.model, "cpu", packed=given.packed or "auto")
 
     def run(prompts: Prompts, n: int) -> list[float]:
         clock, ids = Clock(), torch.tensor(prompts)

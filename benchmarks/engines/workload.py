@@ -19,6 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("model", help="folder")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--packed", action="store_true", help="run linears packed wherever it is possible, also where that is not faster")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--new", type=int, default=32, help="steps of decoding after the first token")
     return parser.parse_args()

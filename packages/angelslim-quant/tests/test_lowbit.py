@@ -5,8 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from angelslim_core.adapters import llama
+from angelslim_core.adapters.base import describe
 from angelslim_core.errors import ModelError
+from angelslim_core.loading import load_model
 from angelslim_core.packed import join
+from angelslim_core.packed_model import Linears, fill
 from angelslim_core.schemes import Grid, Quantized, Scheme
 from angelslim_quant.kernels.available import lowbit_mma
 from angelslim_quant.kernels.int4_matmul import Packed4CPU
@@ -127,6 +131,72 @@ def test_triton_is_the_reference(kind, rows, outputs, inputs, group, half):
         close(widen(moved(weight), half), unpack_low(weight, half), step)
     assert LOWBIT_MATMUL.choose(x, weight, bias, dtype=half).name == "torch"
     close(LOWBIT_MATMUL(x, weight, bias, dtype=half), wanted, 4e-3)
+
+
+def run_ptx(text, operands, half):
+    """What the threads of a warp hold after a text of the few instructions there are; an operand is [32], by thread."""
+    values = {f"${i}": v for i, v in enumerate(operands)}
+    number = {"bf16": torch.bfloat16, "f16": torch.float16}[half]
+
+    def pairs(names):  # [32, 2 k] fp32
+        return torch.cat([values[n].int()[:, None].contiguous().view(number).float() for n in names], 1)
+
+    for line in text.strip("{}\n ").splitlines():
+        name, _, rest = line.rstrip(";").partition(" ")
+        args = [a.strip(" {}") for a in rest.split(",")]
+        if name == "mov.f32":
+            values[args[0]] = torch.zeros(32)
+        elif name == "shf.r.wrap.b32":
+            assert args[1] == args[2]
+            bits, by = values[args[1]].long() & 0xFFFFFFFF, int(args[3])
+            values[args[0]] = ((bits >> by | bits << (32 - by)) & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+        elif name == "lop3.b32":
+            assert args[4] == "0xEA"
+            values[args[0]] = values[args[1]] & values[args[2]] | int(args[3], 16)
+        elif name.startswith("mma.sync.aligned.m16n8k16"):
+            assert name == f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32" and args[:4] == args[10:]
+            rows = [pairs([args[4 + r], args[6 + r]]).view(8, 16) for r in range(2)]  # of g: k by thread, in the order b has them too
+            columns = pairs(args[8:10]).view(8, 16)
+            for r in range(2):
+                sums = (rows[r] @ columns.T).view(32, 2)
+                for e in range(2):
+                    values[args[2 * r + e]] = values[args[2 * r + e]] + sums[:, e]
+        else:
+            assert name == ".reg", line
+    return values
+
+
+@pytest.mark.parametrize("half", ["bf16", "f16"])
+@pytest.mark.parametrize(("first", "halves", "passes", "words"), [(0, 2, 1, 4), (0, 2, 2, 1), (1, 1, 1, 4), (0, 1, 2, 2)])
+def test_the_text_of_ptx_is_the_product(half, first, halves, passes, words):
+    """Numbers are small and whole: nothing is rounded."""
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_matmul import _MASKS, _twice
+    from angelslim_quant.kernels.triton.lowbit_sums import _constant_ptx, _constraints, _ptx
+
+    dtype, inputs = {"bf16": BF16, "f16": FP16}[half], 2 * halves * words * passes
+    kind = "bf16" if half == "bf16" else "fp16"
+    held = torch.randint(-(2**31), 2**31 - 1, (words, 32), dtype=torch.int32)
+    x = torch.randint(-8, 9, (inputs, 32, 2)).to(dtype)
+    registers = [r.view(torch.int32)[:, 0] for r in x]
+    masks = [torch.full((32,), m, dtype=torch.int32) for m in _MASKS[kind]]
+    text = _ptx(kind, words, first, halves, passes)
+    found = run_ptx(text, [*torch.zeros(4 * passes, 32), *held, *masks, *registers], half)
+    assert _constraints(4 * passes, words + 2 + inputs).count("r") == words + 2 + inputs
+    constants = [torch.full((32,), _twice(-at - 1.5, dtype), dtype=torch.int32) for at in (4, 16)]
+    for p in range(passes):
+        own = range(p * inputs // passes, (p + 1) * inputs // passes)
+        taken = run_ptx(_constant_ptx(kind, len(own)), [*torch.zeros(2, 32), *constants, *(registers[i] for i in own)], half)
+        wanted = torch.zeros(2, 8, 8)  # r, output g, row n
+        for at, i in enumerate(own):
+            word, m, k = at // (2 * halves), first + at // 2 % halves, at % 2
+            for h in range(2):
+                spot = [place(r, 4 * m + 2 * k + h) for r in range(2)]
+                codes = torch.stack([(held[word] >> s & 1) + 2 * (held[word] >> (s + 1) % 32 & 1) - 1.5 for s in spot])
+                wanted += torch.einsum("rgq,nq->rgn", codes.view(2, 8, 4), x[i, :, h].float().view(8, 4))
+        for r in range(2):
+            for e in range(2):
+                assert (found[f"${4 * p + 2 * r + e}"] + taken[f"${e}"]).view(8, 4).equal(wanted[r, :, e::2])
 
 
 def test_sums_do_not_lose_small_outputs_to_what_codes_read_as():
@@ -261,3 +331,28 @@ def test_a_cpu_reads_four_bits_and_a_tensor_has_one_scale():
         close(packed(x.bfloat16()).float(), x @ quantized.dequantize().T, 2e-2)
         close(LowBitLinear(quantized, None, torch.float32)(x), x @ quantized.dequantize().T, 1e-5)
     assert isinstance(pack_low(quantized), PackedLow)
+
+
+# models ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["seq2", "sherry"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_computes_what_the_dequantized_one_does(tiny, kind, dtype):
+    model = load_model(tiny("llama", dtype=str(dtype).removeprefix("torch.")), "cpu").model
+    weights = model.state_dict()
+    description = describe(llama.LAYOUTS[0], model.config.to_dict(), {n: tuple(t.shape) for n, t in weights.items()}, dict.fromkeys(weights, "F32"))
+    sites = [s for s in description.sites if s.layer is not None]
+    given = {s.name: made(kind, *s.shape, 64 if s.shape[1] % 64 == 0 else 32) for s in sites}
+    assert all(LowBitLinear.supports(q.scheme, tuple(q.codes.shape), dtype, "cpu") == (True, "") for q in given.values())
+    given = {n: replace(q, scale=(q.scale * 0.1).bfloat16().float()) for n, q in given.items()}  # a CPU's kernel rounds scales to BF16
+    with torch.no_grad():
+        for name, quantized in given.items():
+            model.get_submodule(name).weight.copy_(quantized.dequantize())
+        ids = torch.arange(2, 34)[None]
+        wanted = model(ids).logits.double()
+        said = fill(Linears(model, description), given.__getitem__, dict.fromkeys(given, LowBitLinear), dtype, "cpu")
+        found = model(ids).logits.double()
+    assert f"{len(sites)} linears packed" in said and all(isinstance(model.get_submodule(n), LowBitLinear) for n in given)
+    assert any(m.joined is not None for m in model.modules() if isinstance(m, LowBitLinear))
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < (0.05 if dtype == torch.bfloat16 else 1e-4)

@@ -3,6 +3,7 @@
 A code at the upper end of a mantissa of fp32 reads as the code and 4, 16, 64 or 256, by its place; these are taken off with the zero.
 """
 # ruff: noqa: RUF005  (Triton compiles no unpacking)
+# mypy: disable-error-code="assignment"
 
 from typing import TYPE_CHECKING
 
