@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -386,6 +387,7 @@ def start(processes, model, out, stop_at=-1):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (out.parent / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     command = [sys.executable, __file__, str(model), str(out), str(stop_at)]
     running = [subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
     return [process.wait(timeout=240) for process in running]
@@ -397,6 +399,8 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path):
     assert start(2, model, tmp_path / "two") == [0, 0]
     one, two = logits(tmp_path / "one"), logits(tmp_path / "two")
     assert torch.allclose(one, two, atol=1e-3 * float(one.abs().max()))
+    evaluation = json.loads((tmp_path / "two/angelslim/metrics.json").read_text())["evaluation"]
+    assert 0 < evaluation["kl"] < 0.01  # to the model as it was before training
     assert validate(tmp_path / "two", model)["ok"] and not (tmp_path / ".two.angelslim").exists()
 
 
@@ -411,4 +415,6 @@ def test_a_killed_training_goes_on(tiny, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     seen["error"] = None
-    run(sys.argv[1], sys.argv[2], {"use": "quant.rotate"}, "toy.int4", {"use": "toy.distill", "with": {"stop_at": int(sys.argv[3])}})
+    text = {"text": str(Path(sys.argv[2]).parent / "text.txt"), "windows": 2, "length": 32}
+    steps = [{"use": "quant.rotate"}, "toy.int4", {"use": "toy.distill", "with": {"stop_at": int(sys.argv[3])}}]
+    run(sys.argv[1], Path(sys.argv[2]), *steps, recipe={"eval": text})
