@@ -9,15 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import angelslim_quant.plugin as quant
-from angelslim_core import Grid, ModelPass, PassConfig, PluginHost, Quantized, Scheme, TrainedPass, compress, hookimpl
+from angelslim_core import Grid, ModelPass, PassConfig, PluginHost, Quantized, Scheme, TensorPass, TrainedPass, compress, hookimpl
 from angelslim_core.errors import AngelslimError, ModelError, NumericError, PlanError, StoppedError
 from angelslim_core.fake_quant import FakeQuantizer, placed, read_trained, rounding_off, set_progress, write_trained
 from angelslim_core.loading import load_model
@@ -87,6 +88,15 @@ class Silent(Biased):
     adds_bias = False
 
 
+class Double(TensorPass):
+    """Doubles weights."""
+
+    id = "toy.double"
+
+    def apply(self, weights, context):
+        return {site: weight * 2 for site, weight in weights.items()}
+
+
 class Distill(ModelPass):
     """Makes logits what they were without rounding."""
 
@@ -149,7 +159,7 @@ class Shift(ModelPass):
 
 @hookimpl
 def angelslim_register_passes():
-    return [Int4, Biased, Silent, Distill, Shift]
+    return [Int4, Biased, Silent, Double, Distill, Shift]
 
 
 def run(model, out, *steps, **options):
@@ -280,6 +290,7 @@ def test_what_training_does_not_touch_is_kept(tiny_copy, tmp_path):
         ("llama", ["toy.distill", "quant.rotate", "toy.distill"], "AS-PLN-981", "before or after"),
         ("llama", ["toy.int4", "toy.distill", "quant.int8_dynamic"], "AS-PLN-008", "disjoint"),
         ("llama", ["toy.int4", "toy.int4", "toy.distill"], "AS-PLN-008", "disjoint"),
+        ("llama", ["toy.int4", "toy.distill", "toy.double"], "AS-PLN-982", "disjoint"),
         ("llama", ["quant.int8_dynamic", "toy.distill"], "AS-PLN-006", ""),
         ("qwen3_moe", ["toy.int4", "toy.distill"], "AS-PLN-983", "experts"),
         ("llama", [{"use": "toy.int4", "targets": ["head"]}, "toy.distill"], "AS-PLN-984", "ignore"),
@@ -290,12 +301,35 @@ def test_recipes_that_cannot_be_trained(tiny_copy, tmp_path, architecture, steps
     model = tiny_copy(architecture, tie_word_embeddings=architecture == "llama")
     if architecture == "llama":  # a head that is stored, and tied
         tensors = load_file(model / "model.safetensors")
-        from safetensors.torch import save_file
-
         save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PlanError) as caught:
         run(model, tmp_path / "o", *steps)
     assert caught.value.code == code and hint in (caught.value.hint or "")
+
+
+def test_linears_of_two_dtypes(tiny_copy):
+    """Scales would be stored in one, and trained in the other."""
+    model = tiny_copy()
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].float()}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PlanError, match="is stored in BF16, and the model is trained in F32") as caught:
+        run(model, None, "toy.int4", "toy.distill")
+    assert caught.value.code == "AS-PLN-985"
+    assert run(model, None, {"use": "toy.int4", "targets": ["layers[1:2].down"]}, "toy.distill").plan.schemes
+
+
+def test_a_calibrated_step_after_training(tiny, tmp_path):
+    """Its sweep runs over the trained weights, and stores the codes that training left."""
+    model = tiny()
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    calibration = {"data": str(tmp_path / "text.txt"), "samples": 4, "tokens": 16}
+    run(model, tmp_path / "plain", "toy.int4", "toy.distill")
+    run(model, tmp_path / "o", "toy.int4", "toy.distill", "quant.kv_fp8", recipe={"calibration": calibration})
+    before, after = load_file(tmp_path / "plain/model.safetensors"), load_file(tmp_path / "o/model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert {name.rpartition(".")[2] for name in after.keys() - before.keys()} == {"k_scale", "v_scale"}
+    assert validate(tmp_path / "o", model)["ok"]
 
 
 def test_a_bias_that_a_pass_does_not_announce(tiny):
@@ -386,6 +420,7 @@ def start(processes, model, out, stop_at=-1):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    (out.parent / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     command = [sys.executable, __file__, str(model), str(out), str(stop_at)]
     running = [subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)]
     return [process.wait(timeout=240) for process in running]
@@ -397,6 +432,8 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path):
     assert start(2, model, tmp_path / "two") == [0, 0]
     one, two = logits(tmp_path / "one"), logits(tmp_path / "two")
     assert torch.allclose(one, two, atol=1e-3 * float(one.abs().max()))
+    evaluation = json.loads((tmp_path / "two/angelslim/metrics.json").read_text())["evaluation"]
+    assert 0 < evaluation["kl"] < 0.01  # to the model as it was before training
     assert validate(tmp_path / "two", model)["ok"] and not (tmp_path / ".two.angelslim").exists()
 
 
@@ -411,4 +448,6 @@ def test_a_killed_training_goes_on(tiny, tmp_path):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     seen["error"] = None
-    run(sys.argv[1], sys.argv[2], {"use": "quant.rotate"}, "toy.int4", {"use": "toy.distill", "with": {"stop_at": int(sys.argv[3])}})
+    text = {"text": str(Path(sys.argv[2]).parent / "text.txt"), "windows": 2, "length": 32}
+    steps = [{"use": "quant.rotate"}, "toy.int4", {"use": "toy.distill", "with": {"stop_at": int(sys.argv[3])}}]
+    run(sys.argv[1], Path(sys.argv[2]), *steps, recipe={"eval": text})

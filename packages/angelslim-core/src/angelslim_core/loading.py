@@ -18,6 +18,7 @@ from .errors import ModelError
 from .io.strict_json import read_json
 from .model import auto_class, decoder_layers, sanitized
 from .packed_model import Linears, choose_packed, fill, with_holes
+from .parallel import is_joined
 from .passes import RuntimePass
 from .plugins import OFFICIAL, PluginHost
 from .records import RECORDS, plugins_hint
@@ -117,6 +118,8 @@ def reads_natively(source: Source, description: Description) -> bool:
     if source.exporter is None:
         return True
     if source.transforms:  # 5.23 with compressed-tensors 0.20 leaves them out without a word
+        return False
+    if is_joined():  # compressed-tensors 0.20 shares the work with the other processes, which load nothing
         return False
     if any(s.expert is not None and s.name in source.quantized for s in description.sites):
         return False

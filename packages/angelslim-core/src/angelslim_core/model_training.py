@@ -181,7 +181,6 @@ def _place(pass_: TrainedPass, sites: Sequence[Site], linears: Linears) -> None:
 
 def _taken_out(steps: Sequence[Step], linears: Linears, biases: Mapping[str, str]) -> dict[str, Quantized]:
     """Make all linears plain again, with the rounded weights; their codes by name, on the CPU."""
-    import torch
     from torch import nn
 
     from .fake_quant import FakeQuantizedLinear, remove
@@ -193,10 +192,9 @@ def _taken_out(steps: Sequence[Step], linears: Linears, biases: Mapping[str, str
             assert isinstance(linear, FakeQuantizedLinear), f"{site.name}: a model pass has taken its quantizer out"
             before = linear.weight.detach().clone()
             quantized = remove(linear)
-            parts: dict[str, Any] = {name: t.cpu() for name, t in vars(quantized).items() if isinstance(t, torch.Tensor)}
             # the stored weight is what the next steps read: its distance from what was trained is known here only
             numbers = {"sqnr_db": sqnr_db(before, quantized), **quantized.numbers}
-            found[site.name] = replace(quantized, **parts, numbers=numbers)
+            found[site.name] = replace(quantized.to("cpu"), numbers=numbers)
     for name in biases:
         linear = linears(name.removesuffix(".bias"))
         assert isinstance(linear, nn.Linear)

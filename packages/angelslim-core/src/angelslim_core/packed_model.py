@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .adapters.base import Description
@@ -128,7 +127,7 @@ def fill(
     counts: Counter[str] = Counter()
     layers: dict[int, SharedInput] = {}
     for names in _together(linears.description, classes):
-        made = [classes[n](_moved(read(n), device), linears(n).bias, dtype) for n in names]  # type: ignore[arg-type]
+        made = [classes[n](read(n).to(device), linears(n).bias, dtype) for n in names]  # type: ignore[arg-type]
         joined = join(made)
         layer = linears.sites[names[0]].layer
         for name, linear in zip(names, made, strict=True):
@@ -173,11 +172,3 @@ def _normed(linears: Linears, classes: Mapping[str, type[PackedLinear]]) -> Iter
         readers = [inside[layer][r] for r in feed.readers if r in inside[layer]]
         if readers and all(s.name in classes and s.expert is None for s in readers):
             yield linears.layers[layer].get_submodule(feed.source), [linears(s.name) for s in readers]
-
-
-def _moved(quantized: Quantized, device: str) -> Quantized:
-    moved = replace(quantized, codes=quantized.codes.to(device), scale=quantized.scale.to(device))
-    for name in ("zero_point", "input_scale", "global_scale"):
-        tensor = getattr(moved, name)
-        setattr(moved, name, None if tensor is None else tensor.to(device))
-    return moved

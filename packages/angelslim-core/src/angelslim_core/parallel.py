@@ -164,6 +164,13 @@ def of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
+def is_joined() -> bool:
+    """Whether this process is connected with others."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def is_first() -> bool:
     """Whether this process speaks for the run."""
     return not of_several() or os.environ["RANK"] == "0"

@@ -256,7 +256,7 @@ class TrainedPass(TensorPass):
         from .fake_quant import read_trained
 
         schemes = {site: self.scheme(site) for site in weights}
-        return {site: read_trained(context.workdir, site.name, scheme) for site, scheme in schemes.items() if scheme is not None}
+        return {s: read_trained(context.workdir, s.name, scheme).to(weights[s].device) for s, scheme in schemes.items() if scheme is not None}
 
 
 class ModelPass(Pass):

@@ -153,6 +153,11 @@ class Quantized:
             found[rows] = self.rows(rows)._values()
         return found
 
+    def to(self, device: torch.device | str) -> Quantized:
+        """It with its tensors on a device."""
+        names = ("codes", "scale", "zero_point", "input_scale", "global_scale")
+        return replace(self, **{name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None})
+
     def rows(self, rows: slice) -> Quantized:
         """These rows of it; blocks are not divided (see `pieces`)."""
         grid = self.scheme.weights
