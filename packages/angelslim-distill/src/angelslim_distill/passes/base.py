@@ -91,7 +91,7 @@ class Distilling(ModelPass):
             if config.cache is not None:
                 self._check_cache()
             if not config.data.is_file():
-                raise RecipeError(918, str(config.data), "is no file" if config.data.exists() else "does not exist", "set data")
+                raise RecipeError(919, str(config.data), "is no file" if config.data.exists() else "does not exist", "set data")
             if config.teacher is not None:
                 check_tokenizer(config.teacher, load_tokenizer(checkpoint.folder))
         except AngelslimError as error:
