@@ -97,11 +97,8 @@ def loadings(features: Tensor, components: int) -> Tensor:
         basis = torch.linalg.qr(centred @ _start(width, components, features.device)).Q
         for _ in range(2):
             basis = torch.linalg.qr(centred @ (centred.T @ basis)).Q
-        # left singular vectors of a wide matrix, from its C x C products in FP64
-        inside = (basis.T @ centred).double()
-        squares, vectors = torch.linalg.eigh(inside @ inside.T)
-        values, inner = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-        left = basis @ inner.float()
+        inner, values, _ = torch.linalg.svd(basis.T @ centred, full_matrices=False)
+        left = basis @ inner
     return (left.abs() * (values > 1e-5 * values[0])).float()  # where nothing varies, components are anything
 
 
