@@ -47,3 +47,19 @@ def test_rounds_end_where_as_many_are_left_as_wanted():
         goings = rounds(counts, wanted, step)
         assert [sum(of) for of in zip(*goings, strict=True)] == ([n - k if k else 0 for n, k in zip(counts, wanted, strict=True)] if goings else [])
         assert all(0 <= gone <= step for going in goings for gone in going)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_what_is_left_on_a_gpu():
+    """The reference's tokens where cosines are told apart; 99 in 100 where they are drawn, as a near tie changes which are held against which."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.eye(64, 512)[torch.arange(600) % 64][None].repeat(2, 1, 1).cuda().bfloat16()
+    tokens = torch.arange(600).repeat(2, 1).cuda()
+    for wanted in ((100, 300), (7, 0)):
+        found, exact = (DISTINCT(x, tokens, (600, 600), (600, 600), wanted, 8, executor=name) for name in ("triton", "reference"))
+        assert found.tolist() == exact.tolist()
+    x = torch.randn(1, 2048, 1024, generator=generator).cuda().bfloat16()
+    tokens = torch.arange(0, 2048).cuda()[None]
+    found, exact = (set(DISTINCT(x, tokens, (2048,), (2048,), (512,), 8, executor=name)[0].tolist()) for name in ("triton", "reference"))
+    assert len(found) == 512 and len(found & exact) >= 507

@@ -227,9 +227,7 @@ def cosines(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
-    batch, tokens, _ = features.shape
-    device = features.device
-    on = [of_host(values, device, torch.int32) for values in (counts, ks)]
+    on = [of_host(values, features.device, torch.int32) for values in (counts, ks)]
     gram, inverse = cosines(features, on[0])
     return Picks(by_rule("relevance", gram, importance, *on, max(ks), lam, parallel_k), _finite(inverse, importance))
 
