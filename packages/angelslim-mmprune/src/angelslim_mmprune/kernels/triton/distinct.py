@@ -16,7 +16,7 @@ from ..distinct import rounds
 from .mmr import _key, cosines, held_by
 
 # tokens of a program of `_near`, and tokens between that it looks at at a time
-ROWS, COLUMNS = 16, 128
+ROWS, COLUMNS = 8, 256
 
 
 @triton.jit(do_not_specialize=["turn"])

@@ -102,16 +102,16 @@ def picks(features: Tensor, weight: Tensor, counts: Sequence[int], ks: Sequence[
     orders = []
     with torch.cuda.device_of(features):
         for b in range(0, len(features), together):
-            on = [of_host(values[b : b + together], features.device, torch.int32) for values in (counts, ks)]
-            gram, _ = cosines(features[b : b + together], on[0])
-            orders.append(_by_cosines(gram, weight[b : b + together], *on, most, rule, strength))
+            on_counts, on_ks = (of_host(values[b : b + together], features.device, torch.int32) for values in (counts, ks))
+            gram, _ = cosines(features[b : b + together], on_counts)
+            orders.append(_by_cosines(gram, weight[b : b + together], on_counts, on_ks, most, rule, strength))
     return stacked(orders, most)
 
 
 def _by_cosines(gram: Tensor, weight: Tensor, counts: Tensor, ks: Tensor, most: int, rule: Rule, strength: float) -> Tensor:
     batch, tokens, stride = gram.shape
     if rule == "damped":
-        return by_rule("damped", gram, weight, counts, ks, most, strength)
+        return by_rule("damped", gram, weight, counts, ks, most, float(strength))
     covering = rule != "apart"
     first = torch.empty(batch, tokens, dtype=torch.int64 if covering else torch.float32, device=gram.device)
     _first[(tokens, batch)](gram, first, counts, tokens, stride, COVERING=covering, GRID=GRID, BN=min(1024, triton.next_power_of_2(tokens)), num_warps=4)

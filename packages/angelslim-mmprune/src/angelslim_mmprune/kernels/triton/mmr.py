@@ -227,9 +227,9 @@ def cosines(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
-    on = [of_host(values, features.device, torch.int32) for values in (counts, ks)]
-    gram, inverse = cosines(features, on[0])
-    return Picks(by_rule("relevance", gram, importance, *on, max(ks), lam, parallel_k), _finite(inverse, importance))
+    on_counts, on_ks = (of_host(values, features.device, torch.int32) for values in (counts, ks))
+    gram, inverse = cosines(features, on_counts)
+    return Picks(by_rule("relevance", gram, importance, on_counts, on_ks, max(ks), lam, parallel_k), _finite(inverse, importance))
 
 
 def by_rule(rule: str, gram: Tensor, weight: Tensor, counts: Tensor, ks: Tensor, most: int, lam: float, parallel_k: int = 1) -> Tensor:
