@@ -13,6 +13,7 @@ from angelslim_core.context import Progress, silent
 from angelslim_core.errors import AngelslimError
 from angelslim_core.products import products
 
+from .budget import keep_count
 from .candidates import Candidate
 from .plan import Grid, Need, Pool
 from .timing import peak_mib, timed
@@ -85,7 +86,7 @@ def selection(
             for candidate in chosen:
                 strategy = candidate.strategy.at_depth(_LAYERS)
                 share = strategy.stages[0].share
-                kept = strategy.count(tokens) if share is None else max(1, round(share * tokens))
+                kept = strategy.count(tokens) if share is None else keep_count(tokens, share, strategy.compat)
                 pool = drawn(tokens, width, strategy, batch, device)
 
                 def plan(strategy: Strategy = strategy, pool: Pool = pool, kept: int = kept) -> None:

@@ -5,7 +5,7 @@ Shapes: P pools, N tokens of the largest, K kept ones of the one that keeps most
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -94,24 +94,3 @@ def kept(chosen: Tensor, keep: Sequence[int]) -> Tensor:
     tokens = chosen.shape[1]
     places = torch.arange(tokens, device=chosen.device)
     return ascending(torch.where(chosen, places, -1), tokens)[:, : max(keep, default=0)]
-
-
-def one_by_one(valid: Tensor, keep: Sequence[int], scores: Tensor, after: Callable[[Tensor], Tensor]) -> Tensor:
-    """Greedy picks: bool [P, N] that holds exactly `keep` tokens of each pool; the largest score wins, of equal ones the first.
-
-    Args:
-        scores: [P, N], of the first pick.
-        after: the scores of the next, given the pick [P] of each pool; that of a pool that has enough already counts for nothing.
-    """
-    free, chosen = valid.clone(), torch.zeros_like(valid)
-    pools = torch.arange(len(valid), device=valid.device)
-    wanted = of_host(keep, valid.device)
-    steps = max(keep, default=0)
-    for step in range(steps):
-        picked = scores.masked_fill(~free, -torch.inf).argmax(1)
-        active = step < wanted
-        chosen[pools, picked] |= active
-        free[pools, picked] &= ~active
-        if step < steps - 1:
-            scores = after(picked)
-    return chosen

@@ -30,11 +30,13 @@ def angelslim_register_passes() -> list[type[Pass]]:
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
     from .dpp import DPP
+    from .kernels.distinct import DISTINCT
+    from .kernels.greedy import GREEDY
     from .kernels.mmr import MMR
     from .kernels.received import LSE, RECEIVED
     from .merging import SAMP_GROUPS, SAMP_MERGE
 
-    return [MMR, DPP, SAMP_GROUPS, SAMP_MERGE, LSE, RECEIVED]
+    return [MMR, GREEDY, DISTINCT, DPP, SAMP_GROUPS, SAMP_MERGE, LSE, RECEIVED]
 
 
 @hookimpl

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from ..picking import Cosines, check_finite, kept, one_by_one, unit
+from ..dpp import ascending
+from ..kernels.greedy import GREEDY
+from ..picking import check_finite
 from ..plan import Plan, Pool
 from .base import Modality, Strategy
 
@@ -24,13 +25,6 @@ class DivPrune(Strategy):
     modalities: ClassVar[frozenset[Modality]] = frozenset({"vision", "audio"})
 
     def plan(self, pool: Pool, keep: Sequence[int]) -> Plan:
-        cosines = Cosines(unit(pool.features, pool.valid))
-        closest = torch.full_like(cosines.rows[..., 0], -1)  # [P, N]: cosine to the nearest kept token
-
-        def after(token: Tensor) -> Tensor:
-            torch.maximum(closest, cosines.of(token), out=closest)
-            return -closest
-
-        chosen = one_by_one(pool.valid, keep, -cosines.nearest(pool.valid), after)
+        order = GREEDY(pool.features, pool.features.new_zeros(pool.features.shape[:2], dtype=torch.float32), pool.counts, keep, "apart")
         check_finite(pool)
-        return Plan(kept(chosen, keep))
+        return Plan(ascending(order, pool.features.shape[1]))

@@ -12,9 +12,10 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from ..picking import LAYER_MEANING, Cosines, check_finite, kept, of_layer, one_by_one, unit
+from ..dpp import ascending
+from ..kernels.greedy import GREEDY
+from ..picking import LAYER_MEANING, check_finite, of_layer
 from ..plan import Need, Plan, Pool
 from .base import Modality, Strategy
 
@@ -40,15 +41,6 @@ class IDSelection(Strategy):
         least = attention.masked_fill(~pool.valid, torch.inf).amin(1, keepdim=True)
         spread = attention.masked_fill(~pool.valid, -torch.inf).amax(1, keepdim=True) - least
         importance = torch.where(spread > 0, (attention - least) / spread, 1)  # all alike: all of full weight, so that distance decides
-        left = importance.clone()
-        cosines = Cosines(unit(pool.features, pool.valid))
-        pools = torch.arange(len(left), device=left.device)
-
-        def after(token: Tensor) -> Tensor:
-            damping = torch.exp(-self.gamma * (1 - cosines.of(token)).clamp(min=0) ** 2)
-            left.sub_(damping * left[pools, token][:, None]).clamp_(min=0)
-            return torch.where(left > 0, left, importance - 1)
-
-        chosen = one_by_one(pool.valid, keep, importance, after)
+        order = GREEDY(pool.features, importance, pool.counts, keep, "damped", self.gamma)
         check_finite(pool, attention)
-        return Plan(kept(chosen, keep))
+        return Plan(ascending(order, pool.features.shape[1]))

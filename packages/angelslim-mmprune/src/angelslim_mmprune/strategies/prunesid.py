@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate
 from typing import ClassVar, Literal
 
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from ..budget import Scope
 from ..picking import LAYER_MEANING, check_finite, kept, of_layer, unit
-from ..plan import Need, Plan, Pool
+from ..plan import Need, Plan, Pool, of_host
 from .base import Modality, Strategy
 
 # up to so many tokens, or so wide features, components are exact; above, of a subspace iteration from a fixed start
 EXACT = 1024
+# in which tokens are settled before the host waits to hear whether all are
+ROUNDS = 4
 
 
 class PruneSID(Strategy):
@@ -70,11 +73,12 @@ class PruneSID(Strategy):
         order = torch.argsort(score, descending=True, stable=True)
         order = order[torch.argsort((~passed[order]).long(), stable=True)]
         order = order[torch.argsort(group[order], stable=True)]
-        counts = torch.bincount(group, minlength=load.shape[1])
-        shares = shared(counts.tolist(), torch.bincount(group[passed], minlength=load.shape[1]).tolist(), keep)
+        counts = group.new_zeros(load.shape[1]).scatter_add_(0, group, torch.ones_like(group))
+        own, stayed = torch.stack([counts, torch.zeros_like(counts).scatter_add_(0, group, passed.long())]).tolist()  # one wait
+        shares = shared(own, stayed, keep)
         place = torch.arange(tokens, device=order.device) - (counts.cumsum(0) - counts)[group[order]]
         chosen = torch.zeros(tokens, dtype=torch.bool, device=order.device)
-        chosen[order] = place < torch.tensor(shares, device=order.device)[group[order]]
+        chosen[order] = place < of_host(shares, order.device)[group[order]]
         return chosen
 
 
@@ -90,8 +94,7 @@ def loadings(features: Tensor, components: int) -> Tensor:
         values, vectors = values.flip(0)[:components].clamp(min=0).sqrt(), vectors.flip(1)[:, :components]
         left = vectors if tokens <= width else centred @ vectors / values.clamp(min=1e-30)
     else:
-        start = torch.randn(width, components, generator=torch.Generator().manual_seed(0)).to(centred)
-        basis = torch.linalg.qr(centred @ start).Q
+        basis = torch.linalg.qr(centred @ _start(width, components, features.device)).Q
         for _ in range(2):
             basis = torch.linalg.qr(centred @ (centred.T @ basis)).Q
         inner, values, _ = torch.linalg.svd(basis.T @ centred, full_matrices=False)
@@ -99,10 +102,17 @@ def loadings(features: Tensor, components: int) -> Tensor:
     return (left.abs() * (values > 1e-5 * values[0])).float()  # where nothing varies, components are anything
 
 
+@lru_cache(maxsize=4)
+def _start(width: int, components: int, device: torch.device) -> Tensor:
+    """Where a subspace iteration starts; drawn on the host, which takes longer than the iteration's products do on a GPU."""
+    with torch.inference_mode(False):
+        return torch.randn(width, components, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def _passed(alike: Tensor, score: Tensor) -> Tensor:
     """Which of N tokens are not suppressed: by score, equal ones by number, each that is like none which passed before it.
 
-    A token is settled as soon as all that are like it and come before it are; all tokens are looked at in each round.
+    A token is settled as soon as all that are like it and come before it are; all tokens are looked at in each round, of which one more changes nothing.
     """
     place = torch.empty_like(score, dtype=torch.int64)
     place[torch.argsort(score, descending=True, stable=True)] = torch.arange(len(score), device=score.device)
@@ -110,8 +120,9 @@ def _passed(alike: Tensor, score: Tensor) -> Tensor:
     passed = torch.zeros_like(score, dtype=torch.bool)
     gone = torch.zeros_like(passed)
     while not bool((passed | gone).all()):
-        passed |= ~gone & ~(before & ~gone).any(1)
-        gone |= (before & passed).any(1)
+        for _ in range(ROUNDS):
+            passed |= ~gone & ~(before & ~gone).any(1)
+            gone |= (before & passed).any(1)
     return passed
 
 

@@ -94,26 +94,42 @@ def _cosines(high, low, inverse, gram, counts, tokens, stride, width, SPLIT: tl.
 
 
 @triton.jit
-def _picks(gram, importance, counts, ks, order, tokens, stride, most, lam, rest, parallel_k, BN: tl.constexpr):
-    """All picks of a sample; a pick is a maximum over the program and the load of a row."""
+def _picks(
+    gram, importance, counts, ks, order, tokens, stride, most, lam, rest, parallel_k, RULE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """All picks of a sample; a pick is a maximum over the program and the load of a row.
+
+    What a rule keeps of a token is its `state`: of "relevance" the cosine to its nearest pick; of "damped", whose strength is lam, its score.
+    """
     b = tl.program_id(0)
     n = tl.arange(0, BN)
     gram += b.to(tl.int64) * tokens * stride
     free = n < tl.load(counts + b)
     weight = tl.load(importance + b * tokens + n, free, 0.0)
     score = weight
-    nearest = tl.full([BN], -1.0, tl.float32)
+    state = weight
+    if RULE == "relevance":
+        state = tl.full([BN], -1.0, tl.float32)
     for t in range(tl.load(ks + b)):
-        if parallel_k == 1:
-            score = tl.where(t > 0, lam * weight - rest * nearest, weight)
+        if RULE == "damped":
+            score = tl.where(state > 0, state, weight - 1)
+        elif parallel_k == 1:
+            score = tl.where(t > 0, lam * weight - rest * state, weight)
         else:
-            score = tl.where((t > 0) & (t % parallel_k == 0), lam * weight - rest * nearest, score)
-        best = _number(tl.max(_key(score, n, free), 0))
+            score = tl.where((t > 0) & (t % parallel_k == 0), lam * weight - rest * state, score)
+        key = tl.max(_key(score, n, free), 0)
+        best = _number(key)
         # up to the stride, a multiple of 16, and not to the count, for whole words of 16 bytes; what is read behind is not free
         row = tl.load(gram + best.to(tl.int64) * stride + n, n < stride, 0.0)
         tl.store(order + b * most + t, best.to(tl.int64))
         free = free & (n != best)
-        nearest = tl.maximum(nearest, row)
+        if RULE == "damped":
+            far = tl.maximum(1 - row, 0.0)
+            # a key of what has a score begins with its bits, and what has none takes nothing
+            own = tl.maximum((key >> 32).to(tl.int32), 0).to(tl.float32, bitcast=True)
+            state = tl.maximum(state - tl.exp(-lam * far * far) * own, 0.0)
+        else:
+            state = tl.maximum(state, row)
 
 
 @triton.jit
@@ -211,14 +227,24 @@ def cosines(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_cosines(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
-    batch, tokens, _ = features.shape
-    device = features.device
-    on = [of_host(values, device, torch.int32) for values in (counts, ks)]
-    gram, inverse = cosines(features, on[0])
-    order = torch.full((batch, max(ks)), -1, device=device)
-    held, warps = max(256, triton.next_power_of_2(tokens)), min(32, max(4, triton.next_power_of_2(tokens) // 512))
-    _picks[(batch,)](gram, importance, *on, order, tokens, gram.shape[2], max(ks), lam, 1 - lam, parallel_k, BN=held, num_warps=warps, num_stages=1)
-    return Picks(order, _finite(inverse, importance))
+    on_counts, on_ks = (of_host(values, features.device, torch.int32) for values in (counts, ks))
+    gram, inverse = cosines(features, on_counts)
+    return Picks(by_rule("relevance", gram, importance, on_counts, on_ks, max(ks), lam, parallel_k), _finite(inverse, importance))
+
+
+def by_rule(rule: str, gram: Tensor, weight: Tensor, counts: Tensor, ks: Tensor, most: int, lam: float, parallel_k: int = 1) -> Tensor:
+    """[B, most], int64: picks in one launch, by cosines [B, N, stride] and contiguous fp32 weights [B, N]."""
+    batch, tokens, stride = gram.shape
+    order = torch.full((batch, most), -1, device=gram.device)
+    held, warps = held_by(tokens)
+    _picks[(batch,)](gram, weight, counts, ks, order, tokens, stride, most, lam, 1 - lam, parallel_k, RULE=rule, BN=held, num_warps=warps, num_stages=1)
+    return order
+
+
+def held_by(tokens: int) -> tuple[int, int]:
+    """Lanes and warps of a program that holds all tokens in registers."""
+    lanes = max(256, triton.next_power_of_2(tokens))
+    return lanes, min(32, max(4, lanes // 512))
 
 
 def _by_steps(features: Tensor, importance: Tensor, counts: tuple[int, ...], ks: tuple[int, ...], lam: float, parallel_k: int) -> Picks:
