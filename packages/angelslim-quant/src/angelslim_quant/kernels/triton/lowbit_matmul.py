@@ -33,7 +33,8 @@ class Shape(NamedTuple):
         wide: warps of these beside one another along the outputs; the others share out the inputs.
         split: programs that share out the inputs, in turns.
         ahead: inputs are read a step before they are needed, which takes registers.
-        registers: of a thread: left to itself, ptxas takes fewer, and reads weights when they are needed instead of two steps ahead.
+        deep: steps that weights are read ahead.
+        registers: of a thread: left to itself, ptxas takes fewer, and reads weights when they are needed instead of ahead.
     """
 
     warps: int
@@ -41,6 +42,7 @@ class Shape(NamedTuple):
     split: int = 1
     registers: int = 128
     ahead: bool = True
+    deep: int = 2
 
 
 @triton.jit
@@ -186,16 +188,16 @@ def _added(
 def _kernel(
     x, words, scale, bias, out, partial, turns, rows, outputs, inputs, row, chunks, groups, high, low, mask_high, mask_low,
     SPARSE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
-    PASSES: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    PASSES: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, DEEP: tl.constexpr,
 ):  # fmt: skip
     BW: tl.constexpr = 32 * WARPS
-    DEEP: tl.constexpr = WARPS // WIDE
-    STEP: tl.constexpr = DEEP * SPLIT
+    SHARES: tl.constexpr = WARPS // WIDE
+    STEP: tl.constexpr = SHARES * SPLIT
     i = tl.arange(0, BW)
     lane, g, q = i % 32, i % 32 // 4, i % 4
     tile = tl.program_id(0) * WIDE + i // 32 % WIDE
     n0 = tl.program_id(1) * 8 * PASSES
-    chunk = tl.program_id(2) * DEEP + i // 32 // WIDE
+    chunk = tl.program_id(2) * SHARES + i // 32 // WIDE
     zero = tl.zeros([BW], tl.int32)
     masks = (zero + mask_high, zero + mask_low)
     high, low = zero + high, zero + low
@@ -214,24 +216,27 @@ def _kernel(
         y = y + (none,)
     if GROUP == 0:
         s = columns(tl.load(scale + place[:, None] + four).to(tl.float32), BW)
-    # weights are read two steps ahead, inputs one; after the last chunks these again, or nothing
+    # weights are read some steps ahead, inputs one; after the last chunks these again, or nothing
     last = chunks - STEP
-    ahead = tl.minimum(STEP, last) if EVEN else STEP
-    wa, wb, ws = _weights(at, scale, place, chunk, chunks, 0, SPARSE, EVEN, GROUP)
-    next_a, next_b, next_s = _weights(at, scale, place, chunk, chunks, ahead, SPARSE, EVEN, GROUP)
+    queue = ()
+    for k in tl.static_range(DEEP):
+        queue = queue + (_weights(at, scale, place, chunk, chunks, tl.minimum(k * STEP, last) if EVEN else k * STEP, SPARSE, EVEN, GROUP),)
     if AHEAD:
         xs = _inputs(x_at, column, inputs, n0 + g, rows, 0, FULL, PASSES, row)
-    for start in tl.range(0, chunks, STEP, loop_unroll_factor=2):
-        one, two_on = start + STEP, start + 2 * STEP
+    for start in tl.range(0, chunks, STEP, loop_unroll_factor=DEEP):
+        one, far = start + STEP, start + DEEP * STEP
         if EVEN:
-            one, two_on = tl.minimum(one, last), tl.minimum(two_on, last)
-        after_a, after_b, after_s = _weights(at, scale, place, chunk, chunks, two_on, SPARSE, EVEN, GROUP)
+            one, far = tl.minimum(one, last), tl.minimum(far, last)
+        after = _weights(at, scale, place, chunk, chunks, far, SPARSE, EVEN, GROUP)
         next_x = _inputs(x_at, column, inputs, n0 + g, rows, one if AHEAD else start, FULL, PASSES, row)
         if not AHEAD:
             xs = next_x
-        y = _added(y, tile_words(wa, wb, SPARSE, BW), ws, xs, masks, high, low, SPARSE, GROUP, HALF, PASSES, PTX, BW)
-        wa, wb, ws = next_a, next_b, next_s
-        next_a, next_b, next_s = after_a, after_b, after_s
+        first_words, second_words, scales = queue[0]
+        y = _added(y, tile_words(first_words, second_words, SPARSE, BW), scales, xs, masks, high, low, SPARSE, GROUP, HALF, PASSES, PTX, BW)
+        moved = ()
+        for k in tl.static_range(1, DEEP):
+            moved = moved + (queue[k],)
+        queue = moved + (after,)
         if AHEAD:
             xs = next_x
     if GROUP == 0:
@@ -242,8 +247,8 @@ def _kernel(
     for p in tl.static_range(PASSES):
         a = _joined(y[4 * p], y[4 * p + 1], y[4 * p + 2], y[4 * p + 3])
         b = _joined(y[4 * PASSES + 4 * p], y[4 * PASSES + 4 * p + 1], y[4 * PASSES + 4 * p + 2], y[4 * PASSES + 4 * p + 3])
-        sums = tl.reshape(tl.join(a, b), [DEEP, WIDE * 256])
-        total = tl.sum(sums, 0) if DEEP > 1 else tl.reshape(sums, [WIDE * 256])
+        sums = tl.reshape(tl.join(a, b), [SHARES, WIDE * 256])
+        total = tl.sum(sums, 0) if SHARES > 1 else tl.reshape(sums, [WIDE * 256])
         f = tl.arange(0, WIDE * 256)
         thread = f // 8 % 32
         o = (tl.program_id(0) * WIDE + f // 256) * 32 + f % 2 * 16 + f // 2 % 2 * 8 + thread // 4
@@ -295,7 +300,7 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
         ptx: False: the same sums without tensor cores, which Triton's interpreter runs as well.
     """
     rows, tiles, chunks = x_NI.shape[0], weight.words.shape[0], weight.chunks
-    warps, wide, split, registers, ahead = divided or shape(rows, chunks)
+    warps, wide, split, registers, ahead, deep = divided or shape(rows, chunks)
     half, passes = "bf16" if dtype == torch.bfloat16 else "fp16", 1 if rows <= ROWS else 2
     x = x_NI.to(dtype).reshape(-1)
     x = x.clone() if x.storage_offset() % 2 else x  # two numbers are read at a time
@@ -307,7 +312,7 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
         x.view(torch.int32), weight.words, weight.scale, weight.scale if bias is None else bias, y, partial, turns,
         rows, weight.outputs, weight.inputs, weight.inputs // 2, chunks, weight.scale.shape[1], high, low, *_MASKS[half],
         SPARSE=weight.sparse, BIAS=bias is not None, EVEN=even, FULL=even and weight.inputs % 128 == 0, GROUP=weight.group,
-        HALF=half, PTX=ptx, PASSES=passes, WARPS=warps, WIDE=wide, SPLIT=split, AHEAD=ahead, num_warps=warps, maxnreg=registers,
+        HALF=half, PTX=ptx, PASSES=passes, WARPS=warps, WIDE=wide, SPLIT=split, AHEAD=ahead, DEEP=deep, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return y
 
