@@ -46,7 +46,7 @@ def levels_scheme(name: str, site: Site, group_size: int | None, levels: tuple[i
     if group_size is not None:
         check_group(site, group_size)
     grid = Grid(4, "int", "group" if group_size else "channel", group_size, scale_dtype=site.scale_dtype or site.dtype, levels=levels, sparsity=sparsity)
-    return Scheme(f"{name} {f'g{group_size}' if group_size else 'channel'}", grid, exporters=(*group_layouts(4), "packed"))
+    return Scheme(f"{name} {f'g{group_size}' if group_size else 'channel'}", grid, exporters=group_layouts(4))
 
 
 def check_group(site: Site, group_size: int) -> None:
