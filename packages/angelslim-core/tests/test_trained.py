@@ -25,7 +25,7 @@ from angelslim_core.loading import load_model
 from angelslim_core.pipeline import prepare
 from angelslim_core.report import write_report
 from angelslim_core.testing.conformance import check_pass
-from angelslim_core.testing.models import add_mtp, stack_experts
+from angelslim_core.testing.models import add_mtp, stack_experts, store_as_fp8
 from angelslim_core.training import Terms, Training, TrainingOptions
 from angelslim_core.validation import validate
 
@@ -282,6 +282,23 @@ def test_what_training_does_not_touch_is_kept(tiny_copy, tmp_path):
     assert torch.equal(logits(tmp_path / "s"), seen["logits"]) and validate(tmp_path / "s", stacked)["ok"]
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "llava", "kimi_k2"])
+def test_names_that_differ_between_checkpoint_and_transformers(tiny, tmp_path, architecture):
+    model = tiny(architecture)
+    run(model, tmp_path / "o", {"use": "toy.int4", "targets": ["attention"]}, "toy.distill")
+    assert torch.equal(logits(tmp_path / "o"), seen["logits"])
+    assert validate(tmp_path / "o", model)["ok"] and ledger(tmp_path / "o").keys() == load_file(model / "model.safetensors").keys()
+
+
+def test_a_model_published_in_fp8_and_a_head(tiny_copy, tmp_path):
+    model = tiny_copy()
+    store_as_fp8(model, block=(32, 32))
+    run(model, tmp_path / "o", {"use": "toy.int4", "targets": ["head", "mlp"]}, "toy.distill")
+    assert torch.equal(logits(tmp_path / "o"), seen["logits"])
+    fates = ledger(tmp_path / "o")
+    assert fates["lm_head.weight"]["fate"] == "quantized" and fates["model.layers.0.mlp.up_proj.weight_scale_inv"]["fate"] == "dropped"
+
+
 @pytest.mark.parametrize(
     ("architecture", "steps", "code", "hint"),
     [
@@ -441,7 +458,10 @@ def test_a_killed_training_goes_on(tiny, tmp_path):
     model = tiny(dtype="float32")
     assert start(1, model, tmp_path / "o", stop_at=3) == [-signal.SIGKILL]
     assert start(1, model, tmp_path / "o", stop_at=3) == [0]
-    assert start(1, model, tmp_path / "whole", stop_at=100) == [0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(model, tmp_path / "whole", "quant.rotate", "toy.int4", "toy.distill")
+    torch.set_num_threads(threads)
     assert (tmp_path / "o/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
