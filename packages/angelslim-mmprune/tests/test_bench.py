@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from angelslim_core.cli.main import cli
 from angelslim_core.errors import UsageError
-from angelslim_mmprune.bench import drawn
+from angelslim_mmprune.bench import drawn, selection
+from angelslim_mmprune.budget import keep_count
 from angelslim_mmprune.candidates import candidates
 from angelslim_mmprune.models import towers
 from angelslim_mmprune.prompts import around, synthetic
@@ -95,3 +96,10 @@ def test_strategies_are_named_with_options():
 def test_bench_refuses(arguments, number):
     done = run("--width", "8", *arguments)
     assert isinstance(done.exception, UsageError) and done.exception.number == number
+
+
+def test_a_stage_keeps_as_many_as_in_a_model():
+    chosen = candidates("pyramiddrop:keep_ratio=.1:layers=[3]:compat=drop,pyramiddrop:keep_ratio=.1:layers=[3]", 0.5)
+    rows = selection([35], chosen, width=8, repeats=1)
+    # of 3.5, and of what counting dropped ones in floats makes of it
+    assert [row["kept"] for row in rows] == [keep_count(35, 0.1, "drop"), keep_count(35, 0.1)] == [3, 4]

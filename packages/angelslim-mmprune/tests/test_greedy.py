@@ -5,6 +5,8 @@ import torch
 
 from angelslim_mmprune.kernels.greedy import GREEDY
 from angelslim_mmprune.kernels.triton import greedy as on_device
+from angelslim_mmprune.plan import Pool
+from angelslim_mmprune.strategies import make_strategy
 
 RULES = [("apart", 0.0), ("damped", 20.0), ("damped", 0.5), ("covering", 0.0), ("covering_or", 0.0)]
 
@@ -142,6 +144,22 @@ def test_damped_picks_on_a_gpu_are_the_references(strength):
             left = left - torch.exp(-strength * (1 - cosine[best]).clamp(min=0) ** 2) * left[best]
             surely_none |= left < -1e-4
             left, free[best] = left.clamp(min=0), False
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", ["divprune", "scope", "id_selection", "vispruner", "prunesid"])
+def test_strategies_choose_on_a_gpu_as_on_a_cpu(name):
+    """But for near ties, and those of PruneSID between components."""
+    strategy = make_strategy(name)
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(2, 576, 256, generator=generator).bfloat16() + 0.5
+    statistics = {need: torch.rand(2, 576, generator=generator) for need in strategy.needs}
+    here = strategy.plan(Pool(features, (576, 400), None, (), statistics), (144, 100)).keep
+    there = strategy.plan(Pool(features.cuda(), (576, 400), None, (), {need: of.cuda() for need, of in statistics.items()}), (144, 100)).keep.cpu()
+    for one, other, k in zip(here.tolist(), there.tolist(), (144, 100), strict=True):
+        kept, found = ({i for i in row if i >= 0} for row in (one, other))
+        assert len(found) == k and len(kept & found) >= 0.9 * k
 
 
 def checked(x, w, order, count, k):

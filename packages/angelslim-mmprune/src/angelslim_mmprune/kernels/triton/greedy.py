@@ -78,7 +78,7 @@ def _cover(
     gain = tl.load(gains + b * tokens + n, free, 0)
     cover = tl.load(covered + b * tokens + n, free, 0)
     end = tl.minimum(last, tl.load(ks + b))
-    for t in range(0, tl.minimum(first, end)):
+    for t in range(tl.minimum(first, end)):
         free = free & (n != tl.load(order + b * most + t))
     for t in range(first, end):
         score = gain.to(tl.float32) * (1.0 / GRID)
