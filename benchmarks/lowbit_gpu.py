@@ -47,10 +47,12 @@ WAYS = [
     (16, 1, 1), (8, 1, 1), (4, 1, 1), (8, 1, 2), (4, 1, 2), (4, 1, 4), (16, 1, 2), (8, 2, 1), (8, 2, 2), (16, 2, 1), (16, 2, 2), (8, 4, 4), (16, 4, 4), (8, 2, 4),
 ]  # fmt: skip
 FEW = [
-    *(Shape(*w, 128, True) for w in WAYS), Shape(16, 1, 1, 96, False), Shape(8, 1, 1, 96, False), Shape(8, 1, 2, 80, False), Shape(8, 1, 2, 96, True), Shape(4, 1, 2, 168, True),
+    *(Shape(*w) for w in WAYS), Shape(16, 1, 1, 128, False, 3), Shape(16, 1, 1, 128, False, 2), Shape(8, 1, 1, 168, True, 3), Shape(8, 1, 1, 255, True, 4),
+    Shape(8, 1, 2, 128, False, 4), Shape(8, 1, 2, 96, False, 2), Shape(4, 1, 2, 168, True, 3), Shape(4, 1, 4, 128, True, 3),
 ]  # fmt: skip
 MANY = [
-    *(Shape(*w, 128, False) for w in WAYS), Shape(8, 1, 1, 168, True), Shape(8, 2, 2, 168, True), Shape(4, 1, 2, 168, True), Shape(8, 2, 4, 168, True), Shape(4, 2, 2, 255, True),
+    *(Shape(*w, 128, False) for w in WAYS), Shape(8, 1, 1, 168, True), Shape(8, 2, 2, 168, True), Shape(4, 1, 2, 168, True), Shape(8, 2, 4, 168, True),
+    Shape(4, 2, 2, 255, True), Shape(8, 1, 2, 168, False, 3),
 ]  # fmt: skip
 
 

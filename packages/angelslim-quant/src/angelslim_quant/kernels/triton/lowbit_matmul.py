@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # rows of a product of mma.sync
 ROWS = 8
+# that many are written out one after another
+FEW_STEPS = 4
 
 
 class Shape(NamedTuple):
@@ -151,10 +153,12 @@ def _inputs(x_at, column, inputs, n, rows, here, FULL: tl.constexpr, PASSES: tl.
 
 @triton.jit
 def _added(
-    y, words, scales, xs, masks, high, low,
+    y, weights, xs, masks, high, low,
     SPARSE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PASSES: tl.constexpr, PTX: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Adds a chunk to the sums, by tile, pass, and register."""
+    first, second, scales = weights
+    words = tile_words(first, second, SPARSE, BW)
     SEGMENTS: tl.constexpr = 128 // GROUP if GROUP > 0 and GROUP < 128 else 1
     HALVES: tl.constexpr = 1 if SPARSE and SEGMENTS == 2 else 2
     for segment in tl.static_range(SEGMENTS):
@@ -189,6 +193,7 @@ def _kernel(
     x, words, scale, bias, out, partial, turns, rows, outputs, inputs, row, chunks, groups, high, low, mask_high, mask_low,
     SPARSE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
     PASSES: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr, DEEP: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
     BW: tl.constexpr = 32 * WARPS
     SHARES: tl.constexpr = WARPS // WIDE
@@ -216,29 +221,36 @@ def _kernel(
         y = y + (none,)
     if GROUP == 0:
         s = columns(tl.load(scale + place[:, None] + four).to(tl.float32), BW)
-    # weights are read some steps ahead, inputs one; after the last chunks these again, or nothing
+    # weights are read some steps ahead, inputs one; after the last chunks, where there are many, these again, or nothing
     last = chunks - STEP
     queue = ()
-    for k in tl.static_range(DEEP):
+    for k in tl.static_range(DEEP if STEPS == 0 or DEEP < STEPS else STEPS):
         queue = queue + (_weights(at, scale, place, chunk, chunks, tl.minimum(k * STEP, last) if EVEN else k * STEP, SPARSE, EVEN, GROUP),)
+    xs = ()
     if AHEAD:
         xs = _inputs(x_at, column, inputs, n0 + g, rows, 0, FULL, PASSES, row)
-    for start in tl.range(0, chunks, STEP, loop_unroll_factor=DEEP):
-        one, far = start + STEP, start + DEEP * STEP
-        if EVEN:
-            one, far = tl.minimum(one, last), tl.minimum(far, last)
-        after = _weights(at, scale, place, chunk, chunks, far, SPARSE, EVEN, GROUP)
-        next_x = _inputs(x_at, column, inputs, n0 + g, rows, one if AHEAD else start, FULL, PASSES, row)
-        if not AHEAD:
-            xs = next_x
-        first_words, second_words, scales = queue[0]
-        y = _added(y, tile_words(first_words, second_words, SPARSE, BW), scales, xs, masks, high, low, SPARSE, GROUP, HALF, PASSES, PTX, BW)
-        moved = ()
-        for k in tl.static_range(1, DEEP):
-            moved = moved + (queue[k],)
-        queue = moved + (after,)
-        if AHEAD:
-            xs = next_x
+    if STEPS > 0:
+        for k in tl.static_range(STEPS):
+            if k + DEEP < STEPS:
+                queue = queue + (_weights(at, scale, place, chunk, chunks, (k + DEEP) * STEP, SPARSE, EVEN, GROUP),)
+            here = xs if AHEAD else _inputs(x_at, column, inputs, n0 + g, rows, k * STEP, FULL, PASSES, row)
+            if AHEAD and k + 1 < STEPS:
+                xs = _inputs(x_at, column, inputs, n0 + g, rows, (k + 1) * STEP, FULL, PASSES, row)
+            y = _added(y, queue[k], here, masks, high, low, SPARSE, GROUP, HALF, PASSES, PTX, BW)
+    else:
+        for start in tl.range(0, chunks, STEP, loop_unroll_factor=DEEP):
+            one, far = start + STEP, start + DEEP * STEP
+            if EVEN:
+                one, far = tl.minimum(one, last), tl.minimum(far, last)
+            after = _weights(at, scale, place, chunk, chunks, far, SPARSE, EVEN, GROUP)
+            next_x = _inputs(x_at, column, inputs, n0 + g, rows, one if AHEAD else start, FULL, PASSES, row)
+            y = _added(y, queue[0], xs if AHEAD else next_x, masks, high, low, SPARSE, GROUP, HALF, PASSES, PTX, BW)
+            moved = ()
+            for k in tl.static_range(1, DEEP):
+                moved = moved + (queue[k],)
+            queue = moved + (after,)
+            if AHEAD:
+                xs = next_x
     if GROUP == 0:
         new = ()
         for k in tl.static_range(8 * PASSES):
@@ -307,12 +319,12 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
     y = torch.empty(rows, weight.outputs, dtype=dtype, device=x.device)
     high, low = (_twice(-at - weight.zero, dtype) for at in (4, 16))
     partial, turns = (torch.empty(split, rows, weight.outputs, device=x.device), _turns(weight)) if split > 1 else (y, y)
-    even = chunks % (warps // wide * split) == 0
+    even, steps = chunks % (warps // wide * split) == 0, -(-chunks // (warps // wide * split))
     _kernel[(tiles // wide, triton.cdiv(rows, ROWS * passes), split)](
         x.view(torch.int32), weight.words, weight.scale, weight.scale if bias is None else bias, y, partial, turns,
         rows, weight.outputs, weight.inputs, weight.inputs // 2, chunks, weight.scale.shape[1], high, low, *_MASKS[half],
         SPARSE=weight.sparse, BIAS=bias is not None, EVEN=even, FULL=even and weight.inputs % 128 == 0, GROUP=weight.group,
-        HALF=half, PTX=ptx, PASSES=passes, WARPS=warps, WIDE=wide, SPLIT=split, AHEAD=ahead, DEEP=deep, num_warps=warps, maxnreg=registers,
+        HALF=half, PTX=ptx, PASSES=passes, WARPS=warps, WIDE=wide, SPLIT=split, AHEAD=ahead, DEEP=deep, STEPS=steps if steps <= FEW_STEPS else 0, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return y
 
