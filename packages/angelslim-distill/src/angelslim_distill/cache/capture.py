@@ -6,14 +6,13 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, K kept tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from angelslim_core.errors import NumericError, UsageError
-from angelslim_core.products import products
 
+from ..heads import logits_of
 from ..targets import Batch, Hidden, Teacher, TopK
 
 _ROWS = 256  # positions of which all log-probabilities are held in fp32 at once
@@ -53,8 +52,7 @@ def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int, temperature: float =
     states, labels = hidden.states.flatten(0, 1), (labels_BT * known).flatten()
     ids, logp, label_logp = [], [], []
     for start in range(0, len(states), _ROWS):
-        logits = _logits(replace(hidden, states=states[start : start + _ROWS]))
-        every = (logits / temperature).log_softmax(-1)
+        every = (logits_of(hidden, states[start : start + _ROWS]) / temperature).log_softmax(-1)
         most, at = every.topk(top_k, dim=-1)
         ids.append(at)
         logp.append(most)
@@ -64,11 +62,3 @@ def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int, temperature: float =
     if not bool(found.logp.isfinite().all() & found.label_logp.isfinite().all()):
         raise NumericError(930, "teacher", "its log-probabilities are not finite", "evaluate the teacher: angelslim eval")
     return found
-
-
-def _logits(hidden: Hidden) -> Tensor:
-    """[N, V] of states [N, H]: multiplied in the teacher's dtype, fp32 from there on."""
-    with products(hidden.states.device.type):
-        logits = nn.functional.linear(hidden.states, hidden.weight, hidden.bias).float()
-    logits = logits * hidden.scale
-    return logits if hidden.softcap is None else hidden.softcap * (logits / hidden.softcap).tanh()
