@@ -69,8 +69,8 @@ def lowbit_mma() -> tuple[bool, str]:
         return ok, why
     if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False, "no GPU with mma.sync for BF16 (compute capability 8.0 or above)"
-    from .lowbit_matmul import PackedLow
-    from .triton.lowbit_matmul import SHAPES, Shape, matmul
+    from .lowbit_matmul import PackedLow, reference
+    from .triton.lowbit_matmul import SHAPES, matmul
 
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randint(-4, 5, (9, 1024), device="cuda", generator=generator).float()
@@ -79,7 +79,7 @@ def lowbit_mma() -> tuple[bool, str]:
             random = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32, generator=generator)
             weight = PackedLow(random, torch.ones(4, 8, 8, 4, device="cuda", dtype=torch.bfloat16), 1.5, 1024, 128)
             for rows, dtype in itertools.product((1, 9), (torch.bfloat16, torch.float16)):  # whole numbers, as INT4's
-                wanted = matmul(x[:rows], weight, None, dtype, Shape(2), ptx=False)
+                wanted = reference(x[:rows], weight, None, dtype)
                 if not all(matmul(x[:rows], weight, None, dtype, shape).equal(wanted) for shape in SHAPES):
                     return False, "this Triton lays threads out otherwise than mma.sync expects"
     except Exception as error:  # whatever a compiler refuses with; other kernels run then
