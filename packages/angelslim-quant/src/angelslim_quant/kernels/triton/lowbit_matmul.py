@@ -6,7 +6,7 @@ the code. These, and the zero, are taken off once for all outputs: another produ
 Five bits are first made two bits of eight words, all 32 of a plane at once.
 """
 # ruff: noqa: RUF005  (Triton compiles no unpacking)
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 
 import functools
 from typing import TYPE_CHECKING, NamedTuple
