@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 
 import torch
@@ -69,19 +68,18 @@ def lowbit_mma() -> tuple[bool, str]:
         return ok, why
     if torch.version.cuda is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False, "no GPU with mma.sync for BF16 (compute capability 8.0 or above)"
-    from .lowbit_matmul import PackedLow
-    from .triton.lowbit_matmul import SHAPES, Shape, matmul
+    from .lowbit_matmul import PackedLow, reference
+    from .triton.lowbit_matmul import SHAPES, matmul
 
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randint(-4, 5, (9, 1024), device="cuda", generator=generator).float()
     try:
-        for words in ((4, 8, 2, 32, 4), (4, 8, 160)):
+        for words, rows, dtype in (((4, 8, 2, 32, 4), 1, torch.bfloat16), ((4, 8, 160), 9, torch.float16)):
             random = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32, generator=generator)
             weight = PackedLow(random, torch.ones(4, 8, 8, 4, device="cuda", dtype=torch.bfloat16), 1.5, 1024, 128)
-            for rows, dtype in itertools.product((1, 9), (torch.bfloat16, torch.float16)):  # whole numbers, as INT4's
-                wanted = matmul(x[:rows], weight, None, dtype, Shape(2), ptx=False)
-                if not all(matmul(x[:rows], weight, None, dtype, shape).equal(wanted) for shape in SHAPES):
-                    return False, "this Triton lays threads out otherwise than mma.sync expects"
+            wanted = reference(x[:rows], weight, None, dtype)  # whole numbers, as INT4's
+            if not all(matmul(x[:rows], weight, None, dtype, shape).equal(wanted) for shape in SHAPES):
+                return False, "this Triton lays threads out otherwise than mma.sync expects"
     except Exception as error:  # whatever a compiler refuses with; other kernels run then
         return False, f"the kernel of two bits does not compile: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return True, ""

@@ -6,7 +6,7 @@ the code. These, and the zero, are taken off once for all outputs: another produ
 Five bits are first made two bits of eight words, all 32 of a plane at once.
 """
 # ruff: noqa: RUF005  (Triton compiles no unpacking)
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, misc"
 
 import functools
 from typing import TYPE_CHECKING, NamedTuple
@@ -309,7 +309,7 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
 
     Args:
         divided: instead of what its shape gets, for tuning.
-        ptx: False: the same sums without tensor cores, which Triton's interpreter runs as well.
+        ptx: False: the same sums as definition, for Triton's interpreter; compiling them takes minutes.
     """
     rows, tiles, chunks = x_NI.shape[0], weight.words.shape[0], weight.chunks
     warps, wide, split, registers, ahead, deep = divided or shape(rows, chunks)

@@ -87,7 +87,7 @@ def _plain_product(a0, a1, a2, a3, b0, b1, c, HALF: tl.constexpr, BW: tl.constex
 
 @triton.jit
 def _plain_sums(words, masks, inputs, FROM: tl.constexpr, FIRST: tl.constexpr, HALVES: tl.constexpr, HALF: tl.constexpr, BW: tl.constexpr):
-    """`sums` of one pass, whose inputs begin at FROM, without PTX, as definition and for where its threads would not hold what it expects."""
+    """`sums` of one pass, whose inputs begin at FROM, as definition, for Triton's interpreter."""
     TURN: tl.constexpr = 0 if HALF == "bf16" else 29
     HIGH: tl.constexpr = 0x40804080 if HALF == "bf16" else 0x44004400
     LOW: tl.constexpr = 0x41804180 if HALF == "bf16" else 0x4C004C00
