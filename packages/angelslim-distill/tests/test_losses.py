@@ -106,7 +106,7 @@ def test_logits_far_apart_give_no_nan(kind, dtype):
         assert value.isfinite() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", set(KINDS) - {"mse"})
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mse"])
 def test_tokens_that_both_exclude_change_nothing(kind):
     s, t, mask, labels = case()
     never = torch.full((3, 5, 2), -torch.inf, dtype=torch.float64)
