@@ -10,6 +10,7 @@ from angelslim_core import compress
 from angelslim_core.conversion import convert
 from angelslim_core.loading import OWN_READER, load_model
 from angelslim_core.source import open_any
+from angelslim_core.testing.models import add_mtp
 
 converters = pytest.importorskip("compressed_tensors.entrypoints.convert")
 
@@ -98,3 +99,19 @@ def test_the_library_reads_fp8_blocks(tiny, tmp_path):
     theirs = converters.FP8BlockDequantizer.from_pretrained(folder, weight_block_size=(24, 24)).process(tensors(folder))
     source = open_any(folder)
     assert source.exporter.name == "fp8" and all(theirs[name].equal(source.read(name)) for name in source.dtypes)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "glm4_moe", "hunyuan_v1_moe", "qwen3_5_moe_text", "qwen3_5_text"])
+@pytest.mark.parametrize("mtp", [False, True])
+def test_a_folder_of_which_only_attention_is_quantized_loads(tiny, tiny_copy, tmp_path, architecture, mtp):
+    folder = tiny(architecture)
+    if mtp:
+        folder = tiny_copy(architecture)
+        add_mtp(folder)
+    out = tmp_path / "out"
+    compress(folder, out=out, recipe={"steps": [{"use": "quant.int8_dynamic", "targets": ["attention"]}]})
+    loaded, own = load_model(out, "cpu", packed=False), load_model(out, "cpu", own_reader=True)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        theirs, ours = loaded.model(ids).logits.float(), own.model(ids).logits.float()
+    assert float((theirs - ours).norm() / theirs.norm()) < 0.05

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .adapters import transformers_identity
 from .adapters.base import Description
 from .device import pick_device
+from .engines import joins_experts
 from .errors import ModelError
 from .io.strict_json import read_json
 from .model import auto_class, decoder_layers, sanitized
@@ -121,7 +122,7 @@ def reads_natively(source: Source, description: Description) -> bool:
         return False
     if is_joined():  # compressed-tensors 0.20 shares the work with the other processes, which load nothing
         return False
-    if any(s.expert is not None and s.name in source.quantized for s in description.sites):
+    if joins_experts(source.exporter, description) or any(s.expert is not None and s.name in source.quantized for s in description.sites):
         return False
     wide = compute_dtype(source, description) != "BF16" and any(s.weights.scale_dtype in ("U8", "F8_E4M3") for s in source.quantized.values())
     return source.exporter.name == "compressed-tensors" and not wide and all(s.weights.symmetric for s in source.quantized.values())
