@@ -6,9 +6,17 @@
 Student and teacher have heads of their own and random states; the student is the teacher with a tenth of noise, so that the loss is small, as it is
 in training. All compute the mean of KL(teacher, student) and its gradients by states and head, which for Liger-Kernel's JSD is beta 0. `gemms` are
 the four matrix products alone, without which none of it can be had: of the rows of a chunk that `ours` would take, in bf16. `naive` is softmax and KL
-over whole logits in FP32. `ours` is what a call chooses by itself; the others of ours say what differs. Contenders take turns, once to warm up;
-times are medians between synchronised ends. `extra_gib` is what a call adds to the peak of memory, its gradients included; none on a CPU. `error` is
-the relative norm of what differs from gradients in FP32 of the same inputs, found in chunks, of the states' and of the head's.
+over whole logits in FP32. `ours` is what a call chooses by itself; the others of ours say what differs: `weight 1/N` has the mean's factor in the
+forward pass, so that the backward pass has nothing to multiply by.
+
+Contenders take turns: twice to warm up, in the second of which the peak of memory is read, and then bare. Times are medians between synchronised
+ends, `host_ms` those until the call returned, and `asked` is how often the allocator asked the driver in all timed calls: 0, or times are not those of
+a warm one. `extra_gib` is what a call adds to the peak of memory, its gradients included; none on a CPU. `error` is the relative norm of what differs
+from gradients in FP32 of the same inputs, found in chunks, of the states' and of the head's.
+
+`kernels_ms` are means over as many calls, one straight after the other, and `busy_ms` their sum: what `ms` has beyond it is no kernel. `first_busy_ms`
+is that of a first call after a pause of a second: a GPU that is hot or at its limit of power takes longer for the same kernels. `row_ms` is the loss
+kernel alone with other tiles.
 """
 
 from __future__ import annotations
@@ -18,6 +26,7 @@ import importlib.util
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +41,7 @@ from angelslim_distill import KINDS, Hidden, Loss, head_loss
 
 Call = Callable[[], tuple[Tensor, ...]]
 PEER = "liger_kernel"
+WARM = 2  # turns
 
 
 def made(tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype) -> tuple[Hidden, Hidden, Tensor]:
@@ -72,7 +82,7 @@ def naive(student: Hidden, teacher: Hidden) -> Tensor:
 
 
 def ours(student: Hidden, teacher: Hidden, labels: Tensor, loss: Loss, **options: Any) -> Tensor:
-    found = head_loss(student, teacher, torch.ones_like(labels), loss, labels if loss.kind == "cakld" else None, **options)
+    found = head_loss(student, teacher, torch.ones(labels.shape), loss, labels if loss.kind == "cakld" else None, **options)
     return found.total / found.count
 
 
@@ -98,6 +108,7 @@ def contenders(student: Hidden, teacher: Hidden, labels: Tensor, rows: list[int]
     if student.states.dtype == torch.bfloat16:
         losses["ours, bf16 logits"] = mine(Loss(), logits_dtype=torch.bfloat16)
     losses |= {f"ours, {kind}": mine(Loss(kind)) for kind in kinds if kind not in ("kl", "kd")}
+    losses["ours, weight 1/N"] = lambda: head_loss(student, teacher, torch.ones(labels.shape), Loss(), kd_weight=1 / len(labels)).total
     frozen = Hidden(student.states, student.weight.detach())
     if importlib.util.find_spec(PEER) is None:
         print(f"{PEER} is not installed, and is left out: pip install --no-deps liger-kernel==0.8.5", file=sys.stderr)
@@ -126,18 +137,24 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float(f"{float((found.detach().float() - wanted).norm() / wanted.norm()):.3g}")
 
 
+def asked() -> int:
+    """How often the allocator has gone to the driver."""
+    found = torch.cuda.memory_stats()
+    return sum(found.get(name, 0) for name in ("num_device_alloc", "num_device_free", "num_alloc_retries"))
+
+
 def measured(calls: dict[str, Call], repeats: int, cuda: bool) -> dict[str, dict[str, Any]]:
     """Of each, or why it failed."""
     wait: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
     rows: dict[str, dict[str, Any]] = {name: {} for name in calls}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(-WARM, repeats):
         for name, call in calls.items():
             if "failed" in rows[name]:
                 continue
             wait()
-            before = torch.cuda.memory_allocated() if cuda else 0
-            if cuda:
+            before, had = (torch.cuda.memory_allocated(), asked()) if cuda else (0, 0)
+            if cuda and turn == -1:
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             try:
@@ -145,29 +162,66 @@ def measured(calls: dict[str, Call], repeats: int, cuda: bool) -> dict[str, dict
             except (torch.OutOfMemoryError, RuntimeError) as failure:
                 rows[name] = {"failed": str(failure).splitlines()[0][:200]}
                 continue
+            returned = time.perf_counter()
             wait()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - start))
-            if cuda:
-                rows[name]["extra_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3)
+            if turn >= 0:
+                times[name].append((1e3 * (time.perf_counter() - start), 1e3 * (returned - start)))
+            if cuda and turn == -1:
+                rows[name] |= {"extra_gib": round((torch.cuda.max_memory_allocated() - before) / 2**30, 3), "asked": 0}
+            elif cuda and turn >= 0:
+                rows[name]["asked"] += asked() - had
             del found
     for name, row in rows.items():
-        if times[name]:
-            row |= {"ms": median(times[name]), "min_ms": round(min(times[name]), 3), "runs": len(times[name])}
+        if times[name] and "failed" not in row:
+            whole, host = zip(*times[name], strict=True)
+            row |= {"ms": median(whole), "min_ms": round(min(whole), 3), "host_ms": median(host), "runs": len(whole)}
     return rows
 
 
-def by_kernel(call: Call) -> dict[str, float]:
-    """Milliseconds of a call on the GPU, by kernel; those that take less than 1% together."""
+def by_kernel(call: Call, repeats: int) -> dict[str, float]:
+    """Milliseconds of a call on the GPU, by kernel, a mean over calls one straight after the other."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
+        for _ in range(repeats):
+            call()
         torch.cuda.synchronize()
-    found = {e.key[:80]: e.self_device_time_total / 1e3 for e in seen.key_averages() if e.self_device_time_total}
-    whole = sum(found.values())
-    large = {name: round(ms, 3) for name, ms in sorted(found.items(), key=lambda item: -item[1]) if ms >= whole / 100}
-    return {**large, "others": round(whole - sum(large.values()), 3)}
+    found: dict[str, float] = defaultdict(float)
+    for event in seen.key_averages():
+        found[event.key[:80]] += event.self_device_time_total / 1e3 / repeats
+    return dict(sorted(((kernel, ms) for kernel, ms in found.items() if ms), key=lambda item: -item[1]))
+
+
+def profiled(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, Any]]:
+    """Of `gemms` and `ours`; kernels that take less than 1% together."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name in ("gemms", "ours"):
+        torch.cuda.synchronize()
+        time.sleep(1)
+        first = sum(by_kernel(calls[name], 1).values())
+        for _ in range(repeats):
+            calls[name]()
+        found = by_kernel(calls[name], repeats)
+        busy = sum(found.values())
+        large = {kernel: round(ms, 3) for kernel, ms in found.items() if ms >= busy / 100}
+        kernels = {**large, "others": round(busy - sum(large.values()), 3)}
+        rows[name] = {"first_busy_ms": round(first, 3), "busy_ms": round(busy, 3), "kernels_ms": kernels}
+    return rows
+
+
+def tiled(call: Call, tiles: list[str], repeats: int) -> dict[str, float]:
+    """Milliseconds of the loss kernel in a call, by tokens and warps of a tile."""
+    from angelslim_distill.kernels.triton import whole
+
+    own, found = whole.tile, {}
+    for tile in ["", *tiles]:
+        if tile:
+            block, warps = (int(n) for n in tile.split("x"))
+            whole.tile = lambda vocabulary, block=block, warps=warps: {"BLOCK": block, "num_warps": warps}
+        call()
+        found[tile or "own"] = round(by_kernel(call, repeats)["_row"], 3)
+    whole.tile = own
+    return found
 
 
 def main() -> None:
@@ -180,6 +234,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rows", default="", help="other sizes of chunks, such as 1024,4096")
     parser.add_argument("--kinds", default="kl", help=f"kinds of ours, of {','.join(KINDS)}, or all")
+    parser.add_argument("--tiles", default="", help="other tiles of the loss kernel, tokens x warps, such as 4096x16,8192x32")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -203,13 +258,18 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if cuda else "cpu", "versions": versions(sys.executable, ["torch", "triton", "liger-kernel"]),
         "tokens": args.tokens, "vocabulary": args.vocabulary, "hidden": args.hidden, "dtype": args.dtype, "rows": rows,
     }  # fmt: skip
-    if cuda:
-        document["kernels_ms"] = by_kernel(calls["ours"])
+    if cuda and "failed" not in rows["ours"]:
+        document["profiles"] = profiled(calls, args.repeats)
+        document["row_ms"] = tiled(calls["ours"], [tile for tile in args.tiles.split(",") if tile], args.repeats)
     write(args.out, document)
-    keys = ["ms", "min_ms", "extra_gib", "loss", "error"]
+    keys = ["ms", "min_ms", "host_ms", "asked", "extra_gib", "loss", "error"]
     table([[name, *(row["failed"] if k == "ms" and "failed" in row else str(row.get(k, "")) for k in keys)] for name, row in rows.items()], ["", *keys])
-    for name, ms in document.get("kernels_ms", {}).items():
-        print(f"{ms:9.3f} ms  {name}")
+    for name, row in document.get("profiles", {}).items():
+        print(f"{name}: {row['busy_ms']} ms of kernels a call, {row['first_busy_ms']} of a first one")
+        for kernel, ms in row["kernels_ms"].items():
+            print(f"{ms:9.3f} ms  {kernel}")
+    for tile, ms in document.get("row_ms", {}).items():
+        print(f"{ms:9.3f} ms  _row, tiles {tile}")
     if "failed" in rows["ours"]:
         raise SystemExit(1)
 

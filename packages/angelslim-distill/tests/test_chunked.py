@@ -1,5 +1,6 @@
 """Losses from hidden states in chunks, against those of whole logits."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,45 @@ def test_no_tensor_of_all_logits_is_made():
     with Watch():
         head_loss(ours, Hidden(torch.randn(1, count, 8), torch.randn(vocabulary, 8)), torch.ones(1, count), Loss(), rows=8).total.backward()
     assert max(sizes) <= 8 * 1024
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_with_a_mask_on_the_cpu_the_host_waits_for_nothing(mask, kept, monkeypatch):
+    """Tensors on "meta" have no numbers, and refuse whatever a GPU would make the host wait for."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # meta has none
+    monkeypatch.setattr(torch, "autocast", lambda *device, **options: nullcontext())
+
+    def away(hidden):
+        given = {name: getattr(hidden, name).detach().to("meta").requires_grad_() for name in ("states", "weight", "bias") if getattr(hidden, name) is not None}
+        return replace(hidden, **given)
+
+    ours, theirs, own = away(student()), away(teacher()), labels().to("meta")
+    theirs = top_k_of(torch.empty(2, 7, V, device="meta"), 5, own) if kept else theirs
+    mask = torch.tensor(MASKS[mask])
+    found = head_loss(ours, theirs, mask, Loss(), own, ce_weight=1.0, rows=4)
+    gradients = torch.autograd.grad(found.total / found.count, leaves(ours))
+    assert [g.shape for g in gradients] == [x.shape for x in leaves(ours)]
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        head_loss(ours, theirs, mask.to("meta"), Loss(), own, ce_weight=1.0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_states_are_gathered_only_where_some_do_not_count(mask):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket)
+            return function(*args, **(kwargs or {}))
+
+    ours = student()
+    with Watch():
+        head_loss(ours, teacher(), torch.tensor(MASKS[mask]), Loss("cakld"), labels(), ce_weight=1.0, rows=4).total.backward()
+    gathers = [f for f in called if f in (torch.ops.aten.index, torch.ops.aten.index_put_)]
+    assert bool(gathers) == (mask not in ("all", "none"))
 
 
 @pytest.mark.parametrize("rows", [2, 4, None])

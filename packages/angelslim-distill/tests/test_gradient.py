@@ -147,6 +147,26 @@ def test_memory_is_bounded_by_the_chunk(rows, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("counted", ["all", "some"])
+def test_a_mask_on_the_cpu_makes_the_host_wait_for_nothing(counted, monkeypatch):
+    monkeypatch.undo()
+    ours, theirs = (Hidden(*(torch.randn(n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for n in (256, 1000))) for _ in range(2))
+    mask = torch.ones(256) if counted == "all" else torch.arange(256) % 3
+
+    def call():
+        torch.autograd.grad(head_loss(ours, theirs, mask, Loss(), rows=100).total / 256, (ours.states, ours.weight))
+
+    call()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_large_vocabulary_on_a_gpu(kind, monkeypatch):
     """Against fp64, of the same bf16 inputs."""

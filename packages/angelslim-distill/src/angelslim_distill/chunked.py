@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from angelslim_core.errors import UsageError
 
 from .kernels.gradient import LOSS_GRADIENT, Finish, Task
+from .kernels.scaling import SCALE
 from .kinds import Loss
 from .losses import check_positions, check_vocabulary, chosen, labels_missing
 from .targets import Hidden, TopK
@@ -53,9 +54,9 @@ def head_loss(
     Args:
         student: states [B, T, H] and head, of which those with `requires_grad` get gradients; a frozen head costs none.
         teacher: its states and head, or what is kept of its distributions; None: cross entropy alone.
-        mask: [B, T], which positions count.
+        mask: [B, T], which positions count; on the CPU, wherever the rest is, the host need not wait for the device to know how many.
         labels: [B, T], int64; for cross entropy and for cakld of a `Hidden`.
-        kd_weight, ce_weight: of the total.
+        kd_weight, ce_weight: of the total; with those of a mean, one over a number that is known, gradients need no multiplication afterwards.
         rows: positions whose gradients are in memory at a time; None: as many as `CHUNK_BYTES` hold.
         logits_dtype: of logits in memory, to which products are rounded; None: fp32, or fp64 for such states. In bf16 it takes less time, and
             rounding puts gradients of a loss of .04 off by 5%, those of smaller ones by more.
@@ -75,14 +76,24 @@ def head_loss(
     device = student.states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.states.dtype
     states, weight = student.states.flatten(0, -2).to(dtype), student.weight.to(dtype)
-    places = mask.reshape(-1).bool().nonzero()[:, 0]
+    count, places = _places(mask, states.device)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (states, weight, student.bias))
     work = _Work(
-        _of(teacher, dtype), None if labels is None else labels.reshape(-1), places, loss, kd_weight, ce_weight,
+        _of(teacher, dtype), None if labels is None else labels.reshape(-1), count, places, loss, kd_weight, ce_weight,
         (student.softcap, student.scale), rows, logits_dtype or (torch.float64 if dtype == torch.float64 else torch.float32), executor, wanted,
     )  # fmt: skip
     total, kd, ce = _HeadLoss.apply(states, weight, student.bias, work)
-    return HeadSums(total, kd, ce, total.new_full((), len(places)))
+    return HeadSums(total, kd, ce, total.new_full((), count))
+
+
+def _places(mask: Tensor, device: torch.device) -> tuple[int, Tensor | None]:
+    """How many positions count, and which, [N]; None: all."""
+    places = mask.reshape(-1).bool().nonzero()[:, 0]  # here the host waits for the mask's device
+    if len(places) == mask.numel():
+        return len(places), None
+    if not places.is_cuda and device.type == "cuda":
+        places = places.pin_memory()  # otherwise the copy waits for all that the device has to do
+    return len(places), places.to(device, non_blocking=True)
 
 
 def _of(teacher: Hidden | TopK | None, dtype: torch.dtype) -> Hidden | TopK | None:
@@ -102,7 +113,8 @@ class _Work:
 
     teacher: Hidden | TopK | None
     labels: Tensor | None
-    places: Tensor
+    count: int
+    places: Tensor | None
     loss: Loss
     kd_weight: float
     ce_weight: float
@@ -112,12 +124,16 @@ class _Work:
     executor: str
     wanted: bool
 
+    def at(self, start: int, stop: int) -> slice | Tensor:
+        """Where some of the positions that count are among all; a slice copies nothing."""
+        return slice(start, stop) if self.places is None else self.places[start:stop]
+
     def chunk(self, vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
         """Rows whose gradients, of a dtype, are in memory at a time, and rows whose logits are."""
         logits = self.dtype.itemsize * (2 if isinstance(self.teacher, Hidden) else 1)
         fit = int(CHUNK_BYTES / (vocabulary * (dtype.itemsize + logits / 4)))
         rows = self.rows or max(1, fit // 512 * 512 or fit)
-        rows = max(1, min(rows, len(self.places)))
+        rows = max(1, min(rows, self.count))
         return rows, -(-rows // 4)
 
 
@@ -136,35 +152,36 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, by: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise UsageError(902, "head_loss", "a second backward pass, and its gradients are used up", "call it again for each backward pass")
-        # in place: a copy of a head's gradient is what is spared here
-        found = [None if g is None else g.mul_(by) for g in ctx.gradients]
-        ctx.gradients = None
+        found, ctx.gradients = ctx.gradients, None
+        for gradient in found:
+            if gradient is not None:  # in place: a copy of a head's gradient is what is spared here
+                SCALE(gradient, by)
         return *found, None
 
 
 def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """[2], losses and cross entropies, and the gradients of states, weight and bias, as far as they are needed."""
-    count, vocabulary = len(work.places), len(weight)
+    count, vocabulary = work.count, len(weight)
     rows, part = work.chunk(vocabulary, states.dtype)
-    every = count == len(states)
     found = _Rows(weight, bias, work, part)
     sums = torch.zeros(2, dtype=torch.promote_types(work.dtype, torch.float32), device=states.device)
     # rows that do not count are asked nothing; where nothing counts no row is
-    of_states = (torch.empty_like if every else torch.zeros_like)(states) if needs[0] else None
+    of_states = (torch.empty_like if work.places is None else torch.zeros_like)(states) if needs[0] else None
     of_weight = (torch.empty_like if count else torch.zeros_like)(weight) if needs[1] else None
     of_bias = torch.zeros_like(bias, dtype=sums.dtype) if bias is not None and needs[2] else None
     memory = _memory(rows, vocabulary, states) if any(needs) else None
     for start in range(0, count, rows):
-        at = work.places[start : start + rows]
-        own = states[start : start + rows] if every else states[at]
-        asked = None if memory is None else memory[: len(own)]
-        for first in range(0, len(own), part):
-            piece = slice(first, first + part)
-            sums += found(own[piece], at[piece], None if asked is None else asked[piece])
+        stop = min(start + rows, count)
+        at = work.at(start, stop)
+        own, asked = states[at], None if memory is None else memory[: stop - start]
+        for first in range(start, stop, part):
+            last = min(first + part, stop)
+            piece = slice(first - start, last - start)
+            sums += found(own[piece], work.at(first, last), None if asked is None else asked[piece])
         if asked is None:
             continue
-        if of_states is not None and every:
-            torch.mm(asked, weight, out=of_states[start : start + rows])
+        if of_states is not None and isinstance(at, slice):
+            torch.mm(asked, weight, out=of_states[at])
         elif of_states is not None:
             of_states[at] = asked @ weight
         if of_weight is not None and start == 0:
@@ -190,12 +207,12 @@ class _Rows:
         to = Finish(teacher.bias, teacher.softcap, teacher.scale) if isinstance(teacher, Hidden) else Finish()
         self._task = Task(work.loss, work.kd_weight, work.ce_weight, Finish(bias, *work.finish), to)
 
-    def __call__(self, states: Tensor, at: Tensor, into: Tensor | None) -> Tensor:
+    def __call__(self, states: Tensor, at: slice | Tensor, into: Tensor | None) -> Tensor:
         """[2], sums of losses and cross entropies.
 
         Args:
             states: [R, H], the student's.
-            at: [R], their places among all.
+            at: their places among all, of [R].
             into: [R, V], for gradients.
         """
         work, teacher = self._work, self._work.teacher

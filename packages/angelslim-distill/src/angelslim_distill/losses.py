@@ -208,7 +208,7 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Te
     return Sums(distance, mask.sum().to(distance.dtype)).mean
 
 
-def chosen(kept: TopK, mask: Tensor) -> TopK:
+def chosen(kept: TopK, mask: Tensor | slice) -> TopK:
     """The distributions of some positions, in one row."""
     return TopK(kept.ids[mask], kept.logp[mask], kept.label_logp[mask])
 

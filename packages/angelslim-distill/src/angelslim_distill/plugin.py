@@ -20,8 +20,9 @@ ANGELSLIM_HOOKS = 1
 @hookimpl
 def angelslim_register_kernels() -> list[Kernel]:
     from .kernels.gradient import LOSS_GRADIENT
+    from .kernels.scaling import SCALE
 
-    return [LOSS_GRADIENT]
+    return [LOSS_GRADIENT, SCALE]
 
 
 @hookimpl
