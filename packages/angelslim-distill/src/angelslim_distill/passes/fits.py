@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .base import Distilling
+from .blockwise import Blockwise
 
 if TYPE_CHECKING:
     from angelslim_core.plan import Plan
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 def check(plan: Plan) -> None:
     """
     Raises:
-        PlanError: as `Distilling.check` raises.
+        PlanError: as their `check` raises.
     """
     for step in plan.steps:
-        if isinstance(step.pass_, Distilling):
+        if isinstance(step.pass_, Distilling | Blockwise):
             step.pass_.check(plan)
