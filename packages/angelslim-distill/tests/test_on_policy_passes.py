@@ -149,6 +149,22 @@ def test_block_by_block_is_a_step_after_one_that_says_how_linears_round(tiny, tm
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
+def test_after_blocks_were_trained_the_teacher_is_still_the_model_that_training_began_with(tiny, data, tmp_path):
+    folder = tiny("llama", dtype="float32")
+    blocks = {"use": "distill.blockwise", "with": {"epochs": 4, "batch": 2, "lr": 1e-3, "quantizer_lr": 1e-3, "held_out": 0.0}}
+    end = {"use": "distill.qad", "with": {k: v for k, v in OPTIONS.items() if k != "max_new_tokens"} | {"data": str(data), "steps": 1}}
+    calibration = {"data": str(data), "samples": 6, "tokens": 32}
+    alone = compress(folder, recipe={"steps": [{"use": "toy.int3"}, end]}, out=tmp_path / "alone", **beside())
+    after = compress(folder, recipe={"steps": [{"use": "toy.int3"}, blocks, end], "calibration": calibration}, out=tmp_path / "after", **beside())
+    start = after.passes[1]["metrics"]
+    assert start["last_error"] < start["last_start_error"], "weights have moved"
+    taught = [result.passes[-1]["metrics"]["teacher_perplexity"] for result in (alone, after)]
+    assert taught[0] == pytest.approx(taught[1], rel=1e-6)
+    first = {"use": "distill.logits", "with": {**end["with"], "teacher": str(folder)}}
+    with pytest.raises(PlanError, match="no longer there"):
+        prepare(folder, recipe={"steps": [first, {"use": "toy.int3"}, blocks, end], "calibration": calibration}, **beside())
+
+
 def test_blocks_need_samples(tiny, tmp_path):
     with pytest.raises(AngelslimError, match="calibration"):
         prepare(tiny("llama"), recipe={"steps": [{"use": "toy.int3"}, {"use": "distill.blockwise"}]}, **beside())

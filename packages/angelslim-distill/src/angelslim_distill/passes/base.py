@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field
 
 from angelslim_core.errors import AngelslimError, ModelError, PlanError, RecipeError
-from angelslim_core.passes import ModelPass, PassConfig
+from angelslim_core.passes import ModelPass, PassConfig, TrainedPass
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -67,9 +67,11 @@ class Distilling(ModelPass):
 
     Attributes:
         index: of its step, settled with the plan: a recipe may train twice.
+        drifted: weights were trained while they rounded by an earlier step, so that without rounding the model is no longer what it was.
     """
 
     index = 0
+    drifted = False
 
     def check(self, plan: Plan) -> None:
         """What can be known before any work.
@@ -84,6 +86,12 @@ class Distilling(ModelPass):
         self.index = next(s.index for s in plan.steps if s.pass_ is self)
         where = plan.recipe.where(f"steps[{self.index}].with")
         checkpoint, config = plan.source.checkpoint, self.config
+        rounds = next((s.index for s in plan.steps if isinstance(s.pass_, TrainedPass)), self.index)
+        trains = [s.index for s in plan.steps[: self.index] if isinstance(s.pass_, ModelPass)]
+        self.drifted = any(i > rounds for i in trains)
+        if self.drifted and config.teacher is None and config.cache is None and trains[0] < rounds:
+            what = "the model as it was trained before it rounded is no longer there to be the teacher"
+            raise PlanError(937, where, what, "train in two runs, or give teacher: FOLDER")
         try:
             if not checkpoint.has_tokenizer:
                 raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
@@ -115,13 +123,15 @@ class Distilling(ModelPass):
         from ..teacher import teacher_from, teacher_of
 
         config = self.config
+        folder = config.teacher or context.source.checkpoint.folder
         if config.cache is not None:
             from ..cache.reading import open_cache
 
-            folder = config.teacher or context.source.checkpoint.folder
             width = model.get_output_embeddings().weight.shape[0]
             return open_cache(config.cache, tokenizer, width, teacher=folder, top_k=config.top_k, temperature=config.temperature)
-        return teacher_of(model) if config.teacher is None else teacher_from(config.teacher, tokenizer, context.device)
+        if config.teacher is None and not self.drifted:
+            return teacher_of(model)
+        return teacher_from(folder, tokenizer, context.device)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
         """Where the batches come from."""
