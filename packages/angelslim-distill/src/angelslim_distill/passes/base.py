@@ -128,7 +128,7 @@ class Distilling(ModelPass):
             from ..cache.reading import open_cache
 
             width = model.get_output_embeddings().weight.shape[0]
-            return open_cache(config.cache, tokenizer, width, teacher=folder, top_k=config.top_k, temperature=config.temperature)
+            return open_cache(config.cache, tokenizer, width, teacher=folder, top_k=config.top_k)
         if config.teacher is None and not self.drifted:
             return teacher_of(model)
         return teacher_from(folder, tokenizer, context.device)
