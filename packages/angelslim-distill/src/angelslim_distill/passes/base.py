@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from angelslim_core.context import Context
     from angelslim_core.plan import Plan
+    from angelslim_core.source import Source as Stored
 
+    from ..cache.reading import Cache
     from ..data.rows import Rows, Source
     from ..objective import Objective
     from ..targets import Teacher
@@ -97,7 +99,7 @@ class Distilling(ModelPass):
                 raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
             self.objective()
             if config.cache is not None:
-                self._check_cache()
+                self._check_cache(plan.source)
             if not config.data.is_file():
                 raise RecipeError(919, str(config.data), "is no file" if config.data.exists() else "does not exist", "set data")
             if config.teacher is not None:
@@ -105,10 +107,20 @@ class Distilling(ModelPass):
         except AngelslimError as error:
             raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
 
-    def _check_cache(self) -> None:
+    def _check_cache(self, source: Stored) -> None:
+        from angelslim_core.loading import load_tokenizer
+
         self.objective().loss.check_kept(tempered=False)
         if not self.config.cache.is_dir():
             raise ModelError(916, str(self.config.cache), "is no folder", "write one: angelslim distill cache")
+        text = source.config.get("text_config") or source.config
+        self._opened(load_tokenizer(source.checkpoint.folder), text["vocab_size"], source.checkpoint.folder)
+
+    def _opened(self, tokenizer: PreTrainedTokenizerBase, width: int, folder: Path) -> Cache:
+        """The cache, of the teacher in a folder unless another is named, for logits of a width."""
+        from ..cache.reading import open_cache
+
+        return open_cache(self.config.cache, tokenizer, width, teacher=self.config.teacher or folder, top_k=self.config.top_k)
 
     def objective(self) -> Objective:
         """The loss that the options ask for."""
@@ -123,15 +135,12 @@ class Distilling(ModelPass):
         from ..teacher import teacher_from, teacher_of
 
         config = self.config
-        folder = config.teacher or context.source.checkpoint.folder
+        folder = context.source.checkpoint.folder
         if config.cache is not None:
-            from ..cache.reading import open_cache
-
-            width = model.get_output_embeddings().weight.shape[0]
-            return open_cache(config.cache, tokenizer, width, teacher=folder, top_k=config.top_k)
+            return self._opened(tokenizer, model.get_output_embeddings().weight.shape[0], folder)
         if config.teacher is None and not self.drifted:
             return teacher_of(model)
-        return teacher_from(folder, tokenizer, context.device)
+        return teacher_from(config.teacher or folder, tokenizer, context.device)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
         """Where the batches come from."""

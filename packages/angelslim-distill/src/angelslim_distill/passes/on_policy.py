@@ -38,7 +38,6 @@ class OnPolicy(Distilling):
         prompts: Path | None = Field(None, description="JSONL of `prompt`, `turns` or `messages` to answer; none: what stands before the answers of `data`")
 
     def check(self, plan: Plan) -> None:
-        super().check(plan)
         at = next(s.index for s in plan.steps if s.pass_ is self)
         where, config = plan.recipe.where(f"steps[{at}].with"), self.config
         if config.teacher is None and not any(isinstance(s.pass_, TrainedPass) for s in plan.steps[:at]):
@@ -53,6 +52,7 @@ class OnPolicy(Distilling):
             raise PlanError(934, where, "no cache holds what the model has yet to say", "leave out cache, or give lmbda: 0")
         if config.shard and config.lmbda:
             raise PlanError(936, where, "a model whose weights lie in parts samples no answers", "leave out shard, or give lmbda: 0")
+        super().check(plan)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
         from ..on_policy import OnPolicy as Mixed
