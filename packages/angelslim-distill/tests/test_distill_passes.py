@@ -104,6 +104,22 @@ def test_what_cannot_be_is_refused_before_any_work(tiny, data, options, why):
     assert caught.value.exit_code == 3
 
 
+def test_text_has_no_answers_which_is_said_before_any_work(tiny, data, tmp_path):
+    (tmp_path / "t.txt").write_text("ab cd " * 400)
+    given = {"teacher": str(tiny("llama", seed=1))}
+    with pytest.raises(PlanError, match="nothing is an answer"):
+        prepare(tiny("llama"), recipe=recipe(tmp_path / "t.txt", **given))
+    assert prepare(tiny("llama"), recipe=recipe(tmp_path / "t.txt", count="all", **given))
+
+
+def test_a_training_that_leaves_its_start_says_so(tiny, data, tmp_path):
+    folder = tiny("llama", dtype="float32")
+    given = {"teacher": str(folder), "steps": 2, "every": 1}  # nothing is nearer to itself
+    result = compress(folder, recipe=recipe(data, **given), out=tmp_path / "best")
+    assert any("its start is what is kept" in line for line in result.warnings) and result.passes[0]["metrics"]["step"] == 0
+    assert not compress(folder, recipe=recipe(data, keep="last", **given), out=tmp_path / "last").warnings
+
+
 def test_a_teacher_of_another_tokenizer_or_none_is_refused_before_any_work(tiny, tiny_copy, data):
     for teacher in (tiny("llama", tokenizer=False), data.parent / "none"):
         with pytest.raises(AngelslimError, match="no tokenizer"):

@@ -83,6 +83,7 @@ class Distilling(ModelPass):
         """
         from angelslim_core.loading import load_tokenizer
 
+        from ..data.documents import check_form
         from ..teacher import check_tokenizer
 
         self.index = next(s.index for s in plan.steps if s.pass_ is self)
@@ -102,6 +103,7 @@ class Distilling(ModelPass):
                 self._check_cache(plan.source)
             if not config.data.is_file():
                 raise RecipeError(919, str(config.data), "is no file" if config.data.exists() else "does not exist", "set data")
+            check_form(config.data, config.count)
             if config.teacher is not None:
                 check_tokenizer(config.teacher, load_tokenizer(checkpoint.folder))
         except AngelslimError as error:
@@ -185,6 +187,8 @@ class Distilling(ModelPass):
         )  # fmt: skip
         history = training.run(context.workdir / "measured" / f"{self.index}-{self.id}", context.progress, context.stop_requested)
         student.requires_grad_(False)
+        if training.kept.get("step") == 0:
+            context.warnings.append(f"{self.id}: training did not lower KL to the teacher on held-out rows, and its start is what is kept")
         first = history.looks[0] if history.looks else {}
         return {
             **({"kl_before": first["kl"], "perplexity_before": first["perplexity"]} if first else {}), **training.kept, "trained": trained,
