@@ -93,6 +93,15 @@ def test_prompts_may_be_those_of_another_file_and_must_leave_room(tiny, data, tm
         OnPolicy(OnPolicy.Config.model_validate(given)).run(model, context_of(folder, tmp_path / "other"))
 
 
+def test_of_several_turns_the_first_is_answered(tiny, data, tmp_path):
+    folder, found = tiny("llama"), []
+    for row in ('{"turns": ["ab cd", "efg"]}', '{"prompt": "ab cd"}'):
+        (tmp_path / "p.jsonl").write_text(row + "\n")
+        given = {**OPTIONS, "data": data, "prompts": tmp_path / "p.jsonl"}
+        found.append(OnPolicy(OnPolicy.Config.model_validate(given))._prompts(None, context_of(folder, tmp_path)))
+    assert found[0] == found[1] and len(found[0]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
