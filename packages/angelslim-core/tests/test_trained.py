@@ -382,18 +382,19 @@ def test_a_run_that_ends_in_training_goes_on_there(tiny, tmp_path, error):
     assert (tmp_path / "o/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def test_a_finished_training_is_not_done_again(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [StoppedError(1, "here", "stopped"), NumericError(91, "gates.max_kl", "is 0.1"), RuntimeError("a bug")])
+def test_a_finished_training_is_not_done_again(tiny, tmp_path, monkeypatch, error):
     from angelslim_core import pipeline
 
     model = tiny()
     run(model, tmp_path / "whole", "toy.int4", "toy.distill")
 
     def full(*_):
-        raise StoppedError(1, "here", "stopped")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(pipeline, "write_shards", full)
-        with pytest.raises(StoppedError):
+        with pytest.raises(type(error)):
             run(model, tmp_path / "o", "toy.int4", "toy.distill")
     monkeypatch.setattr(Distill, "run", full)
     with pytest.raises(AngelslimError, match="another recipe"):

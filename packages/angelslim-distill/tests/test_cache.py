@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from angelslim_core.errors import ModelError, NumericError, RecipeError, StoppedError, UsageError
 from angelslim_core.loading import load_model
+from angelslim_distill import kd_loss
 from angelslim_distill.cache.capture import keeping, top_k_of
 from angelslim_distill.cache.manifest import Manifest
 from angelslim_distill.cache.reading import open_cache
@@ -122,16 +123,30 @@ def test_the_offline_loss_is_the_online_one_as_far_as_log_probabilities_are_roun
     assert abs(float(online - offline)) < most * float(online)
 
 
+def test_the_loss_of_another_temperature_is_the_online_one(samples, teacher, manifest, folder, loaded, tmp_path):
+    batch = batch_of(samples[:4])
+    logits = torch.randn(4, 30, 256, generator=torch.Generator().manual_seed(1))
+    hidden = teacher(batch)
+    theirs = hidden.states @ hidden.weight.T
+    given = {"kind": "cakld", "temperature": 2.0, "labels": batch.labels.clamp(min=0), "top_k_mode": "renorm"}
+    online = kd_loss(logits, theirs, batch.counted, top_k=K, **given)
+    offline = kd_loss(logits, open_cache(folder, loaded.tokenizer, 256)(batch), batch.counted, **given)
+    torch.testing.assert_close(offline, online)
+    write_cache(numbered(samples), 4, keeping(teacher, K), manifest(temperature=2.0), tmp_path / "c")
+    with pytest.raises(ModelError, match="another temperature"):
+        open_cache(tmp_path / "c", loaded.tokenizer, 256)
+
+
 def test_fewer_tokens_than_are_kept_are_the_most_likely_ones(samples, folder, loaded):
     batch = batch_of(samples[:2])
     whole, part = (open_cache(folder, loaded.tokenizer, 256, top_k=k)(batch) for k in (None, 3))
     assert torch.equal(part.ids, whole.ids[..., :3]) and torch.equal(part.logp[batch.attention_mask], whole.logp[..., :3][batch.attention_mask])
 
 
-def test_logits_are_divided_by_the_temperature_and_honour_cap_and_scale():
+def test_logits_honour_cap_and_scale():
     states, weight = torch.randn(1, 3, 4), torch.randn(7, 4)
-    found = top_k_of(Hidden(states, weight, torch.ones(7), softcap=2.0, scale=0.5), torch.tensor([[1, 2, -100]]), 7, temperature=3.0)
-    logits = 2 * ((states @ weight.T + 1) * 0.5 / 2).tanh() / 3
+    found = top_k_of(Hidden(states, weight, torch.ones(7), softcap=2.0, scale=0.5), torch.tensor([[1, 2, -100]]), 7)
+    logits = 2 * ((states @ weight.T + 1) * 0.5 / 2).tanh()
     torch.testing.assert_close(found.logp, logits.log_softmax(-1).sort(-1, descending=True).values)
     assert float(found.label_logp[0, 2]) == 0
     with pytest.raises(UsageError, match="8 tokens"):
@@ -204,7 +219,6 @@ def test_a_cache_of_something_else_is_refused(folder, loaded, tiny):
         ("tokenizer", {"tokenizer": Other(tokenizer, more=True)}),
         ("chat template", {"tokenizer": Other(tokenizer, chat_template="{{ 'other' }}")}),
         ("vocabulary size", {"vocab_size": 300}),
-        ("temperature", {"temperature": 2.0}),
         ("teacher", {"teacher": tiny(dtype="float32", tie_word_embeddings=True)}),
     ]
     for name, changes in refused:

@@ -7,7 +7,7 @@ import torch
 
 from angelslim_core import compress, load
 from angelslim_core.context import Context
-from angelslim_core.errors import AngelslimError, ModelError, PlanError, RecipeError, StoppedError
+from angelslim_core.errors import AngelslimError, PlanError, RecipeError, StoppedError
 from angelslim_core.fake_quant import placed
 from angelslim_core.io.checkpoint import Checkpoint
 from angelslim_core.loading import load_model
@@ -15,6 +15,7 @@ from angelslim_core.pipeline import prepare
 from angelslim_core.plugins import PluginHost
 from angelslim_core.source import describe_source, open_source
 from angelslim_core.testing.training import Int3Along, chats, rounded
+from angelslim_distill.cache.making import CacheOptions, make_cache
 from angelslim_distill.passes.qad import Qad
 
 OPTIONS = {"steps": 20, "batch": 4, "length": 64, "held_out": 0.2, "every": 5, "lr": 3e-3, "warmup": 0.1}
@@ -103,6 +104,22 @@ def test_what_cannot_be_is_refused_before_any_work(tiny, data, options, why):
     assert caught.value.exit_code == 3
 
 
+def test_text_has_no_answers_which_is_said_before_any_work(tiny, data, tmp_path):
+    (tmp_path / "t.txt").write_text("ab cd " * 400)
+    given = {"teacher": str(tiny("llama", seed=1))}
+    with pytest.raises(PlanError, match="nothing is an answer"):
+        prepare(tiny("llama"), recipe=recipe(tmp_path / "t.txt", **given))
+    assert prepare(tiny("llama"), recipe=recipe(tmp_path / "t.txt", count="all", **given))
+
+
+def test_a_training_that_leaves_its_start_says_so(tiny, data, tmp_path):
+    folder = tiny("llama", dtype="float32")
+    given = {"teacher": str(folder), "steps": 2, "every": 1}  # nothing is nearer to itself
+    result = compress(folder, recipe=recipe(data, **given), out=tmp_path / "best")
+    assert any("its start is what is kept" in line for line in result.warnings) and result.passes[0]["metrics"]["step"] == 0
+    assert not compress(folder, recipe=recipe(data, keep="last", **given), out=tmp_path / "last").warnings
+
+
 def test_a_teacher_of_another_tokenizer_or_none_is_refused_before_any_work(tiny, tiny_copy, data):
     for teacher in (tiny("llama", tokenizer=False), data.parent / "none"):
         with pytest.raises(AngelslimError, match="no tokenizer"):
@@ -117,7 +134,11 @@ def test_rows_are_not_shared_where_layers_carry_a_state(tiny, data, tmp_path):
     assert any("do not share rows" in line for line in result.warnings) and result.passes[0]["metrics"]["rows"] == 32
 
 
-def test_a_cache_of_another_teacher_is_refused(tiny, data, tmp_path):
+def test_a_cache_that_does_not_fit_is_refused_before_any_work(tiny, data, tmp_path):
     student, teacher = tiny("llama", dtype="float32"), tiny("llama", dtype="float32", seed=1)
-    with pytest.raises(ModelError):
-        compress(student, recipe=recipe(data, teacher=str(teacher), cache=str(tmp_path)), out=tmp_path / "out")
+    made = make_cache(teacher, data, tmp_path / "c", CacheOptions(top_k=4, length=64, held_out=0.2), "cpu")
+    assert made.rows and prepare(student, recipe=recipe(data, teacher=str(teacher), cache=str(tmp_path / "c")))
+    for options, why in (({"teacher": str(student)}, "another teacher"), ({"top_k": 5}, "keeps 4 tokens"), ({"cache": str(tmp_path)}, "manifest")):
+        with pytest.raises(PlanError, match=why) as caught:
+            prepare(student, recipe=recipe(data, **{"teacher": str(teacher), "cache": str(tmp_path / "c"), **options}))
+        assert caught.value.exit_code == 3

@@ -183,10 +183,18 @@ class Coarse(FakeQuantizer):
         return 0.01 * weight_OI.sum(1)
 
 
-def test_a_model_that_rounds_answers_as_it_rounds_and_rounds_once(model):
+class OwnProduct(Coarse):
+    """Makes its product itself, as `quant.sherry` and `quant.tequila` do."""
+
+    def product(self, x, weight_OI, bias_O):
+        return torch.nn.functional.linear(x, Coarse.weight(self, weight_OI), self.biased(weight_OI, bias_O))
+
+
+@pytest.mark.parametrize("kind", [Coarse, OwnProduct])
+def test_a_model_that_rounds_answers_as_it_rounds_and_rounds_once(model, kind):
     for name, module in list(model.named_modules()):
         if "mlp." in name and isinstance(module, torch.nn.Linear):
-            place(module, Coarse(module.weight))
+            place(module, kind(module.weight))
     own, config = placed(model), model.generation_config
     with torch.no_grad():
         model.lm_head.weight.mul_(300)
@@ -198,7 +206,7 @@ def test_a_model_that_rounds_answers_as_it_rounds_and_rounds_once(model):
     assert sampled(model, max_new_tokens=6, stop_ids=[])([[5, 6, 7]], 0)[0] == ids[3:]
     assert [linear.quantizer.asked for linear in own.values()] == [n + 1 for n in before]
     assert model.training and model.generation_config is config
-    assert not any({"weight", "bias"} & linear.quantizer.__dict__.keys() for linear in own.values())
+    assert not any({"weight", "bias", "product"} & linear.quantizer.__dict__.keys() for linear in own.values())
     with pytest.raises(ZeroDivisionError), sampling(model, None):
         raise ZeroDivisionError
     assert model.training and model.generation_config is config

@@ -93,6 +93,15 @@ def test_prompts_may_be_those_of_another_file_and_must_leave_room(tiny, data, tm
         OnPolicy(OnPolicy.Config.model_validate(given)).run(model, context_of(folder, tmp_path / "other"))
 
 
+def test_of_several_turns_the_first_is_answered(tiny, data, tmp_path):
+    folder, found = tiny("llama"), []
+    for row in ('{"turns": ["ab cd", "efg"]}', '{"prompt": "ab cd"}'):
+        (tmp_path / "p.jsonl").write_text(row + "\n")
+        given = {**OPTIONS, "data": data, "prompts": tmp_path / "p.jsonl"}
+        found.append(OnPolicy(OnPolicy.Config.model_validate(given))._prompts(None, context_of(folder, tmp_path)))
+    assert found[0] == found[1] and len(found[0]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -115,7 +124,8 @@ def test_no_cache_holds_what_the_model_has_yet_to_say(tiny, data, tmp_path):
     (tmp_path / "cache").mkdir()
     with pytest.raises(PlanError, match="yet to say"):
         prepare(tiny("llama"), recipe=steps(data, teacher=str(tiny("llama", seed=1)), cache=str(tmp_path / "cache")))
-    assert prepare(tiny("llama"), recipe=steps(data, teacher=str(tiny("llama", seed=1)), cache=str(tmp_path / "cache"), lmbda=0.0, kind="kl"))
+    with pytest.raises(PlanError, match="manifest"):  # it is looked at
+        prepare(tiny("llama"), recipe=steps(data, teacher=str(tiny("llama", seed=1)), cache=str(tmp_path / "cache"), lmbda=0.0, kind="kl"))
 
 
 def test_a_model_that_rounds_learns_on_its_own_answers_from_itself(tiny, data, tmp_path):
@@ -147,6 +157,22 @@ def test_block_by_block_is_a_step_after_one_that_says_how_linears_round(tiny, tm
     )
     model, _ = load(tmp_path / "out")
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_after_blocks_were_trained_the_teacher_is_still_the_model_that_training_began_with(tiny, data, tmp_path):
+    folder = tiny("llama", dtype="float32")
+    blocks = {"use": "distill.blockwise", "with": {"epochs": 4, "batch": 2, "lr": 1e-3, "quantizer_lr": 1e-3, "held_out": 0.0}}
+    end = {"use": "distill.qad", "with": {k: v for k, v in OPTIONS.items() if k != "max_new_tokens"} | {"data": str(data), "steps": 1}}
+    calibration = {"data": str(data), "samples": 6, "tokens": 32}
+    alone = compress(folder, recipe={"steps": [{"use": "toy.int3"}, end]}, out=tmp_path / "alone", **beside())
+    after = compress(folder, recipe={"steps": [{"use": "toy.int3"}, blocks, end], "calibration": calibration}, out=tmp_path / "after", **beside())
+    start = after.passes[1]["metrics"]
+    assert start["last_error"] < start["last_start_error"], "weights have moved"
+    taught = [result.passes[-1]["metrics"]["teacher_perplexity"] for result in (alone, after)]
+    assert taught[0] == pytest.approx(taught[1], rel=1e-6)
+    first = {"use": "distill.logits", "with": {**end["with"], "teacher": str(folder)}}
+    with pytest.raises(PlanError, match="no longer there"):
+        prepare(folder, recipe={"steps": [first, {"use": "toy.int3"}, blocks, end], "calibration": calibration}, **beside())
 
 
 def test_blocks_need_samples(tiny, tmp_path):

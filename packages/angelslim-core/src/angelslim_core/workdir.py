@@ -104,7 +104,9 @@ class Workdir:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # keep only what another try can build on
         begun = any(any(self.path.glob(name)) for name in ("journal*.jsonl", "rewritten", "trained", "measured"))
-        resumable = isinstance(error, _Unfinished) or (begun and isinstance(error, self._kept))
+        # what took hours is kept whatever goes wrong after it, a gate that fails for instance
+        trained = any(any(self.path.glob(name)) for name in ("trained", "measured/*/step-*"))
+        resumable = isinstance(error, _Unfinished) or trained or (begun and isinstance(error, self._kept))
         if kind is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)  # before another run may take the lock
         self._lock.release()

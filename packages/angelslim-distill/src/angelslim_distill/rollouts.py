@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from angelslim_core.fake_quant import placed
+from angelslim_core.fake_quant import FakeQuantizedLinear, placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,21 +73,20 @@ def sampling(model: PreTrainedModel, wanted: object) -> Iterator[None]:
         model.eval()
         model.generation_config = wanted
         for linear in linears:
-            _hold(linear.quantizer, linear.weight)
+            _hold(linear)
         yield
     finally:
         for linear in linears:
-            linear.quantizer.__dict__.pop("weight", None)
-            linear.quantizer.__dict__.pop("bias", None)
+            linear.quantizer.__dict__.pop("product", None)
         model.generation_config = own
         model.train(was)
 
 
-def _hold(quantizer: nn.Module, weight_OI: torch.Tensor) -> None:
-    """Let a quantizer give what it gives now for this weight."""
-    rounded, bias = quantizer.weight(weight_OI), quantizer.bias(weight_OI)  # type: ignore[operator]
-    quantizer.__dict__["weight"] = lambda _: rounded
-    quantizer.__dict__["bias"] = lambda _: bias
+def _hold(linear: FakeQuantizedLinear) -> None:
+    """Let a linear multiply by its weight as it is rounded now, which is what any product is in evaluation."""
+    quantizer = linear.quantizer
+    rounded, bias = quantizer.weight(linear.weight), quantizer.biased(linear.weight, linear.bias)
+    quantizer.__dict__["product"] = lambda x, *_: nn.functional.linear(quantizer.inputs(x), rounded, bias)
 
 
 def _ended(answer: list[int], stops: set[int]) -> list[int]:

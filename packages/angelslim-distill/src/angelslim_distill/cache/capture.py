@@ -18,24 +18,20 @@ from ..targets import Batch, Hidden, Teacher, TopK
 _ROWS = 256  # positions of which all log-probabilities are held in fp32 at once
 
 
-def keeping(teacher: Teacher, top_k: int, temperature: float = 1.0) -> Callable[[Batch], TopK]:
-    """What asks a teacher that knows its whole distribution, and keeps the most likely tokens.
-
-    Args:
-        temperature: divides logits.
-    """
+def keeping(teacher: Teacher, top_k: int) -> Callable[[Batch], TopK]:
+    """What asks a teacher that knows its whole distribution, and keeps the most likely tokens."""
 
     def kept(batch: Batch) -> TopK:
         found = teacher(batch)
         assert isinstance(found, Hidden)
-        return top_k_of(found, batch.labels, top_k, temperature)
+        return top_k_of(found, batch.labels, top_k)
 
     return kept
 
 
 @torch.no_grad()
-def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int, temperature: float = 1.0) -> TopK:
-    """The most likely tokens of logits divided by a temperature; normalized in fp32, over the whole vocabulary.
+def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int) -> TopK:
+    """The most likely tokens, of temperature 1: losses divide by theirs; normalized in fp32, over the whole vocabulary.
 
     Args:
         labels_BT: tokens whose log-probability is kept; 0 is kept of what is none.
@@ -52,7 +48,7 @@ def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int, temperature: float =
     states, labels = hidden.states.flatten(0, 1), (labels_BT * known).flatten()
     ids, logp, label_logp = [], [], []
     for start in range(0, len(states), _ROWS):
-        every = (logits_of(hidden, states[start : start + _ROWS]) / temperature).log_softmax(-1)
+        every = logits_of(hidden, states[start : start + _ROWS]).log_softmax(-1)
         most, at = every.topk(top_k, dim=-1)
         ids.append(at)
         logp.append(most)

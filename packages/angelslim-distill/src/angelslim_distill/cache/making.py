@@ -31,14 +31,12 @@ class CacheOptions:
 
     Args:
         top_k: tokens kept of each position.
-        temperature: divides logits.
         dtype: of log-probabilities.
         batch: rows the model reads at once.
         shard_positions: of a file, about.
     """
 
     top_k: int = 64
-    temperature: float = 1.0
     dtype: LogpDtype = "F32"
     length: int = 1024
     count: Count = "answers"
@@ -82,10 +80,10 @@ def make_cache(
     read: dict[str, Any] = {"length": options.length, "count": options.count, "turns": options.turns, "held_out": options.held_out, "seed": options.seed}
     found = prepare(data, loaded.tokenizer, str(folder), packed=options.pack and teacher.can_pack, **read)
     rows = sorted([*found.train, *found.held_out], key=len)
-    kept = keeping(teacher, options.top_k, options.temperature)
+    kept = keeping(teacher, options.top_k)
     manifest = Manifest(
         teacher=folder.name, fingerprint=model_fingerprint(folder), vocabulary=vocabulary_hash(loaded.tokenizer), template=template_hash(loaded.tokenizer),
-        vocab_size=len(model.get_output_embeddings().weight), top_k=options.top_k, temperature=options.temperature, dtype=options.dtype,
+        vocab_size=len(model.get_output_embeddings().weight), top_k=options.top_k, temperature=1.0, dtype=options.dtype,
         data=sha256(data), reading=options.reading, length=options.length,
     )  # fmt: skip
 

@@ -46,7 +46,7 @@ class Manifest(BaseModel):
         vocabulary, template: of the tokenizer and of its chat template.
         vocab_size: width of the teacher's logits.
         top_k: tokens kept of each position.
-        temperature: by which logits were divided.
+        temperature: by which logits were divided; losses know what to do with 1 alone.
         dtype: of log-probabilities.
         data: sha256 of the file that samples were read from; `reading`: in what way.
         length: positions of a sample, at most.

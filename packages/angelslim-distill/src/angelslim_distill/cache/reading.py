@@ -23,7 +23,7 @@ _SLACK = 0.03  # by which K probabilities may exceed 1: entropy times the roundi
 
 
 def open_cache(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, teacher: Path | None = None, top_k: int | None = None, temperature: float = 1.0
+    folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, teacher: Path | None = None, top_k: int | None = None
 ) -> Cache:  # fmt: skip
     """The teacher that a cache holds, for a student.
 
@@ -31,17 +31,16 @@ def open_cache(
         tokenizer: the student's; `vocab_size`: the width of its logits.
         teacher: folder of the model whose distributions are wanted; None: whatever model the cache is of.
         top_k: tokens to use of those kept; None: all.
-        temperature: of the loss; what all other tokens share is known at the temperature of the cache only.
 
     Raises:
-        ModelError: it is of another tokenizer, chat template, vocabulary size, teacher or temperature, has fewer tokens, or is broken.
+        ModelError: it is of another tokenizer, chat template, vocabulary size or teacher, of another temperature than 1, has fewer tokens, or is broken.
     """
     manifest = read_manifest(folder)
     wanted: dict[str, tuple[Any, Any]] = {
         "tokenizer": (manifest.vocabulary, vocabulary_hash(tokenizer)),
         "chat template": (manifest.template, template_hash(tokenizer)),
         "vocabulary size": (manifest.vocab_size, vocab_size),
-        "temperature": (manifest.temperature, temperature),
+        "temperature": (manifest.temperature, 1.0),
         "teacher": (manifest.fingerprint, model_fingerprint(teacher) if teacher is not None else manifest.fingerprint),
     }
     for name, (found, asked) in wanted.items():

@@ -17,7 +17,6 @@ _DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 @click.option("--data", required=True, metavar="FILE", help="JSONL of conversations or text, or a text file, as a pass reads it.")
 @click.option("--out", required=True, metavar="DIR", help="Folder to create, for the option `cache` of a pass.")
 @click.option("--top-k", default=64, show_default=True, type=click.IntRange(min=1), help="Most likely tokens kept of each position.")
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Divides logits; that of the loss.")
 @click.option("--logp", default="fp32", show_default=True, type=click.Choice([*_DTYPES]), help="Dtype of log-probabilities.")
 @click.option("--length", default=1024, show_default=True, type=click.IntRange(min=8), help="Tokens of a row, at most, as in the pass.")
 @click.option("--count", default="answers", show_default=True, type=click.Choice(["answers", "all"]), help="Which tokens count, as in the pass.")

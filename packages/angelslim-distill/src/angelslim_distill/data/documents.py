@@ -33,10 +33,9 @@ def read_documents(
     Raises:
         RecipeError: no such file, a malformed row, or no answer where these alone count.
     """
-    is_rows = path.suffix.lower() in (".jsonl", ".json")
+    check_form(path, count)
+    is_rows = _is_rows(path)
     if count == "answers":
-        if path.is_file() and not is_rows:
-            raise RecipeError(910, str(path), "is text, in which nothing is an answer", "set count: all, or give a JSONL file of conversations")
         return list(Renderer(tokenizer, where).documents(read_conversations(path), turns))
     if is_rows:
         return [Document(ids, [True] * len(ids)) for ids in _rows(path, tokenizer, where)]
@@ -48,6 +47,20 @@ def read_documents(
         raise RecipeError(912, str(path), f"cannot be read as text: {error}", "save the file as UTF-8") from error
     windows = [list(ids[start : start + length]) for start in range(0, len(ids), length)]
     return [Document(window, [True] * len(window)) for window in windows]
+
+
+def check_form(path: Path, count: Count) -> None:
+    """Refuse, by its name, a file in which nothing can count.
+
+    Raises:
+        RecipeError: it is text, and answers alone count.
+    """
+    if count == "answers" and path.is_file() and not _is_rows(path):
+        raise RecipeError(910, str(path), "is text, in which nothing is an answer", "set count: all, or give a JSONL file of conversations")
+
+
+def _is_rows(path: Path) -> bool:
+    return path.suffix.lower() in (".jsonl", ".json")
 
 
 def _rows(path: Path, tokenizer: PreTrainedTokenizerBase, where: str) -> Iterator[list[int]]:

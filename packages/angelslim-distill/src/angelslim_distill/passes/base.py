@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import Field
 
 from angelslim_core.errors import AngelslimError, ModelError, PlanError, RecipeError
-from angelslim_core.passes import ModelPass, PassConfig
+from angelslim_core.passes import ModelPass, PassConfig, TrainedPass
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from angelslim_core.context import Context
     from angelslim_core.plan import Plan
+    from angelslim_core.source import Source as Stored
 
+    from ..cache.reading import Cache
     from ..data.rows import Rows, Source
     from ..objective import Objective
     from ..targets import Teacher
@@ -67,9 +69,11 @@ class Distilling(ModelPass):
 
     Attributes:
         index: of its step, settled with the plan: a recipe may train twice.
+        drifted: weights were trained while they rounded by an earlier step, so that without rounding the model is no longer what it was.
     """
 
     index = 0
+    drifted = False
 
     def check(self, plan: Plan) -> None:
         """What can be known before any work.
@@ -79,28 +83,46 @@ class Distilling(ModelPass):
         """
         from angelslim_core.loading import load_tokenizer
 
+        from ..data.documents import check_form
         from ..teacher import check_tokenizer
 
         self.index = next(s.index for s in plan.steps if s.pass_ is self)
         where = plan.recipe.where(f"steps[{self.index}].with")
         checkpoint, config = plan.source.checkpoint, self.config
+        rounds = next((s.index for s in plan.steps if isinstance(s.pass_, TrainedPass)), self.index)
+        trains = [s.index for s in plan.steps[: self.index] if isinstance(s.pass_, ModelPass)]
+        self.drifted = any(i > rounds for i in trains)
+        if self.drifted and config.teacher is None and config.cache is None and trains[0] < rounds:
+            what = "the model as it was trained before it rounded is no longer there to be the teacher"
+            raise PlanError(937, where, what, "train in two runs, or give teacher: FOLDER")
         try:
             if not checkpoint.has_tokenizer:
                 raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
             self.objective()
             if config.cache is not None:
-                self._check_cache()
+                self._check_cache(plan.source)
             if not config.data.is_file():
                 raise RecipeError(919, str(config.data), "is no file" if config.data.exists() else "does not exist", "set data")
+            check_form(config.data, config.count)
             if config.teacher is not None:
                 check_tokenizer(config.teacher, load_tokenizer(checkpoint.folder))
         except AngelslimError as error:
             raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
 
-    def _check_cache(self) -> None:
+    def _check_cache(self, source: Stored) -> None:
+        from angelslim_core.loading import load_tokenizer
+
         self.objective().loss.check_kept(tempered=False)
         if not self.config.cache.is_dir():
             raise ModelError(916, str(self.config.cache), "is no folder", "write one: angelslim distill cache")
+        text = source.config.get("text_config") or source.config
+        self._opened(load_tokenizer(source.checkpoint.folder), text["vocab_size"], source.checkpoint.folder)
+
+    def _opened(self, tokenizer: PreTrainedTokenizerBase, width: int, folder: Path) -> Cache:
+        """The cache, of the teacher in a folder unless another is named, for logits of a width."""
+        from ..cache.reading import open_cache
+
+        return open_cache(self.config.cache, tokenizer, width, teacher=self.config.teacher or folder, top_k=self.config.top_k)
 
     def objective(self) -> Objective:
         """The loss that the options ask for."""
@@ -115,13 +137,12 @@ class Distilling(ModelPass):
         from ..teacher import teacher_from, teacher_of
 
         config = self.config
+        folder = context.source.checkpoint.folder
         if config.cache is not None:
-            from ..cache.reading import open_cache
-
-            folder = config.teacher or context.source.checkpoint.folder
-            width = model.get_output_embeddings().weight.shape[0]
-            return open_cache(config.cache, tokenizer, width, teacher=folder, top_k=config.top_k, temperature=config.temperature)
-        return teacher_of(model) if config.teacher is None else teacher_from(config.teacher, tokenizer, context.device)
+            return self._opened(tokenizer, model.get_output_embeddings().weight.shape[0], folder)
+        if config.teacher is None and not self.drifted:
+            return teacher_of(model)
+        return teacher_from(config.teacher or folder, tokenizer, context.device)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
         """Where the batches come from."""
@@ -166,6 +187,8 @@ class Distilling(ModelPass):
         )  # fmt: skip
         history = training.run(context.workdir / "measured" / f"{self.index}-{self.id}", context.progress, context.stop_requested)
         student.requires_grad_(False)
+        if training.kept.get("step") == 0:
+            context.warnings.append(f"{self.id}: training did not lower KL to the teacher on held-out rows, and its start is what is kept")
         first = history.looks[0] if history.looks else {}
         return {
             **({"kl_before": first["kl"], "perplexity_before": first["perplexity"]} if first else {}), **training.kept, "trained": trained,

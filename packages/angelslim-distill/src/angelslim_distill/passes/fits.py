@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .base import Distilling
+from .blockwise import Blockwise
+
 if TYPE_CHECKING:
     from angelslim_core.plan import Plan
 
@@ -11,8 +14,8 @@ if TYPE_CHECKING:
 def check(plan: Plan) -> None:
     """
     Raises:
-        PlanError: as the `check` of a pass raises.
+        PlanError: as their `check` raises.
     """
     for step in plan.steps:
-        if step.pass_.id.startswith("distill."):
-            step.pass_.check(plan)  # type: ignore[attr-defined]
+        if isinstance(step.pass_, Distilling | Blockwise):
+            step.pass_.check(plan)

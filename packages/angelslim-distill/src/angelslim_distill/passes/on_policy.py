@@ -18,6 +18,7 @@ from .base import Distilling, Options
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from angelslim_core.calibration.rows import Chat
     from angelslim_core.context import Context
     from angelslim_core.plan import Plan
 
@@ -35,10 +36,11 @@ class OnPolicy(Distilling):
         max_new_tokens: int = Field(128, ge=1, description="tokens of an answer, at most; with its prompt at most `length`")
         sampling_temperature: float = Field(0.9, gt=0, le=100, description="divides logits where answers are sampled; the loss has `temperature`")
         top_p: float = Field(1.0, gt=0, le=1, description="answers are drawn of the most likely tokens that together have this probability")
-        prompts: Path | None = Field(None, description="JSONL of `prompt`, `turns` or `messages` to answer; none: what stands before the answers of `data`")
+        prompts: Path | None = Field(
+            None, description="JSONL of `prompt`, `turns` or `messages`, of which the first turn is answered; none: what stands before the answers of `data`"
+        )
 
     def check(self, plan: Plan) -> None:
-        super().check(plan)
         at = next(s.index for s in plan.steps if s.pass_ is self)
         where, config = plan.recipe.where(f"steps[{at}].with"), self.config
         if config.teacher is None and not any(isinstance(s.pass_, TrainedPass) for s in plan.steps[:at]):
@@ -53,6 +55,7 @@ class OnPolicy(Distilling):
             raise PlanError(934, where, "no cache holds what the model has yet to say", "leave out cache, or give lmbda: 0")
         if config.shard and config.lmbda:
             raise PlanError(936, where, "a model whose weights lie in parts samples no answers", "leave out shard, or give lmbda: 0")
+        super().check(plan)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
         from ..on_policy import OnPolicy as Mixed
@@ -81,7 +84,7 @@ class OnPolicy(Distilling):
         if config.prompts is None:
             found = prompts_of(rows.train)
         else:
-            found = Renderer(load_tokenizer(folder), str(folder)).prompts([prompt.messages for prompt in read_prompts(config.prompts)])
+            found = Renderer(load_tokenizer(folder), str(folder)).prompts([_opening(prompt.messages) for prompt in read_prompts(config.prompts)])
         fit = [prompt for prompt in found if len(prompt) + config.max_new_tokens <= config.length]
         if not fit:
             what = f"none of {len(found)} prompts leaves room for {config.max_new_tokens} tokens within {config.length}"
@@ -89,6 +92,11 @@ class OnPolicy(Distilling):
         if len(fit) < len(found):
             context.warnings.append(f"{self.id}: {len(found) - len(fit)} of {len(found)} prompts are left out, since their answers would not fit in `length`")
         return fit
+
+
+def _opening(messages: Chat) -> Chat:
+    """A conversation up to what the user says first: later turns would follow answers that there are not."""
+    return messages[: next(i for i, message in enumerate(messages) if message["role"] == "user") + 1]
 
 
 def _stop_ids(model: PreTrainedModel) -> list[int]:
