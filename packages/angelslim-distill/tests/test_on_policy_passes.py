@@ -138,6 +138,13 @@ def test_a_model_that_rounds_learns_on_its_own_answers_from_itself(tiny, data, t
     assert prepare(folder, recipe=steps(data, "toy.int3"), **beside())  # its unrounded self is its teacher
 
 
+def test_a_head_that_rounds_is_refused_before_any_work(tiny, data):
+    given = steps(data, "toy.int3")
+    given["steps"][0]["targets"] = ["lm_head", "mlp"]
+    with pytest.raises(PlanError, match="toy.int3 rounds the head"):
+        prepare(tiny("llama"), recipe=given, **beside())
+
+
 def test_block_by_block_is_a_step_after_one_that_says_how_linears_round(tiny, tmp_path):
     folder = tiny("llama", dtype="float32")
     text = tmp_path / "t.txt"

@@ -36,7 +36,9 @@ class OnPolicy(Distilling):
         max_new_tokens: int = Field(128, ge=1, description="tokens of an answer, at most; with its prompt at most `length`")
         sampling_temperature: float = Field(0.9, gt=0, le=100, description="divides logits where answers are sampled; the loss has `temperature`")
         top_p: float = Field(1.0, gt=0, le=1, description="answers are drawn of the most likely tokens that together have this probability")
-        prompts: Path | None = Field(None, description="JSONL of `prompt`, `turns` or `messages`, of which the first turn is answered; none: what stands before the answers of `data`")
+        prompts: Path | None = Field(
+            None, description="JSONL of `prompt`, `turns` or `messages`, of which the first turn is answered; none: what stands before the answers of `data`"
+        )
 
     def check(self, plan: Plan) -> None:
         at = next(s.index for s in plan.steps if s.pass_ is self)
