@@ -131,7 +131,7 @@ def _verdict(engine: str, plan: Plan | Folder) -> dict[str, Any]:
     sites = {s.name: s for s in plan.description.sites}
     if engine == "transformers" and any(sites[name].expert is not None for name in plan.schemes):
         return {"ok": False, "why": "holds experts as 3-D parameters, which it does not quantize; AngelSlim's load() reads it"}
-    if engine == "transformers" and any(s.expert is not None and s.part is None for s in sites.values()):
+    if engine == "transformers" and plan.schemes and any(s.expert is not None and s.part is None for s in sites.values()):
         return {"ok": False, "why": "5.24 does not find separate experts beside quantized linears; AngelSlim's load() reads it"}
     for scheme in dict.fromkeys(plan.schemes.values()):
         row = TABLE.get((engine, plan.exporter.name, kind(scheme)))

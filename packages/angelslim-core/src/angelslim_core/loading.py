@@ -121,7 +121,7 @@ def reads_natively(source: Source, description: Description) -> bool:
         return False
     if is_joined():  # compressed-tensors 0.20 shares the work with the other processes, which load nothing
         return False
-    if any(s.expert is not None and (s.name in source.quantized or s.part is None) for s in description.sites):
+    if source.quantized and any(s.expert is not None and (s.name in source.quantized or s.part is None) for s in description.sites):
         return False
     wide = compute_dtype(source, description) != "BF16" and any(s.weights.scale_dtype in ("U8", "F8_E4M3") for s in source.quantized.values())
     return source.exporter.name == "compressed-tensors" and not wide and all(s.weights.symmetric for s in source.quantized.values())
