@@ -9,7 +9,7 @@ import torch
 from angelslim_core import PluginHost, TrainedPass, compress, hookimpl, load
 from angelslim_core.calibration.data import Samples
 from angelslim_core.context import Context
-from angelslim_core.errors import AngelslimError, PlanError, RecipeError
+from angelslim_core.errors import AngelslimError, NumericError, PlanError, RecipeError
 from angelslim_core.io.checkpoint import Checkpoint
 from angelslim_core.loading import load_model
 from angelslim_core.pipeline import prepare
@@ -91,6 +91,13 @@ def test_prompts_may_be_those_of_another_file_and_must_leave_room(tiny, data, tm
     prompts.write_text('{"prompt": "' + "efg " * 90 + '"}\n')
     with pytest.raises(RecipeError, match="none of 1 prompts leaves room"):
         OnPolicy(OnPolicy.Config.model_validate(given)).run(model, context_of(folder, tmp_path / "other"))
+
+
+def test_a_training_that_diverges_ends_with_its_loss_not_in_sampling(tiny, data, tmp_path):
+    teacher = str(tiny("llama", dtype="float32", seed=1))
+    with pytest.raises(NumericError, match="not finite"):
+        compress(tiny("llama", dtype="float32"), recipe=steps(data, teacher=teacher, lmbda=1.0, weight_decay=1e38), out=tmp_path / "out")
+    assert list(tmp_path.glob(".out.angelslim/measured/*/best-*"))
 
 
 def test_of_several_turns_the_first_is_answered(tiny, data, tmp_path):
