@@ -148,7 +148,7 @@ def test_a_model_that_rounds_learns_on_its_own_answers_from_itself(tiny, data, t
 def test_a_head_that_rounds_is_refused_before_any_work(tiny, data):
     given = steps(data, "toy.int3")
     given["steps"][0]["targets"] = ["lm_head", "mlp"]
-    with pytest.raises(PlanError, match="toy.int3 rounds the head"):
+    with pytest.raises(PlanError, match="rounds the head"):
         prepare(tiny("llama"), recipe=given, **beside())
 
 
