@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from angelslim_core.cli import main as cli
+from angelslim_core.plugins import PluginHost
 
 
 def call(capsys, *arguments):
@@ -137,6 +138,7 @@ def test_lists(capsys):
     assert code == 0 and {k["op"] for k in found["kernels"]} >= wanted
 
 
-def test_a_plugins_own_group_loads_only_when_typed(capsys):
+def test_a_plugin_without_commands_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(PluginHost, "add_commands", lambda *_: False)
     code, _, err = call(capsys, "distill", "anything")
     assert code == 4 and "adds no commands" in err

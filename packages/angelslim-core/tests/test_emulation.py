@@ -86,6 +86,22 @@ def test_experts_round_their_inputs(tiny, tmp_path, architecture):
         torch.testing.assert_close(plain.model(IDS).logits, exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_experts_that_stay_beside_quantized_linears_are_read(tiny, tmp_path, architecture):
+    """As a trained pass leaves them; transformers finds no separate experts in a folder with a quantization_config."""
+    step = {"use": "quant.int4_rtn", "with": {"group_size": 16}, "ignore": ["experts"]}
+    result = compress(tiny(architecture, dtype="float32"), recipe={"steps": [step]}, out=tmp_path / "out")
+    assert not result.plan["engines"]["transformers"]["ok"]
+    loaded = load_model(tmp_path / "out", "cpu", packed=False)
+    exact = load_model(tiny(architecture, dtype="float32"), "cpu")
+    assert loaded.backend == OWN_READER
+    with torch.no_grad():
+        found, wanted = loaded.model(IDS).logits, exact.model(IDS).logits
+    assert 0 < float((found - wanted).abs().max()) < float(wanted.abs().max())
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(loaded.model.get_parameter(name), exact.model.get_parameter(name))
+
+
 def test_evaluation_counts_the_rounding(tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 40)

@@ -53,7 +53,11 @@ def train(group, folder, stop=None, shard=False, dtype="float32", options=None):
     if shard:
         from angelslim_core.sharded import Sharded
 
-        divided = {} if shard is True else {"whole": ["gain"], "units": lambda m: [m.first]}
+        def in_turn(m):
+            yield m.first
+            assert m.unused.dtype == getattr(torch, dtype), "fp32 copies are of one unit at a time"
+
+        divided = {} if shard is True else {"whole": ["gain"], "units": in_turn}
         sharded = Sharded(model, lambda m, x, y: ((t := m.loss(x, y)).sums, t), group, **divided)
         assert all(p.untyped_storage().nbytes() <= 4 for p in model.parameters())
     training = Training(sharded or dict(model.named_parameters()), TrainingOptions(**{**OPTIONS, **(options or {})}), group)
@@ -152,7 +156,7 @@ def test_a_state_goes_on_in_parts_and_whole(two, tmp_path):
 def test_parts_are_fp32_where_the_computation_is_not(two, tmp_path):
     options = {"lr": 1e-4, "weight_decay": 0}
     before = Model(torch.bfloat16)
-    found, _ = two(tmp_path, shard=True, dtype="bfloat16", options=options, stop=8)
+    found, _ = two(tmp_path, shard="in units", dtype="bfloat16", options=options, stop=8)
     wanted = train(Group(), tmp_path / "one", dtype="bfloat16", options=options)
     master = load_file(tmp_path / "step-00000008/state.safetensors")["first.weight.master"]
     assert found["first.weight"].dtype == torch.bfloat16 and torch.equal(found["first.weight"], master.to(torch.bfloat16))

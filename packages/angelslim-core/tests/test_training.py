@@ -142,3 +142,32 @@ def test_seeds_of_steps_differ_and_are_no_business_of_the_process():
     assert len(set(seeds)) == 100
     # Python salts hashes of text by process, not those of numbers: a state goes on with the same numbers
     assert seeds[:4] == [107835212329083, 89733736600510, 35645463642327, 43690943490952]
+
+
+def test_gradients_are_summed_a_bucket_at_a_time(monkeypatch):
+    """So that no copy of all of them is made."""
+
+    class Two(Group):
+        """Two processes whose rows are alike."""
+
+        size = 2
+
+        def __init__(self):
+            self.sizes = []
+
+        def reduce(self, tensor, op="sum"):
+            self.sizes.append(tensor.numel())
+            return tensor * 2 if op == "sum" else tensor
+
+    monkeypatch.setattr("angelslim_core.training.BUCKET", 20)
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(3, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    rows = torch.randn(8, 5)
+    group = Two()
+    for model, where in zip(models, (group, Group()), strict=True):
+        training = Training(dict(model.named_parameters()), TrainingOptions(steps=1, lr=0.1, clip=1e9), where)
+        error = lambda step, part, model=model: model(rows).square().sum()[None]  # noqa: E731
+        training.advance(lambda step, part, error=error: Terms(error(step, part), torch.ones(1), torch.ones(1), torch.zeros(1)))
+    assert group.sizes[1:] == [20, 19, 12]
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))

@@ -9,7 +9,7 @@ import torch
 from angelslim_core import PluginHost, TrainedPass, compress, hookimpl, load
 from angelslim_core.calibration.data import Samples
 from angelslim_core.context import Context
-from angelslim_core.errors import AngelslimError, PlanError, RecipeError
+from angelslim_core.errors import AngelslimError, NumericError, PlanError, RecipeError
 from angelslim_core.io.checkpoint import Checkpoint
 from angelslim_core.loading import load_model
 from angelslim_core.pipeline import prepare
@@ -93,6 +93,13 @@ def test_prompts_may_be_those_of_another_file_and_must_leave_room(tiny, data, tm
         OnPolicy(OnPolicy.Config.model_validate(given)).run(model, context_of(folder, tmp_path / "other"))
 
 
+def test_a_training_that_diverges_ends_with_its_loss_not_in_sampling(tiny, data, tmp_path):
+    teacher = str(tiny("llama", dtype="float32", seed=1))
+    with pytest.raises(NumericError, match="not finite"):
+        compress(tiny("llama", dtype="float32"), recipe=steps(data, teacher=teacher, lmbda=1.0, weight_decay=1e38), out=tmp_path / "out")
+    assert list(tmp_path.glob(".out.angelslim/measured/*/best-*"))
+
+
 def test_of_several_turns_the_first_is_answered(tiny, data, tmp_path):
     folder, found = tiny("llama"), []
     for row in ('{"turns": ["ab cd", "efg"]}', '{"prompt": "ab cd"}'):
@@ -136,6 +143,13 @@ def test_a_model_that_rounds_learns_on_its_own_answers_from_itself(tiny, data, t
     found = OnPolicy(OnPolicy.Config.model_validate(given)).run(model, context_of(folder, tmp_path))
     assert found["kl"] < 0.95 * found["kl_before"]
     assert prepare(folder, recipe=steps(data, "toy.int3"), **beside())  # its unrounded self is its teacher
+
+
+def test_a_head_that_rounds_is_refused_before_any_work(tiny, data):
+    given = steps(data, "toy.int3")
+    given["steps"][0]["targets"] = ["lm_head", "mlp"]
+    with pytest.raises(PlanError, match="rounds the head"):
+        prepare(tiny("llama"), recipe=given, **beside())
 
 
 def test_block_by_block_is_a_step_after_one_that_says_how_linears_round(tiny, tmp_path):

@@ -122,11 +122,6 @@ def verdicts(plan: Plan | Folder) -> dict[str, dict[str, Any]]:
     return {engine: _verdict(engine, plan) for engine in ENGINES}
 
 
-def joins_experts(exporter: Exporter | None, description: Description) -> bool:
-    """Whether transformers would have to join experts, stored one by one, while compressed-tensors reads the folder: 5.24 finds none of them."""
-    return exporter is not None and exporter.name == "compressed-tensors" and any(s.expert is not None and s.part is None for s in description.sites)
-
-
 def _verdict(engine: str, plan: Plan | Folder) -> dict[str, Any]:
     if engine == "llama.cpp":
         return {"ok": False, "why": "reads GGUF only, which `angelslim convert OUT FILE --to gguf` makes of Llama, Qwen2 and Qwen3 models"}
@@ -136,8 +131,8 @@ def _verdict(engine: str, plan: Plan | Folder) -> dict[str, Any]:
     sites = {s.name: s for s in plan.description.sites}
     if engine == "transformers" and any(sites[name].expert is not None for name in plan.schemes):
         return {"ok": False, "why": "holds experts as 3-D parameters, which it does not quantize; AngelSlim's load() reads it"}
-    if engine == "transformers" and joins_experts(plan.exporter, plan.description):
-        return {"ok": False, "why": "5.24 with compressed-tensors 0.20 cannot join the experts of such a folder; AngelSlim's load() reads it"}
+    if engine == "transformers" and plan.schemes and any(s.expert is not None and s.part is None for s in sites.values()):
+        return {"ok": False, "why": "5.24 does not find separate experts beside quantized linears; AngelSlim's load() reads it"}
     for scheme in dict.fromkeys(plan.schemes.values()):
         row = TABLE.get((engine, plan.exporter.name, kind(scheme)))
         if row is None or not row.ok:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from .adapters import transformers_identity
 from .adapters.base import Description
 from .device import pick_device
-from .engines import joins_experts
 from .errors import ModelError
 from .io.strict_json import read_json
 from .model import auto_class, decoder_layers, sanitized
@@ -112,8 +111,8 @@ def load_model(
 def reads_natively(source: Source, description: Description) -> bool:
     """Whether transformers itself reads a folder and computes what was stored.
 
-    It replaces `nn.Linear` modules only, so quantized experts, which it holds as 3-D parameters, are ours to read, and
-    so are block FP8 and packed zero points, whose shape it mistakes (5.23 with compressed-tensors 0.20). FP4 and MX
+    It replaces `nn.Linear` modules only, so quantized experts, which it holds as 3-D parameters, are ours to read, as are
+    separate ones beside anything quantized, which it does not find (5.24 with compressed-tensors 0.20), and block FP8 and packed zero points, whose shape it mistakes (5.23 with compressed-tensors 0.20). FP4 and MX
     weights it restores in BF16 only.
     """
     if source.exporter is None:
@@ -122,7 +121,7 @@ def reads_natively(source: Source, description: Description) -> bool:
         return False
     if is_joined():  # compressed-tensors 0.20 shares the work with the other processes, which load nothing
         return False
-    if joins_experts(source.exporter, description) or any(s.expert is not None and s.name in source.quantized for s in description.sites):
+    if source.quantized and any(s.expert is not None and (s.name in source.quantized or s.part is None) for s in description.sites):
         return False
     wide = compute_dtype(source, description) != "BF16" and any(s.weights.scale_dtype in ("U8", "F8_E4M3") for s in source.quantized.values())
     return source.exporter.name == "compressed-tensors" and not wide and all(s.weights.symmetric for s in source.quantized.values())

@@ -48,14 +48,14 @@ class Sharded:
         self.group, self.whole, self._original = group, frozenset(whole), module
         part = self.module = copy.deepcopy(module).train()
         self.release()
-        for name, p in part.named_parameters():
-            if name not in self.whole:
-                p.data = p.data.float()
         mesh = init_device_mesh(next(part.parameters()).device.type, (group.size,))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         kept = {p for name, p in part.named_parameters() if name in self.whole}
         self._call = _Call(part, call)
-        for unit in [*units(part), self._call]:
+        for unit in (*units(part), self._call):
+            for p in unit.parameters():
+                if p not in kept and not isinstance(p, DTensor):
+                    p.data = p.data.float()  # of one unit at a time, which is let go of once it lies in parts
             state = fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not self._call, mp_policy=policy, ignored_params=kept)
             state.set_gradient_divide_factor(1.0)  # sums, as losses are
             state.set_force_sum_reduction_for_comms(True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,10 @@ from .parallel import Group
 
 if TYPE_CHECKING:
     from .sharded import Sharded
+
+
+# gradients that processes sum up at a time, in numbers
+BUCKET = 1 << 26
 
 
 class TrainingOptions(BaseModel):
@@ -155,9 +159,9 @@ class Training:
         names = list(self._parameters)
         gradients = [self._gradient(name) for name in names]
         whole = [i for i, name in enumerate(names) if name not in self._divided]
-        if self.group.size > 1 and whole:
-            flat = self.group.reduce(torch.cat([gradients[i].reshape(-1) for i in whole]))
-            for i, part in zip(whole, flat.split([gradients[i].numel() for i in whole]), strict=True):
+        for bucket in _buckets(whole, gradients) if self.group.size > 1 else ():
+            flat = self.group.reduce(torch.cat([gradients[i].reshape(-1) for i in bucket]))
+            for i, part in zip(bucket, flat.split([gradients[i].numel() for i in bucket]), strict=True):
                 gradients[i] = part.view_as(gradients[i])
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = torch.linalg.vector_norm(norms)
@@ -285,6 +289,20 @@ class Training:
 
     def _whole(self, name: str, tensor: Tensor) -> Tensor:
         return self._parts.whole_of(tensor, _owner(name)) if self._parts is not None and _owner(name) in self._divided and tensor.ndim else tensor
+
+
+def _buckets(numbers: Sequence[int], gradients: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Consecutive gradients of together at most `BUCKET` numbers, or one: a copy of all of them would be as large as the fp32 weights."""
+    found: list[int] = []
+    size = 0
+    for i in numbers:
+        if found and size + gradients[i].numel() > BUCKET:
+            yield found
+            found, size = [], 0
+        found.append(i)
+        size += gradients[i].numel()
+    if found:
+        yield found
 
 
 def _owner(name: str) -> str:

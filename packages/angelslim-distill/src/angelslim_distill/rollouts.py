@@ -57,6 +57,7 @@ class Sampled:
         wanted = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0, num_beams=1, use_cache=True,
             eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0,
+            remove_invalid_values=True,  # of a training that diverges, which its loss says; to sample of NaN ends a GPU's context
         )  # fmt: skip
         with sampling(model, wanted), torch.random.fork_rng([device] if device.type == "cuda" else []):
             # the plain seed call would reach devices that are not forked

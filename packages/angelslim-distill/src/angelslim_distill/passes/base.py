@@ -95,6 +95,10 @@ class Distilling(ModelPass):
         if self.drifted and config.teacher is None and config.cache is None and trains[0] < rounds:
             what = "the model as it was trained before it rounded is no longer there to be the teacher"
             raise PlanError(937, where, what, "train in two runs, or give teacher: FOLDER")
+        for step in plan.steps[: self.index]:
+            if isinstance(step.pass_, TrainedPass) and any(site.role == "head" for site in step.sites):
+                what = f"{step.pass_.id} rounds the head, and {self.id} makes logits of hidden states"
+                raise PlanError(938, plan.recipe.where(f"steps[{step.index}]"), what, "leave the head out of the targets")
         try:
             if not checkpoint.has_tokenizer:
                 raise ModelError(915, str(checkpoint.folder), "has no tokenizer, which training data need")
