@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lowbit_sums import sums, totals, turned
+from .lowbit_sums import number, sums, totals, turned
 
 if TYPE_CHECKING:
     from ..lowbit_matmul import PackedLow
@@ -117,6 +117,7 @@ def _part(xs, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, SPARSE: tl.constexp
 def _weights(at, chunk, chunks, here, SPARSE: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr):
     """Words and scales of each thread's chunk; `at`: where these are in the thread's first chunk."""
     SEGMENTS: tl.constexpr = 128 // GROUP if GROUP > 0 and GROUP < 128 else 1
+    OF_GROUP: tl.constexpr = 32 if at[2].dtype.element_ty == tl.float32 else 16
     WORDS: tl.constexpr = 160 if SPARSE else 256
     inside = (here + chunk < chunks)[:, None]
     wide, more = at[0] + here * WORDS, at[1] + here * WORDS
@@ -129,14 +130,14 @@ def _weights(at, chunk, chunks, here, SPARSE: tl.constexpr, EVEN: tl.constexpr, 
     scales = ()
     if GROUP > 0:
         if GROUP <= 128:
-            group = at[2] + here * (32 * SEGMENTS)
+            group = at[2] + here * (OF_GROUP * SEGMENTS)
         else:
-            group = at[2] + ((here + chunk) // (GROUP // 128) * 32)[:, None]
+            group = at[2] + ((here + chunk) // (GROUP // 128) * OF_GROUP)[:, None]
         for segment in tl.static_range(SEGMENTS):
             if EVEN:
-                scales = scales + (tl.load(group + 32 * segment),)
+                scales = scales + (tl.load(group + OF_GROUP * segment),)
             else:
-                scales = scales + (tl.load(group + 32 * segment, inside, 0.0),)
+                scales = scales + (tl.load(group + OF_GROUP * segment, inside, 0),)
     return words[0], words[1], scales
 
 
@@ -148,11 +149,25 @@ def _places(words, scale, tile, chunk, chunks, groups, i, SPARSE: tl.constexpr, 
     group = tile * groups
     if GROUP > 0 and GROUP <= 128:
         group += chunk * (128 // GROUP)
-    scales = scale + (group * 32 + lane // 4 * 4)[:, None] + four
+    if scale.dtype.element_ty == tl.float32:
+        scales = scale + (group * 32 + lane // 4 * 4)[:, None] + four
+    else:  # two at a time: ptxas moves 16 bits out of a register as soon as they are there, and waits for that before it asks for more
+        scales = scale.to(tl.pointer_type(tl.int32)) + (group * 16 + lane // 4 * 2)[:, None] + tl.arange(0, 2)[None, :]
     if SPARSE:
         return ((first + lane * 4)[:, None] + four, first + 128 + lane, scales)
     else:
         return ((first + lane * 4)[:, None] + four, (first + 128 + lane * 4)[:, None] + four, scales)
+
+
+@triton.jit
+def scales_of(loaded, scale, BW: tl.constexpr):
+    """Scales of a thread's four outputs, in fp32."""
+    if scale.dtype.element_ty == tl.float32:
+        return columns(loaded, BW)
+    else:
+        HALF: tl.constexpr = "bf16" if scale.dtype.element_ty == tl.bfloat16 else "fp16"
+        a, b = tl.split(loaded)
+        return number(a, False, HALF), number(a, True, HALF), number(b, False, HALF), number(b, True, HALF)
 
 
 @triton.jit
@@ -170,7 +185,7 @@ def _inputs(at, column, inputs, here, FULL: tl.constexpr):
 
 @triton.jit
 def _added(
-    y, weights, xs, masks, constants,
+    y, weights, xs, scale, masks, constants,
     SPARSE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PASSES: tl.constexpr, ONE: tl.constexpr, PTX: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Adds a chunk to the sums, by tile, pass, and register."""
@@ -192,7 +207,7 @@ def _added(
                 one, two = one + (words[0][i],), two + (words[1][i],)
         c = sums(one, two, masks, constants, used, segment if SPARSE else 0, HALVES, HALF, PASSES, ONE, PTX, BW)
         if GROUP > 0:
-            s = columns(scales[segment].to(tl.float32), BW)
+            s = scales_of(scales[segment], scale, BW)
         new = ()
         for k in tl.static_range(2 * PASSES * KEPT):
             if GROUP > 0:
@@ -205,7 +220,7 @@ def _added(
 
 @triton.jit(do_not_specialize=["rows"])
 def _kernel(
-    x, words, scale, bias, out, rows, outputs, inputs, row, chunks, groups, high, low, mask_high, mask_low,
+    x, words, scale, bias, out, rows, outputs, inputs, row, chunks, groups, high, high_8, low, low_8, mask_high, mask_low,
     SPARSE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
     ONE: tl.constexpr, PASSES: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr, DEEP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -225,6 +240,7 @@ def _kernel(
     for k in tl.static_range(DEEP if STEPS == 0 or DEEP < STEPS else STEPS):
         here = tl.minimum(k * STEP, last) if EVEN and STEPS == 0 else k * STEP
         queue = queue + (_weights(at, chunk, chunks, here, SPARSE, EVEN, GROUP),)
+    tl.debug_barrier()  # or ptxas asks for inputs first, which are nearer
     # a row is given to all columns of the product, and the last one to those that have none: their sums are not stored
     x_at = ()
     for p in tl.static_range(PASSES):
@@ -235,7 +251,7 @@ def _kernel(
         xs = _inputs(x_at, column, inputs, 0, FULL)
     zero = tl.zeros([BW], tl.int32)
     masks = (zero + mask_high, zero + mask_low)
-    constants = (zero + high, zero + low)
+    constants = (zero + high, zero + high_8, zero + low, zero + low_8)  # ptxas copies equal ones each time
     y = ()
     for _ in tl.static_range(2 * PASSES * KEPT):
         y = y + (tl.zeros([BW], tl.float32),)
@@ -246,7 +262,7 @@ def _kernel(
             used = xs if AHEAD else _inputs(x_at, column, inputs, k * STEP, FULL)
             if AHEAD and k + 1 < STEPS:
                 xs = _inputs(x_at, column, inputs, (k + 1) * STEP, FULL)
-            y = _added(y, queue[k], used, masks, constants, SPARSE, GROUP, HALF, PASSES, ONE, PTX, BW)
+            y = _added(y, queue[k], used, scale, masks, constants, SPARSE, GROUP, HALF, PASSES, ONE, PTX, BW)
     else:
         for start in tl.range(0, chunks, STEP, loop_unroll_factor=DEEP):
             one, far = start + STEP, start + DEEP * STEP
@@ -254,7 +270,7 @@ def _kernel(
                 one, far = tl.minimum(one, last), tl.minimum(far, last)
             after = _weights(at, chunk, chunks, far, SPARSE, EVEN, GROUP)
             next_x = _inputs(x_at, column, inputs, one if AHEAD else start, FULL)
-            y = _added(y, queue[0], xs if AHEAD else next_x, masks, constants, SPARSE, GROUP, HALF, PASSES, ONE, PTX, BW)
+            y = _added(y, queue[0], xs if AHEAD else next_x, scale, masks, constants, SPARSE, GROUP, HALF, PASSES, ONE, PTX, BW)
             moved = ()
             for k in tl.static_range(1, DEEP):
                 moved = moved + (queue[k],)
@@ -262,7 +278,7 @@ def _kernel(
             if AHEAD:
                 xs = next_x
     if GROUP == 0:
-        s = columns(tl.load(at[2]).to(tl.float32), BW)
+        s = scales_of(tl.load(at[2]), scale, BW)
         new = ()
         for k in tl.static_range(2 * PASSES * KEPT):
             new = new + (y[k] * s[k // (PASSES * KEPT) * 2 + k % KEPT // (KEPT // 2)],)
@@ -317,7 +333,7 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
     even, steps = chunks % (warps // wide) == 0, -(-chunks // (warps // wide))
     _kernel[(tiles // wide, triton.cdiv(rows, ROWS * passes))](
         x.view(torch.int32), weight.words, weight.scale, weight.scale if bias is None else bias, y,
-        rows, weight.outputs, weight.inputs, weight.inputs // 2, chunks, weight.scale.shape[1], high, low, *_MASKS[half],
+        rows, weight.outputs, weight.inputs, weight.inputs // 2, chunks, weight.scale.shape[1], high, high, low, low, *_MASKS[half],
         SPARSE=weight.sparse, BIAS=bias is not None, EVEN=even, FULL=even and weight.inputs % 128 == 0, GROUP=weight.group,
         HALF=half, PTX=ptx, ONE=rows == 1, PASSES=passes, WARPS=warps, WIDE=wide, AHEAD=ahead, DEEP=deep, STEPS=steps if steps <= FEW_STEPS else 0,
         num_warps=warps, maxnreg=registers,

@@ -15,14 +15,14 @@ def _ptx(HALF, WORDS, FIRST, HALVES, PASSES, ONE):
     """Sums of products of words, or of these halves of them, with inputs, for two times 16 outputs and PASSES times 8 rows.
 
     What codes read more than they are is taken off first: products of constants are what the sums begin with.
-    Operands: by tile and pass 4 sums, or where ONE the two of a thread's first row; words by tile, two masks, two constants, and
-    inputs by pass, word, half and the two registers of it.
+    Operands: by tile and pass 4 sums, or where ONE the two of a thread's first row; words by tile, two masks, four constants,
+    and inputs by pass, word, half and the two registers of it.
     """
     half, turn, magic = ("bf16", 0, ("0x40804080", "0x41804180")) if HALF == "bf16" else ("f16", 29, ("0x44004400", "0x4C004C00"))
     kept = (0, 2) if ONE else (0, 1, 2, 3)
     words = 2 * PASSES * len(kept)
     masks = words + 2 * WORDS
-    inputs = masks + 4
+    inputs = masks + 6
     names = [[[f"${(t * PASSES + p) * len(kept) + kept.index(k)}" if k in kept else f"c{t}{p}{k}" for k in range(4)] for p in range(PASSES)] for t in range(2)]
     begun = [", ".join(f"t{p}{k}" for k in range(4)) for p in range(PASSES)]
     lines = [".reg .b32 a0, a1, a2, a3, turned;"]
@@ -32,7 +32,7 @@ def _ptx(HALF, WORDS, FIRST, HALVES, PASSES, ONE):
     for p in range(PASSES):
         for at in range(HALVES * WORDS):
             b = inputs + 2 * (p * WORDS * HALVES + at)
-            constant = f"${masks + 2}, ${masks + 2}, ${masks + 3}, ${masks + 3}"
+            constant = ", ".join(f"${masks + 2 + k}" for k in range(4))
             lines.append(_product(half, a=constant, b=f"${b}, ${b + 1}", c=begun[p], d=begun[p]))
     for word in range(WORDS):
         for at in range(HALVES):
@@ -58,7 +58,7 @@ def _total_ptx(EACH, WIDE, SHARES, COUNT):
     Operands: COUNT sums; 4 numbers of EACH = 32, or 8 of 256, of a warp; where a thread's are in bytes, whether it has any, and where it reads.
     """
     total, step = WIDE * EACH, 32 * WIDE * SHARES
-    lines = [f".shared .align 16 .b32 held[{SHARES * total}];", ".reg .b32 base, at;", ".reg .f32 more;", ".reg .pred has;"]
+    lines = [f".shared .align 16 .b32 held[{SHARES * total}];", ".reg .b32 base, at;", ".reg .pred has;"]
     given = COUNT + (4 if EACH == 32 else 8)
     lines += ["mov.b32 base, held;", f"add.s32 at, base, ${given};", f"setp.ne.s32 has, ${given + 1}, 0;"]
     lines += [
@@ -66,10 +66,12 @@ def _total_ptx(EACH, WIDE, SHARES, COUNT):
         for t in range((given - COUNT) // 4)
     ]
     lines += ["bar.sync 0;", f"add.s32 at, base, ${given + 2};", f"setp.lt.s32 has, ${given + 2}, {4 * total};"]
-    for j in range(COUNT):
-        lines += [f"mov.f32 ${j}, 0f00000000;", f"@has ld.shared.f32 ${j}, [at+{4 * step * j}];"]
-        for share in range(1, SHARES):
-            lines += [f"@has ld.shared.f32 more, [at+{4 * (share * total + step * j)}];", f"@has add.f32 ${j}, ${j}, more;"]
+    # all are asked for before any is added
+    held = [[f"${j}" if share == 0 else f"h{j}_{share}" for share in range(SHARES)] for j in range(COUNT)]
+    lines += [f".reg .f32 {name};" for names in held for name in names[1:]]
+    lines += [f"mov.f32 {name}, 0f00000000;" for names in held for name in names]
+    lines += [f"@has ld.shared.f32 {held[j][share]}, [at+{4 * (share * total + step * j)}];" for j in range(COUNT) for share in range(SHARES)]
+    lines += [f"add.f32 {names[0]}, {names[0]}, {name};" for names in held for name in names[1:]]
     return "{\n" + "\n".join(lines) + "\n}"
 
 
@@ -146,7 +148,7 @@ def sums(
     SUMS: tl.constexpr = 2 * PASSES * (2 if ONE else 4)
     if PTX:
         return tl.inline_asm_elementwise(
-            _ptx(HALF, WORDS, FIRST, HALVES, PASSES, ONE), _constraints(SUMS, 0, 2 * WORDS + 4 + 2 * PASSES * HALVES * WORDS),
+            _ptx(HALF, WORDS, FIRST, HALVES, PASSES, ONE), _constraints(SUMS, 0, 2 * WORDS + 6 + 2 * PASSES * HALVES * WORDS),
             first + second + masks + constants + inputs, _numbers(SUMS), is_pure=True, pack=1,
         )  # fmt: skip
     else:
@@ -158,7 +160,7 @@ def sums(
                 c = (none, none, none, none)
                 for i in tl.static_range(EACH // 2):
                     b0, b1 = inputs[p * EACH + 2 * i], inputs[p * EACH + 2 * i + 1]
-                    c = _plain_product(constants[0], constants[0], constants[1], constants[1], b0, b1, c, HALF, BW)
+                    c = _plain_product(constants[0], constants[1], constants[2], constants[3], b0, b1, c, HALF, BW)
                 c = _plain_sums(second if t else first, masks, inputs, c, p * EACH, FIRST, HALVES, HALF, BW)
                 found = found + ((c[0], c[2]) if ONE else c)
         return found
