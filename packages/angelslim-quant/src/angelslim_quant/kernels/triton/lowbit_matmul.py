@@ -302,15 +302,15 @@ def _kernel(
             tl.store(out + n * outputs + o, value.to(out.dtype.element_ty), real)
 
 
-# where outputs give each of some 130 multiprocessors one program, and where more; the same for more rows than 8
-FEW, MANY = Shape(16, deep=4), Shape(8, registers=64, deep=2)
-FEW_16, MANY_16 = Shape(16, ahead=False), Shape(8, ahead=False)
+# where outputs give some 130 multiprocessors one program or two, and where more, or inputs few warps; the same for more rows than 8
+FEW, MANY = Shape(16, deep=3), Shape(4, deep=3)
+FEW_16, MANY_16 = Shape(16, ahead=False, deep=1), Shape(8, deep=1)
 SHAPES = (FEW, MANY, FEW_16, MANY_16)
 
 
-def shape(rows: int, tiles: int) -> Shape:
-    """How a product is divided."""
-    few = tiles < 264
+def shape(rows: int, tiles: int, chunks: int) -> Shape:
+    """How a product is divided: by instructions counted, for benchmarks/lowbit_gpu.py --tune to confirm."""
+    few = tiles < 264 and chunks >= 16
     if rows > ROWS:
         return FEW_16 if few else MANY_16
     return FEW if few else MANY
@@ -324,18 +324,19 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
         ptx: False: the same sums as definition, for Triton's interpreter; compiling them takes minutes.
     """
     rows, tiles, chunks = x_NI.shape[0], weight.words.shape[0], weight.chunks
-    warps, wide, registers, ahead, deep = divided or shape(rows, tiles)
+    warps, wide, registers, ahead, deep = divided or shape(rows, tiles, chunks)
     half, passes = "bf16" if dtype == torch.bfloat16 else "fp16", 1 if rows <= ROWS else 2
     x = x_NI.to(dtype).reshape(-1)
     x = x.clone() if x.storage_offset() % 2 else x  # two numbers are read at a time
     y = torch.empty(rows, weight.outputs, dtype=dtype, device=x.device)
     high, low = (_twice(-at - weight.zero, dtype) for at in (4, 16))
     even, steps = chunks % (warps // wide) == 0, -(-chunks // (warps // wide))
+    written = steps <= FEW_STEPS // (passes if weight.sparse else 1)
     _kernel[(tiles // wide, triton.cdiv(rows, ROWS * passes))](
         x.view(torch.int32), weight.words, weight.scale, weight.scale if bias is None else bias, y,
         rows, weight.outputs, weight.inputs, weight.inputs // 2, chunks, weight.scale.shape[1], high, high, low, low, *_MASKS[half],
         SPARSE=weight.sparse, BIAS=bias is not None, EVEN=even, FULL=even and weight.inputs % 128 == 0, GROUP=weight.group,
-        HALF=half, PTX=ptx, ONE=rows == 1, PASSES=passes, WARPS=warps, WIDE=wide, AHEAD=ahead, DEEP=deep, STEPS=steps if steps <= FEW_STEPS else 0,
+        HALF=half, PTX=ptx, ONE=rows == 1, PASSES=passes, WARPS=warps, WIDE=wide, AHEAD=ahead, DEEP=deep, STEPS=steps if written else 0,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return y
