@@ -304,7 +304,7 @@ def _kernel(
 
 # where outputs give some 130 multiprocessors one program or two, and where more, or inputs few warps; the same for more rows than 8
 FEW, MANY = Shape(16, deep=3), Shape(4, deep=3)
-FEW_16, MANY_16 = Shape(16, ahead=False, deep=1), Shape(8, deep=1)
+FEW_16, MANY_16 = Shape(16, ahead=False, deep=1), Shape(4, ahead=False, deep=1)
 SHAPES = (FEW, MANY, FEW_16, MANY_16)
 
 
