@@ -43,17 +43,17 @@ PEAK = {"H200": 4.8e12, "H100": 3.35e12}
 # levels, whether three of four weights are not zero, bits a weight
 FORMATS = {"2 bits": ((-3, -1, 1, 3), False, 2.0), "1.25 bits": ((-1, 0, 1), True, 1.25)}
 
-# warps, warps beside each other, registers, inputs a step ahead, steps that weights are ahead; those of the first build are among them
+# warps, warps beside each other, registers, inputs a step ahead, steps that weights are ahead, steps written out; those of the first build are among them
 FEW = [
-    Shape(16, 1, 128, True, 3), Shape(16, 1, 128, True, 2), Shape(16, 1, 128, True, 4), Shape(16, 1, 128, False, 1), Shape(16, 2, 128, True, 2),
-    Shape(8, 1, 128, True, 2), Shape(8, 1, 128, True, 4), Shape(8, 1, 64, True, 2), Shape(8, 1, 64, False, 2), Shape(8, 1, 80, True, 2),
+    Shape(16, 1, 128, True, 3), Shape(16, 1, 128, True, 2, 0), Shape(16, 1, 128, True, 4), Shape(16, 1, 128, False, 1), Shape(16, 2, 128, True, 2),
+    Shape(8, 1, 128, True, 2, 0), Shape(8, 1, 128, True, 4), Shape(8, 1, 128, True, 3, 14), Shape(8, 1, 64, True, 2), Shape(8, 1, 64, False, 2), Shape(8, 1, 80, True, 2),
     Shape(8, 1, 168, True, 3), Shape(8, 1, 255, True, 7), Shape(8, 2, 128, True, 3), Shape(8, 4, 128, True, 3), Shape(4, 1, 128, True, 3),
     Shape(4, 1, 128, True, 4), Shape(4, 1, 64, False, 2), Shape(4, 1, 168, True, 4), Shape(4, 2, 128, True, 3), Shape(2, 1, 128, True, 3),
 ]  # fmt: skip
 MANY = [
-    Shape(16, 1, 128, False, 1), Shape(16, 1, 128, False, 2), Shape(16, 2, 128, False, 1), Shape(8, 1, 128, True, 1), Shape(8, 1, 128, False, 2),
+    Shape(16, 1, 128, False, 1), Shape(16, 1, 128, False, 2), Shape(16, 2, 128, False, 1), Shape(8, 1, 128, True, 1), Shape(8, 1, 128, False, 2, 0),
     Shape(8, 1, 168, True, 2), Shape(8, 1, 255, True, 3), Shape(8, 2, 128, True, 1), Shape(8, 4, 128, True, 1), Shape(8, 2, 168, True, 2),
-    Shape(4, 1, 128, True, 1), Shape(4, 1, 168, True, 2), Shape(4, 2, 168, True, 2), Shape(4, 1, 255, True, 3),
+    Shape(4, 1, 128, False, 1), Shape(4, 1, 168, True, 2), Shape(4, 2, 168, True, 2), Shape(4, 1, 255, True, 3),
 ]  # fmt: skip
 
 

@@ -133,6 +133,23 @@ def test_triton_is_the_reference(kind, rows, outputs, inputs, group, half):
     close(LOWBIT_MATMUL(x, weight, bias, dtype=half), wanted, 4e-3)
 
 
+@pytest.mark.parametrize(("rows", "inputs", "shape"), [(1, 576, (2,)), (2, 384, (1, 1, 128, False, 3)), (9, 288, (2, 1, 128, True, 1))])
+def test_steps_in_a_loop_are_those_written_out(rows, inputs, shape):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_matmul import Shape, matmul
+
+    weight, x = moved(pack_low(made("seq2", 32, inputs, 32, FP16))), torch.randn(rows, inputs, device=DEVICE).half()
+    loop, written = (matmul(x, weight, None, FP16, Shape(*shape)._replace(written=n), ptx=PTX) for n in (0, 8))
+    assert loop.equal(written)
+
+
+def test_many_outputs_get_smaller_programs():
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_matmul import FEW, FEW_16, MANY, MANY_16, shape
+
+    assert [shape(*s) for s in ((1, 128, 112), (8, 448, 32), (8, 128, 5), (9, 128, 32), (16, 448, 32))] == [FEW, MANY, MANY, FEW_16, MANY_16]
+
+
 def run_ptx(text, operands, half):
     """What the threads of a warp hold after a text of the few instructions there are; an operand is [32], by thread."""
     values = {f"${i}": v for i, v in enumerate(operands)}

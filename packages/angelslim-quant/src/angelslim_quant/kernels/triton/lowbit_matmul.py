@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # rows of a product of mma.sync
 ROWS = 8
-# that many are written out one after another
-FEW_STEPS = 8
 
 
 class Shape(NamedTuple):
@@ -36,6 +34,7 @@ class Shape(NamedTuple):
         wide: warps of these beside one another along the outputs; the others share out the inputs.
         ahead: inputs are read a step before they are needed, which takes registers.
         deep: steps that weights are read ahead.
+        written: as many steps are written out one after another; more are a loop.
         registers: of a thread: left to itself, ptxas takes fewer, and reads weights when they are needed instead of ahead.
     """
 
@@ -44,6 +43,7 @@ class Shape(NamedTuple):
     registers: int = 128
     ahead: bool = True
     deep: int = 2
+    written: int = 8
 
 
 @triton.jit
@@ -324,19 +324,18 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
         ptx: False: the same sums as definition, for Triton's interpreter; compiling them takes minutes.
     """
     rows, tiles, chunks = x_NI.shape[0], weight.words.shape[0], weight.chunks
-    warps, wide, registers, ahead, deep = divided or shape(rows, tiles, chunks)
+    warps, wide, registers, ahead, deep, written = divided or shape(rows, tiles, chunks)
     half, passes = "bf16" if dtype == torch.bfloat16 else "fp16", 1 if rows <= ROWS else 2
     x = x_NI.to(dtype).reshape(-1)
     x = x.clone() if x.storage_offset() % 2 else x  # two numbers are read at a time
     y = torch.empty(rows, weight.outputs, dtype=dtype, device=x.device)
     high, low = (_twice(-at - weight.zero, dtype) for at in (4, 16))
     even, steps = chunks % (warps // wide) == 0, -(-chunks // (warps // wide))
-    written = steps <= FEW_STEPS // (passes if weight.sparse else 1)
     _kernel[(tiles // wide, triton.cdiv(rows, ROWS * passes))](
         x.view(torch.int32), weight.words, weight.scale, weight.scale if bias is None else bias, y,
         rows, weight.outputs, weight.inputs, weight.inputs // 2, chunks, weight.scale.shape[1], high, high, low, low, *_MASKS[half],
         SPARSE=weight.sparse, BIAS=bias is not None, EVEN=even, FULL=even and weight.inputs % 128 == 0, GROUP=weight.group,
-        HALF=half, PTX=ptx, ONE=rows == 1, PASSES=passes, WARPS=warps, WIDE=wide, AHEAD=ahead, DEEP=deep, STEPS=steps if written else 0,
+        HALF=half, PTX=ptx, ONE=rows == 1, PASSES=passes, WARPS=warps, WIDE=wide, AHEAD=ahead, DEEP=deep, STEPS=steps if steps <= written // (passes if weight.sparse else 1) else 0,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return y
