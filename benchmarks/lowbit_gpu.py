@@ -43,16 +43,17 @@ PEAK = {"H200": 4.8e12, "H100": 3.35e12}
 # levels, whether three of four weights are not zero, bits a weight
 FORMATS = {"2 bits": ((-3, -1, 1, 3), False, 2.0), "1.25 bits": ((-1, 0, 1), True, 1.25)}
 
-WAYS = [
-    (16, 1, 1), (8, 1, 1), (4, 1, 1), (8, 1, 2), (4, 1, 2), (4, 1, 4), (16, 1, 2), (8, 2, 1), (8, 2, 2), (16, 2, 1), (16, 2, 2), (8, 4, 4), (16, 4, 4), (8, 2, 4),
-]  # fmt: skip
+# warps, warps beside each other, registers, inputs a step ahead, steps that weights are ahead, steps written out; those of the first build are among them
 FEW = [
-    *(Shape(*w) for w in WAYS), Shape(16, 1, 1, 128, False, 3), Shape(16, 1, 1, 128, False, 2), Shape(8, 1, 1, 168, True, 3), Shape(8, 1, 1, 255, True, 4),
-    Shape(8, 1, 2, 128, False, 4), Shape(8, 1, 2, 96, False, 2), Shape(4, 1, 2, 168, True, 3), Shape(4, 1, 4, 128, True, 3),
+    Shape(16, 1, 128, True, 3), Shape(16, 1, 128, True, 2, 0), Shape(16, 1, 128, True, 4), Shape(16, 1, 128, False, 1), Shape(16, 2, 128, True, 2),
+    Shape(8, 1, 128, True, 2, 0), Shape(8, 1, 128, True, 4), Shape(8, 1, 128, True, 3, 14), Shape(8, 1, 64, True, 2), Shape(8, 1, 64, False, 2), Shape(8, 1, 80, True, 2),
+    Shape(8, 1, 168, True, 3), Shape(8, 1, 255, True, 7), Shape(8, 2, 128, True, 3), Shape(8, 4, 128, True, 3), Shape(4, 1, 128, True, 3),
+    Shape(4, 1, 128, True, 4), Shape(4, 1, 64, False, 2), Shape(4, 1, 168, True, 4), Shape(4, 2, 128, True, 3), Shape(2, 1, 128, True, 3),
 ]  # fmt: skip
 MANY = [
-    *(Shape(*w, 128, False) for w in WAYS), Shape(8, 1, 1, 168, True), Shape(8, 2, 2, 168, True), Shape(4, 1, 2, 168, True), Shape(8, 2, 4, 168, True),
-    Shape(4, 2, 2, 255, True), Shape(8, 1, 2, 168, False, 3),
+    Shape(16, 1, 128, False, 1), Shape(16, 1, 128, False, 2), Shape(16, 2, 128, False, 1), Shape(8, 1, 128, True, 1), Shape(8, 1, 128, False, 2, 0),
+    Shape(8, 1, 168, True, 2), Shape(8, 1, 255, True, 3), Shape(8, 2, 128, True, 1), Shape(8, 4, 128, True, 1), Shape(8, 2, 168, True, 2),
+    Shape(4, 1, 128, False, 1), Shape(4, 1, 168, True, 2), Shape(4, 2, 168, True, 2), Shape(4, 1, 255, True, 3),
 ]  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def compared(rows: list[dict[str, Any]]) -> None:
 
 def divisions(part: str, shape: tuple[int, int]) -> list[Shape]:
     tiles, chunks = shape[0] // 32, shape[1] // 128
-    return [s for s in (FEW if part == "few" else MANY) if tiles % s.wide == 0 and s.warps // s.wide * s.split <= chunks]
+    return [s for s in (FEW if part == "few" else MANY) if tiles % s.wide == 0 and s.warps // s.wide <= chunks]
 
 
 def tune(given: argparse.Namespace) -> dict[str, Any]:

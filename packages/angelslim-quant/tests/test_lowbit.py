@@ -120,7 +120,7 @@ def test_triton_is_the_reference(kind, rows, outputs, inputs, group, half):
     close(wanted, (x.double() @ quantized.dequantize().double().T + bias).to(half), 1e-6)
     given = (x.to(DEVICE), moved(weight), bias.to(DEVICE), half)
     step = 4e-3 if DEVICE == "cuda" else 1e-2  # Triton's interpreter cuts numbers off when it makes them BF16
-    divided = [Shape(2), Shape(2, wide=outputs // 32, ahead=False, deep=3), Shape(1, split=2), Shape(1)]
+    divided = [Shape(2), Shape(2, wide=outputs // 32, ahead=False, deep=3), Shape(1)]
     for shape in divided if rows < 3 else divided[-1:] if rows < 10 else divided[:1]:
         close(matmul(*given, shape, ptx=PTX), wanted, step)
     if DEVICE == "cuda":
@@ -131,6 +131,23 @@ def test_triton_is_the_reference(kind, rows, outputs, inputs, group, half):
         close(widen(moved(weight), half), unpack_low(weight, half), step)
     assert LOWBIT_MATMUL.choose(x, weight, bias, dtype=half).name == "torch"
     close(LOWBIT_MATMUL(x, weight, bias, dtype=half), wanted, 4e-3)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "shape"), [(1, 576, (2,)), (2, 384, (1, 1, 128, False, 3)), (9, 288, (2, 1, 128, True, 1))])
+def test_steps_in_a_loop_are_those_written_out(rows, inputs, shape):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_matmul import Shape, matmul
+
+    weight, x = moved(pack_low(made("seq2", 32, inputs, 32, FP16))), torch.randn(rows, inputs, device=DEVICE).half()
+    loop, written = (matmul(x, weight, None, FP16, Shape(*shape)._replace(written=n), ptx=PTX) for n in (0, 8))
+    assert loop.equal(written)
+
+
+def test_many_outputs_get_smaller_programs():
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_matmul import FEW, FEW_16, MANY, MANY_16, shape
+
+    assert [shape(*s) for s in ((1, 128, 112), (8, 448, 32), (8, 128, 5), (9, 128, 32), (16, 448, 32))] == [FEW, MANY, MANY, FEW_16, MANY_16]
 
 
 def run_ptx(text, operands, half):
@@ -154,49 +171,100 @@ def run_ptx(text, operands, half):
             assert args[4] == "0xEA"
             values[args[0]] = values[args[1]] & values[args[2]] | int(args[3], 16)
         elif name.startswith("mma.sync.aligned.m16n8k16"):
-            assert name == f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32" and args[:4] == args[10:]
+            assert name == f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32"
             rows = [pairs([args[4 + r], args[6 + r]]).view(8, 16) for r in range(2)]  # of g: k by thread, in the order b has them too
             columns = pairs(args[8:10]).view(8, 16)
             for r in range(2):
                 sums = (rows[r] @ columns.T).view(32, 2)
                 for e in range(2):
-                    values[args[2 * r + e]] = values[args[2 * r + e]] + sums[:, e]
+                    values[args[2 * r + e]] = values[args[10 + 2 * r + e]] + sums[:, e]
         else:
             assert name == ".reg", line
     return values
 
 
 @pytest.mark.parametrize("half", ["bf16", "f16"])
-@pytest.mark.parametrize(("first", "halves", "passes", "words"), [(0, 2, 1, 4), (0, 2, 2, 1), (1, 1, 1, 4), (0, 1, 2, 2)])
-def test_the_text_of_ptx_is_the_product(half, first, halves, passes, words):
+@pytest.mark.parametrize(("first", "halves", "passes", "words", "one"), [(0, 2, 1, 4, True), (0, 2, 2, 1, False), (1, 1, 1, 4, False), (0, 1, 2, 2, False)])
+def test_the_text_of_ptx_is_the_product(half, first, halves, passes, words, one):
     """Numbers are small and whole: nothing is rounded."""
     pytest.importorskip("triton")
     from angelslim_quant.kernels.triton.lowbit_matmul import _MASKS, _twice
-    from angelslim_quant.kernels.triton.lowbit_sums import _constant_ptx, _constraints, _ptx
+    from angelslim_quant.kernels.triton.lowbit_sums import _constraints, _ptx
 
-    dtype, inputs = {"bf16": BF16, "f16": FP16}[half], 2 * halves * words * passes
+    dtype, inputs, kept = {"bf16": BF16, "f16": FP16}[half], 2 * halves * words * passes, 2 if one else 4
     kind = "bf16" if half == "bf16" else "fp16"
-    held = torch.randint(-(2**31), 2**31 - 1, (words, 32), dtype=torch.int32)
+    held = torch.randint(-(2**31), 2**31 - 1, (2, words, 32), dtype=torch.int32)
     x = torch.randint(-8, 9, (inputs, 32, 2)).to(dtype)
-    registers = [r.view(torch.int32)[:, 0] for r in x]
-    masks = [torch.full((32,), m, dtype=torch.int32) for m in _MASKS[kind]]
-    text = _ptx(kind, words, first, halves, passes)
-    found = run_ptx(text, [*torch.zeros(4 * passes, 32), *held, *masks, *registers], half)
-    assert _constraints(4 * passes, words + 2 + inputs).count("r") == words + 2 + inputs
-    constants = [torch.full((32,), _twice(-at - 1.5, dtype), dtype=torch.int32) for at in (4, 16)]
-    for p in range(passes):
-        own = range(p * inputs // passes, (p + 1) * inputs // passes)
-        taken = run_ptx(_constant_ptx(kind, len(own)), [*torch.zeros(2, 32), *constants, *(registers[i] for i in own)], half)
-        wanted = torch.zeros(2, 8, 8)  # r, output g, row n
-        for at, i in enumerate(own):
-            word, m, k = at // (2 * halves), first + at // 2 % halves, at % 2
-            for h in range(2):
-                spot = [place(r, 4 * m + 2 * k + h) for r in range(2)]
-                codes = torch.stack([(held[word] >> s & 1) + 2 * (held[word] >> (s + 1) % 32 & 1) - 1.5 for s in spot])
-                wanted += torch.einsum("rgq,nq->rgn", codes.view(2, 8, 4), x[i, :, h].float().view(8, 4))
-        for r in range(2):
-            for e in range(2):
-                assert (found[f"${4 * p + 2 * r + e}"] + taken[f"${e}"]).view(8, 4).equal(wanted[r, :, e::2])
+    constants = [_twice(-at - 1.5, dtype) for at in (4, 4, 16, 16)]
+    operands = [*held.flatten(0, 1), *(torch.full((32,), m, dtype=torch.int32) for m in (*_MASKS[kind], *constants)), *(r.view(torch.int32)[:, 0] for r in x)]
+    found = run_ptx(_ptx(kind, words, first, halves, passes, one), [*torch.zeros(2 * passes * kept, 32), *operands], half)
+    assert _constraints(2 * passes * kept, 0, len(operands)).count("r") == len(operands)
+    for t in range(2):
+        for p in range(passes):
+            wanted = torch.zeros(2, 8, 8)  # r, output g, row n
+            for at, i in enumerate(range(p * inputs // passes, (p + 1) * inputs // passes)):
+                word, m, k = at // (2 * halves), first + at // 2 % halves, at % 2
+                for h in range(2):
+                    spot = [place(r, 4 * m + 2 * k + h) for r in range(2)]
+                    codes = torch.stack([(held[t, word] >> s & 1) + 2 * (held[t, word] >> (s + 1) % 32 & 1) - 1.5 for s in spot])
+                    wanted += torch.einsum("rgq,nq->rgn", codes.view(2, 8, 4), x[i, :, h].float().view(8, 4))
+            for k in range(kept):
+                r, e = (k, 0) if one else divmod(k, 2)
+                assert found[f"${(t * passes + p) * kept + k}"].view(8, 4).equal(wanted[r, :, e::2])
+
+
+def run_shared(text, operands):
+    """What threads hold after a text of stores to shared memory, a barrier, and loads; an operand is [threads]."""
+    values, memory, waited = {f"${i}": v for i, v in enumerate(operands)}, None, False
+    has = torch.ones(len(operands[0]), dtype=torch.bool)
+
+    def places(name):
+        base, _, more = name.strip("[]").partition("+")
+        at = values[base] + int(more or 0)
+        return (at // 4)[has]
+
+    for line in text.strip("{}\n ").splitlines():
+        name, _, rest = line.rstrip(";").removeprefix("@has ").partition(" ")
+        args = [a.strip(" {}") for a in rest.split(",")]
+        if name == ".shared":
+            memory = torch.full((int(rest.split("[")[1].rstrip("]")),), torch.nan)
+            values["held"] = torch.zeros(len(has), dtype=torch.int32)
+        elif name in ("mov.b32", "mov.f32"):
+            values[args[0]] = torch.zeros(len(has)) if args[1] == "0f00000000" else values[args[1]]
+        elif name in ("add.s32", "add.f32"):
+            values[args[0]] = values[args[1]] + values[args[2]]
+        elif name in ("setp.ne.s32", "setp.lt.s32"):
+            has = values[args[1]] != int(args[2]) if "ne" in name else values[args[1]] < int(args[2])
+        elif name == "st.shared.v4.f32":
+            at = places(args[0])
+            assert not waited and bool((at % 4 == 0).all()) and bool(memory[at].isnan().all()) and len(set(at.tolist())) == len(at)
+            for k in range(4):
+                memory[at + k] = values[args[1 + k]][has]
+        elif name == "bar.sync":
+            waited = True
+        elif name == "ld.shared.f32":
+            assert waited
+            values[args[0]] = values[args[0]].clone()
+            values[args[0]][has] = memory[places(args[1])]
+        else:
+            assert name == ".reg", line
+    return values
+
+
+@pytest.mark.parametrize("each", [32, 256])
+@pytest.mark.parametrize(("wide", "shares"), [(1, 16), (1, 1), (2, 4), (4, 1), (1, 8), (2, 2)])
+def test_the_text_that_adds_over_warps_gives_every_sum_to_a_thread(each, wide, shares):
+    pytest.importorskip("triton")
+    from angelslim_quant.kernels.triton.lowbit_sums import _total_ptx
+
+    threads, count = 32 * wide * shares, max(1, each // (32 * shares))
+    i = torch.arange(threads, dtype=torch.int32)
+    numbers = torch.randint(-100, 100, (4 if each == 32 else 8, threads)).float()
+    where = (i // 4 * 16, (i % 4 == 0).int()) if each == 32 else (i // 32 * 1024 + i % 32 * 16, torch.ones_like(i))
+    found = run_shared(_total_ptx(each, wide, shares, count), [*torch.zeros(count, threads), *numbers, *where, i * 4])
+    held = numbers.view(-1, shares, wide, 32).sum(1)
+    wanted = held[:, :, ::4].permute(1, 2, 0) if each == 32 else held.view(2, 4, wide, 32).permute(2, 0, 3, 1)
+    assert torch.cat([found[f"${j}"] for j in range(count)])[: wide * each].equal(wanted.flatten())
 
 
 def test_sums_do_not_lose_small_outputs_to_what_codes_read_as():

@@ -74,7 +74,8 @@ def lowbit_mma() -> tuple[bool, str]:
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randint(-4, 5, (9, 1024), device="cuda", generator=generator).float()
     try:
-        for words, rows, dtype in (((4, 8, 2, 32, 4), 1, torch.bfloat16), ((4, 8, 160), 9, torch.float16)):
+        pairs, planes = (4, 8, 2, 32, 4), (4, 8, 160)
+        for words, rows, dtype in ((pairs, 1, torch.bfloat16), (pairs, 5, torch.bfloat16), (planes, 9, torch.float16)):
             random = torch.randint(-(2**31), 2**31 - 1, words, device="cuda", dtype=torch.int32, generator=generator)
             weight = PackedLow(random, torch.ones(4, 8, 8, 4, device="cuda", dtype=torch.bfloat16), 1.5, 1024, 128)
             wanted = reference(x[:rows], weight, None, dtype)  # whole numbers, as INT4's

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..lowbit_matmul import place
-from .lowbit_matmul import _inputs, _ordered, _weights, columns, tile_words
+from .lowbit_matmul import _inputs, _ordered, _places, _weights, columns, scales_of, tile_words
 from .lowbit_sums import number, turned
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _read(word, AT: tl.constexpr):
 
 
 @triton.jit
-def _added(y, words, scales, x, zero, SPARSE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BW: tl.constexpr):
+def _added(y, words, scales, scale, x, zero, SPARSE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BW: tl.constexpr):
     """Adds a chunk to a thread's sums, by tile and output."""
     SEGMENTS: tl.constexpr = 128 // GROUP if GROUP > 0 and GROUP < 128 else 1
     for segment in tl.static_range(SEGMENTS):
@@ -55,7 +55,7 @@ def _added(y, words, scales, x, zero, SPARSE: tl.constexpr, GROUP: tl.constexpr,
                 c2, c3 = c2 + value * _read(second, _place(0, i % 8)), c3 + value * _read(second, _place(1, i % 8))
                 c = (c0, c1, c2, c3)
         if GROUP > 0:
-            s = columns(scales[segment].to(tl.float32), BW)
+            s = scales_of(scales[segment], scale, BW)
         new = ()
         for k in tl.static_range(4):
             value = c[k] - taken[k % 2]
@@ -73,29 +73,23 @@ def _gemv(
 ):  # fmt: skip
     BW: tl.constexpr = 32 * WARPS
     i = tl.arange(0, BW)
-    lane, g, q, chunk = i % 32, i % 32 // 4, i % 4, i // 32
+    chunk = i // 32
     tile, n = tl.program_id(0), tl.program_id(1)
-    four = tl.arange(0, 4)[None, :]
-    first = words + (tile * chunks + chunk) * (160 if SPARSE else 256)
-    if SPARSE:
-        at = ((first + lane * 4)[:, None] + four, first + 128 + lane)
-    else:
-        at = ((first + lane * 4)[:, None] + four, (first + 128 + lane * 4)[:, None] + four)
-    spot = (tile * groups * 8 + g) * 4
-    x_at = x + (n * row + chunk * 64 + q * 4)[:, None] + four
+    at = _places(words, scale, tile, chunk, chunks, groups, i, SPARSE, GROUP)
+    x_at = (x + (n * row + chunk * 64 + i % 4 * 4)[:, None] + tl.arange(0, 4)[None, :],)
     none = tl.zeros([BW], tl.float32)
     y = (none, none, none, none)
     last = chunks - WARPS
-    wa, wb, ws = _weights(at, scale, spot, chunk, chunks, 0, SPARSE, EVEN, GROUP)
-    xs = _inputs(x_at, chunk * 128, inputs, lane * 0, 1, 0, FULL, 1, row)
+    wa, wb, ws = _weights(at, chunk, chunks, 0, SPARSE, EVEN, GROUP)
+    xs = _inputs(x_at, chunk * 128, inputs, 0, FULL)
     for start in tl.range(0, chunks, WARPS):
         one = tl.minimum(start + WARPS, last) if EVEN else start + WARPS
-        next_a, next_b, next_s = _weights(at, scale, spot, chunk, chunks, one, SPARSE, EVEN, GROUP)
-        next_x = _inputs(x_at, chunk * 128, inputs, lane * 0, 1, one, FULL, 1, row)
+        next_a, next_b, next_s = _weights(at, chunk, chunks, one, SPARSE, EVEN, GROUP)
+        next_x = _inputs(x_at, chunk * 128, inputs, one, FULL)
         ordered = ()
         for k in tl.static_range(4):
             ordered = ordered + columns(xs[k], BW)
-        y = _added(y, tile_words(wa, wb, SPARSE, BW), ws, _ordered(ordered, SPARSE), zero, SPARSE, GROUP, HALF, BW)
+        y = _added(y, tile_words(wa, wb, SPARSE, BW), ws, scale, _ordered(ordered, SPARSE), zero, SPARSE, GROUP, HALF, BW)
         wa, wb, ws, xs = next_a, next_b, next_s, next_x
     both = tl.join(tl.join(y[0], y[1]), tl.join(y[2], y[3]))  # [BW, output, tile]
     total = tl.sum(tl.sum(tl.reshape(both, [WARPS, 8, 4, 4]), 2), 0)
