@@ -128,6 +128,7 @@ class Training:
             lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused,
         )  # fmt: skip
         self._seen: list[Tensor] = []
+        self._collected: dict[str, Tensor] = {}
 
     @property
     def is_done(self) -> bool:
@@ -147,6 +148,8 @@ class Training:
             counts, sums, extra = told.split([len(found.counts), len(found.sums), len(found.extra)])
             mine, all_of = ((found.weights * part / counts.clamp(min=1) / options.accumulate).sum() for part in (found.sums.float(), sums))
             mine.backward()
+            if options.accumulate > 1:
+                self._collect()
             row = torch.cat((all_of[None], extra))
             record = row if record is None else record + row
         assert record is not None
@@ -186,8 +189,19 @@ class Training:
             return nn.Parameter(self._parts.rows(parameter))
         return parameter if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
 
+    def _collect(self) -> None:
+        """Add gradients of a part to those before it in fp32: in 16 bits what is small beside their sum would be lost."""
+        for name, p in self._parameters.items():
+            if p.grad is None or p.grad.dtype == torch.float32:
+                continue
+            if name in self._collected:
+                self._collected[name] += p.grad
+            else:
+                self._collected[name] = p.grad.float()
+            p.grad = None
+
     def _gradient(self, name: str) -> Tensor:
-        found = self._parameters[name].grad
+        found = self._collected.pop(name, self._parameters[name].grad)
         if found is not None and self._parts is not None and name in self._divided:
             found = self._parts.rows(found)
         return torch.zeros_like(self._masters[name], requires_grad=False) if found is None else found.float()
