@@ -311,7 +311,7 @@ def test_a_model_published_in_fp8_and_a_head(tiny_copy, tmp_path):
         ("llama", ["quant.int8_dynamic", "toy.distill"], "AS-PLN-006", ""),
         ("qwen3_moe", ["toy.int4", "toy.distill"], "AS-PLN-983", "experts"),
         ("llama", [{"use": "toy.int4", "targets": ["head"]}, "toy.distill"], "AS-PLN-984", "ignore"),
-        ("qwen2", ["toy.biased", "toy.distill"], "AS-PLN-986", "targets"),
+        ("qwen2", ["toy.biased", "toy.distill"], "AS-PLN-986", "reactivation: 0"),
     ],
 )
 def test_recipes_that_cannot_be_trained(tiny_copy, tmp_path, architecture, steps, code, hint):

@@ -171,3 +171,23 @@ def test_gradients_are_summed_a_bucket_at_a_time(monkeypatch):
         training.advance(lambda step, part, error=error: Terms(error(step, part), torch.ones(1), torch.ones(1), torch.zeros(1)))
     assert group.sizes[1:] == [20, 19, 12]
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_gradients_of_16_bits_add_up_in_fp32():
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    training = Training({"weight": weight}, TrainingOptions(steps=1, accumulate=64, clip=1e9))
+    of_parts = [256.0, *[1.0] * 63]  # 256 + 1 is 256 in BF16
+    training.advance(lambda _, part: Terms(weight.float() * of_parts[part], torch.ones(1), torch.ones(1), torch.zeros(1)))
+    assert training.seen().norm == pytest.approx(sum(of_parts) / 64)
+
+
+def test_some_parameters_have_no_weight_decay(tmp_path):
+    named = {name: nn.Parameter(torch.ones(2)) for name in ("a.weight", "a.quantizer.scale")}
+    options = TrainingOptions(steps=2, lr=0.1, weight_decay=0.5, undecayed=(".quantizer.",))
+    training = Training(named, options)
+    nothing = lambda *_: Terms(0 * sum(p.sum() for p in named.values())[None], torch.ones(1), torch.ones(1), torch.zeros(1))  # noqa: E731
+    training.advance(nothing)
+    assert torch.equal(named["a.quantizer.scale"], torch.ones(2)) and float(named["a.weight"][0]) < 1
+    training.seen()
+    training.save(tmp_path)
+    assert Training(named, options).resume(tmp_path)

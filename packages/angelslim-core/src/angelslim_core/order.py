@@ -94,7 +94,10 @@ def _keys(where: str, step: Step, source: Source, description: Description) -> l
         keys = [key for key, roles in bias_keys(description.layout, source.config).items() if site.role in roles]
         if not keys and f"{site.name}.bias" not in source.dtypes:
             raise PlanError(
-                986, where, f"{step.pass_.id} gives {site.name} a bias, for which this architecture has no place", "give targets that have one, or another pass"
+                986,
+                where,
+                f"{step.pass_.id} gives {site.name} a bias, for which this architecture has no place",
+                "give targets that have one, or options without a bias (quant.tequila: reactivation: 0)",
             )
         found.update(dict.fromkeys(keys))
     return list(found)

@@ -51,6 +51,7 @@ class TrainingOptions(BaseModel):
     warmup: float = Field(default=0.015, ge=0, le=1, description="share of the steps in which the rate rises to it; the first is above zero")
     final_lr: float = Field(default=0.0, ge=0, le=1, description="share of the rate at the end of the cosine")
     weight_decay: float = Field(default=0.0, ge=0)
+    undecayed: tuple[str, ...] = Field(default=(), description="parameters whose names contain one of these texts have no weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
     clip: float = Field(default=0.5, gt=0, description="most that the norm of all gradients may be")
@@ -120,14 +121,16 @@ class Training:
         self._divided = frozenset() if self._parts is None else self._parameters.keys() - self._parts.whole
         self._masters = {name: self._master(name, p) for name, p in self._parameters.items()}
         fused = all(p.is_cuda for p in self._masters.values())
-        groups: dict[float, list[nn.Parameter]] = {}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, master in self._masters.items():
-            groups.setdefault(options.highest(name), []).append(master)
+            decay = 0.0 if any(text in name for text in options.undecayed) else options.weight_decay
+            groups.setdefault((options.highest(name), decay), []).append(master)
         self._adam = torch.optim.AdamW(
-            [{"params": masters, "highest": highest} for highest, masters in groups.items()],
-            lr=options.lr, betas=(options.beta1, options.beta2), weight_decay=options.weight_decay, fused=fused, foreach=not fused,
+            [{"params": masters, "highest": highest, "weight_decay": decay} for (highest, decay), masters in groups.items()],
+            lr=options.lr, betas=(options.beta1, options.beta2), fused=fused, foreach=not fused,
         )  # fmt: skip
         self._seen: list[Tensor] = []
+        self._collected: dict[str, Tensor] = {}
 
     @property
     def is_done(self) -> bool:
@@ -147,6 +150,8 @@ class Training:
             counts, sums, extra = told.split([len(found.counts), len(found.sums), len(found.extra)])
             mine, all_of = ((found.weights * part / counts.clamp(min=1) / options.accumulate).sum() for part in (found.sums.float(), sums))
             mine.backward()
+            if options.accumulate > 1:
+                self._collect()
             row = torch.cat((all_of[None], extra))
             record = row if record is None else record + row
         assert record is not None
@@ -186,8 +191,19 @@ class Training:
             return nn.Parameter(self._parts.rows(parameter))
         return parameter if isinstance(parameter, nn.Parameter) and parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
 
+    def _collect(self) -> None:
+        """Add gradients of a part to those before it in fp32: in 16 bits what is small beside their sum would be lost."""
+        for name, p in self._parameters.items():
+            if p.grad is None or p.grad.dtype == torch.float32:
+                continue
+            if name in self._collected:
+                self._collected[name] += p.grad
+            else:
+                self._collected[name] = p.grad.float()
+            p.grad = None
+
     def _gradient(self, name: str) -> Tensor:
-        found = self._parameters[name].grad
+        found = self._collected.pop(name, self._parameters[name].grad)
         if found is not None and self._parts is not None and name in self._divided:
             found = self._parts.rows(found)
         return torch.zeros_like(self._masters[name], requires_grad=False) if found is None else found.float()
@@ -233,7 +249,7 @@ class Training:
             for name, tensor in tensors.items():
                 writer.write(name, self._whole(name, tensor))
             writer.finish()
-            write_json(made / "state.json", {"step": self.step, "options": self.options.model_dump()})
+            write_json(made / "state.json", {"step": self.step, "options": self.options.model_dump(mode="json")})
             final = folder / f"step-{self.step:08d}"
             shutil.rmtree(final, ignore_errors=True)
             os.replace(made, final)
@@ -251,7 +267,7 @@ class Training:
         if not found:
             return False
         where, document = found[-1], read_json(found[-1] / "state.json")
-        if document.get("options") != self.options.model_dump():
+        if document.get("options") != self.options.model_dump(mode="json"):
             raise ModelError(420, str(where), "is of a training with other options", "give the same options, or delete it")
         header = read_header(where / "state.safetensors")
         state = self._state()

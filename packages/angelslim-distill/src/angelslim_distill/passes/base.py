@@ -58,7 +58,7 @@ class Options(PassConfig):
     quantizer_lr: float = Field(1e-4, gt=0, le=1, description="highest learning rate of what quantizers learn")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rates rise")
     final_lr: float = Field(0.0, ge=0, le=1, description="share of the rates at the end of the cosine")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, of weights; what quantizers learn has none")
     clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
     shard: bool = Field(False, description="weights, their fp32 copies and moments lie in parts over the processes of torchrun (FSDP2)")
     checkpointing: bool = Field(False, description="compute the layers' activations anew on the way back: less memory, a third more time")
@@ -181,7 +181,7 @@ class Distilling(ModelPass):
         teacher = self.teacher(student, tokenizer, context)
         options = TrainingOptions(
             steps=config.steps, lr=config.lr, rates={QUANTIZER: config.quantizer_lr}, warmup=config.warmup, final_lr=config.final_lr,
-            weight_decay=config.weight_decay, clip=config.clip, accumulate=config.accumulate, seed=context.seed,
+            weight_decay=config.weight_decay, undecayed=(QUANTIZER,), clip=config.clip, accumulate=config.accumulate, seed=context.seed,
         )  # fmt: skip
         training = DistillTraining(
             student, self.source(student, rows, context), teacher, self.objective(), options,
