@@ -26,8 +26,10 @@ def check_ram(plan: Plan, recipe: Recipe) -> None:
 
 
 def check_disk(plan: Plan, workdir: Workdir) -> None:
-    """Raise ResourceError unless the output, and the layers or the trained model kept until it is written, fit on the disk."""
-    needed = int(plan.bytes_after * 1.1) + (plan.bytes_after if plan.layer_steps else 0) + (2 * plan.bytes_before if plan.source.trained else 0)
+    """Raise ResourceError unless the output, and the layers or the trained model and its states kept until it is written, fit on the disk."""
+    needed = int(plan.bytes_after * 1.1) + (plan.bytes_after if plan.layer_steps else 0)
+    if plan.source.trained:
+        needed += 2 * plan.bytes_before + plan.training_bytes[1]
     free = shutil.disk_usage(workdir.path).free
     if free < needed:
         raise ResourceError(3, str(workdir.out), f"needs {needed} bytes of disk, {free} are free", "free space or choose another --out")

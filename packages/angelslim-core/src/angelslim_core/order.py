@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,23 @@ def after_training(recipe: Recipe, steps: Sequence[Step], source: Source, descri
                 names = [f"{s.name}.bias" for s in description.sites if s.role in roles and s.layer is not None]
                 biases.update({name: biases.get(name, step.pass_.id) for name in names if name not in source.dtypes})
     return TrainedSource(source, description, biases, settings)
+
+
+def training_bytes(steps: Sequence[Step], source: Source) -> tuple[int, int]:
+    """About what training takes: of memory, without activations, and of disk beside the trained model.
+
+    Weights and a teacher as stored; of what is trained gradients, and in fp32 gradients, masters and two moments. On the disk two states of a
+    training, one of them being written, and the best weights.
+    """
+    total = sum(math.prod(source.shapes[name]) for name in source.trained)
+    trained = 0
+    for i, step in enumerate(steps):
+        if isinstance(step.pass_, ModelPass):
+            rounded = [(s.pass_, s.sites) for s in steps[:i] if isinstance(s.pass_, TrainedPass)]
+            trained = max(trained, step.pass_.trained_weights(rounded, total))
+    stored = sum(map(source.nbytes, source.trained))
+    width = -(-stored // max(1, total))
+    return stored * (2 if trained else 1) + (width + 16) * trained, (2 * 12 + width) * trained
 
 
 def _check_site(site: Site, where: str, source: Source, description: Description) -> None:

@@ -244,6 +244,11 @@ class TrainedPass(TensorPass):
     claims = frozenset({"linear.weight"})
     adds_bias: ClassVar[bool] = False
 
+    @property
+    def trains_weight(self) -> bool:
+        """What its quantizers say (`FakeQuantizer.trains_weight`), known before any is made."""
+        return True
+
     def quantizers(self, weights: Mapping[Site, Tensor]) -> Mapping[Site, FakeQuantizer]:
         """How the linears of one unit round, one linear, or one fused set if `joins_fused`; `quantizer` of each by default."""
         return {site: self.quantizer(site, weight) for site, weight in weights.items()}
@@ -263,6 +268,15 @@ class ModelPass(Pass):
     """Sees the whole model with gradients. What it leaves in the model is the source of the steps after it."""
 
     kind = Kind.MODEL
+
+    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], total: int) -> int:
+        """How many weights of the model are trained at a time, by which memory and disk are estimated.
+
+        Args:
+            rounded: the earlier steps that say how linears round, each with its linears.
+            total: weights that the model has.
+        """
+        return total
 
     @abstractmethod
     def run(self, model: Module, context: Context) -> Mapping[str, Any]:

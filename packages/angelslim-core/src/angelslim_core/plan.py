@@ -6,7 +6,6 @@ two steps that quantize one linear, engines that will refuse the result.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from .exporters import Exporter
 from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
 from .kv_cache import cache_outputs, settled_cache
-from .order import after_training, check_order
+from .order import after_training, check_order, training_bytes
 from .passes import Kind, LayerPass, Pass, RuntimePass, SourcePass, TensorPass, WeightPass
 from .schemes import CacheScheme, Scheme
 
@@ -76,6 +75,7 @@ class Plan:
     peak_ram_bytes: int
     cache: CacheScheme | None = None
     spills: bool = False
+    training_bytes: tuple[int, int] = (0, 0)  # of memory, of disk; see `order.training_bytes`
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -154,11 +154,12 @@ def make_plan(recipe: Recipe, passes: Sequence[Pass], source: Source, descriptio
     if recipe.calibration and not any(s.pass_.needs_calibration for s in steps):
         plan.warnings.append("calibration is given, but no step uses it")
     _check_gates(plan)
-    plan.peak_ram_bytes, plan.spills = _peak_ram(plan, device)
     if source.trained:
+        plan.training_bytes = training_bytes(steps, source)
         where = "memory" if device == "cpu" else "GPU memory"
-        parts = "weights, gradients, fp32 copies, Adam's moments and a teacher"
-        plan.problems.append(f"training all weights takes about {_training_bytes(source)} bytes of {where} for {parts}, and activations on top")
+        parts = "weights, and of what is trained gradients, fp32 copies, Adam's moments and a teacher"
+        plan.problems.append(f"training takes about {plan.training_bytes[0]} bytes of {where} for {parts}, and activations on top")
+    plan.peak_ram_bytes, plan.spills = _peak_ram(plan, device)
     limit = recipe.runtime.max_ram_bytes
     if limit is not None and plan.peak_ram_bytes > limit:
         plan.problems.append(f"about {plan.peak_ram_bytes} bytes of RAM are needed, runtime.max_ram allows {limit}")
@@ -384,10 +385,5 @@ def _peak_ram(plan: Plan, device: str) -> tuple[int, bool]:
     if any(step.pass_.kind is Kind.MODEL or (isinstance(step.pass_, RuntimePass) and step.pass_.makes) for step in plan.steps):
         peak = max(peak, BASE_RAM + MODEL_RAM + 4 * plan.bytes_before)
     if source.trained and device == "cpu":
-        peak = max(peak, BASE_RAM + MODEL_RAM + _training_bytes(source))
+        peak = max(peak, BASE_RAM + MODEL_RAM + plan.training_bytes[0])
     return peak, spills
-
-
-def _training_bytes(source: Source) -> int:
-    """Weights, their gradients and a teacher as stored; gradients, masters and two moments in fp32."""
-    return 3 * sum(map(source.nbytes, source.trained)) + 16 * sum(math.prod(source.shapes[name]) for name in source.trained)

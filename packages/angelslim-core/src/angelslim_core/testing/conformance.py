@@ -156,6 +156,7 @@ def _check_tensor_pass(pass_: TensorPass, host: PluginHost) -> None:
 def _apply(pass_: TensorPass, weights: Mapping[Site, Tensor], site: Site) -> Quantized | Tensor:
     if isinstance(pass_, TrainedPass):
         quantizer, weight = pass_.quantizers(weights)[site].eval(), weights[site]
+        assert quantizer.trains_weight == pass_.trains_weight, f"{pass_.id}: it and its quantizers differ in whether weights are trained"
         with torch.no_grad():
             found = quantizer.quantized(weight)
             assert torch.equal(quantizer.weight(weight), found.dequantize(weight.dtype)), f"{pass_.id}: what is stored is not what is trained"

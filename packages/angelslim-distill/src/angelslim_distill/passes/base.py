@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from angelslim_core.adapters.base import Site
     from angelslim_core.context import Context
     from angelslim_core.plan import Plan
     from angelslim_core.source import Source as Stored
@@ -112,6 +114,11 @@ class Distilling(ModelPass):
                 check_tokenizer(config.teacher, load_tokenizer(checkpoint.folder))
         except AngelslimError as error:
             raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
+
+    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], total: int) -> int:
+        along, frozen = (sum(math.prod(s.shape) for p, sites in rounded if p.trains_weight == is_along for s in sites) for is_along in (True, False))
+        train = "all" if self.config.train == "auto" and not rounded else self.config.train
+        return {"auto": along, "quantizers": 0}.get(train, total - frozen)
 
     def _check_cache(self, source: Stored) -> None:
         from angelslim_core.loading import load_tokenizer

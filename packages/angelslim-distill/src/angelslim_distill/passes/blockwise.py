@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from angelslim_core.passes import ModelPass, PassConfig, TrainedPass
 if TYPE_CHECKING:
     from torch.nn import Module
 
+    from angelslim_core.adapters.base import Site
     from angelslim_core.context import Context
     from angelslim_core.plan import Plan
 
@@ -42,6 +44,13 @@ class Blockwise(ModelPass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], total: int) -> int:
+        layers: Counter[int | None] = Counter()
+        for pass_, sites in rounded if self.config.train == "auto" else ():
+            for site in sites if pass_.trains_weight else ():
+                layers[site.layer] += site.shape[0] * site.shape[1]
+        return max(layers.values(), default=0)
 
     def check(self, plan: Plan) -> None:
         """

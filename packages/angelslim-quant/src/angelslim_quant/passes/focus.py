@@ -45,6 +45,10 @@ class Focus(TrainedPass):
         pass
 
     @property
+    def trains_weight(self) -> bool:
+        return False
+
+    @property
     def claims(self) -> frozenset[str]:  # type: ignore[override]
         """What this step gives its final form."""
         return frozenset({"linear.weight"}) if self.config.weight_only else frozenset({"linear.weight", "linear.input"})

@@ -53,6 +53,10 @@ class LSQ(TrainedPass):
         return bool(self.config.activations != "none")
 
     @property
+    def trains_weight(self) -> bool:
+        return bool(self.config.train_weights)
+
+    @property
     def claims(self) -> frozenset[str]:  # type: ignore[override]
         """What this step gives its final form."""
         return frozenset({"linear.weight", "linear.input"}) if self._rounds_inputs else frozenset({"linear.weight"})
@@ -71,7 +75,7 @@ class LSQ(TrainedPass):
         if self._rounds_inputs:
             return Scheme("int8 static", grid, Grid(8, "int", "tensor"))
         name = f"int{config.bits} {f'g{size}' if size else 'channel'} {'sym' if config.symmetric else 'asym'}"
-        return Scheme(name, grid, exporters=(*group_layouts(config.bits), "packed"))
+        return Scheme(name, grid, exporters=group_layouts(config.bits))
 
     def quantizer(self, site: Site, weight_OI: Tensor) -> FakeQuantizer:
         return self.quantizers({site: weight_OI})[site]
