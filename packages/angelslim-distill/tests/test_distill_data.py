@@ -113,3 +113,13 @@ def test_processes_share_each_batch(tmp_path, tokenizer):
             assert sorted(whole) == sorted(shares[0] + shares[1]) and len(shares[0]) == 2
     with pytest.raises(UsageError, match="cannot be shared by 3"):
         process(0, 3)
+
+
+def test_which_positions_count_stays_with_the_host():
+    from angelslim_distill.data.rows import moved
+    from angelslim_distill.targets import Batch
+
+    ids = torch.arange(6).view(2, 3)
+    batch = moved(Batch(ids, ids > 0, ids, ids > 1, ["a", "b"], ids), torch.device("meta"))
+    assert all(getattr(batch, name).is_meta for name in ("input_ids", "attention_mask", "labels", "positions"))
+    assert batch.counted.device.type == "cpu" and batch.counted.tolist() == (ids > 1).tolist()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from angelslim_core.calibration.packing import Order, Row, cut, pack, row_of, stack
 from angelslim_core.calibration.spans import Turns
@@ -101,10 +102,14 @@ def collate(rows: Sequence[Row], multiple: int = 1) -> Batch:
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
-    names = ("input_ids", "attention_mask", "labels", "counted")
-    found = {name: getattr(batch, name).to(device, non_blocking=True) for name in names}
-    return replace(batch, **found, positions=None if batch.positions is None else batch.positions.to(device, non_blocking=True))
+    """The batch on a device, without waiting for it; which positions count stays on the host, which chooses by it."""
+
+    def there(tensor: Tensor) -> Tensor:
+        pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+        return pinned.to(device, non_blocking=True)
+
+    found = {name: there(getattr(batch, name)) for name in ("input_ids", "attention_mask", "labels")}
+    return replace(batch, **found, positions=None if batch.positions is None else there(batch.positions))
 
 
 class Supervised:
