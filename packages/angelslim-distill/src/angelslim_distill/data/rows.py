@@ -108,8 +108,8 @@ def moved(batch: Batch, device: torch.device) -> Batch:
         pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
         return pinned.to(device, non_blocking=True)
 
-    found = {name: there(getattr(batch, name)) for name in ("input_ids", "attention_mask", "labels")}
-    return replace(batch, **found, positions=None if batch.positions is None else there(batch.positions))
+    positions = None if batch.positions is None else there(batch.positions)
+    return replace(batch, input_ids=there(batch.input_ids), attention_mask=there(batch.attention_mask), labels=there(batch.labels), positions=positions)
 
 
 class Supervised:
