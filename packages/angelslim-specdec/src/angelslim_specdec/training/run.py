@@ -90,7 +90,7 @@ def train(
         work = stack.enter_context(Workdir(out, None, replace)) if group.rank == 0 else None
         if work is not None:
             config = plan.draft.config.model_dump(mode="json")
-            found = work.begin({"draft": _digest(config), "batch": plan.batch, **plan.options.model_dump(), **plan.inputs})
+            found = work.begin({"draft": _digest(config), "batch": plan.batch, **plan.options.model_dump(mode="json"), **plan.inputs})
             if not found:
                 work.record(begun=True)  # from here on a stopped run is kept
         states = Path(group.share(str(work.path / "states") if work is not None else ""))
@@ -103,7 +103,7 @@ def train(
         if work is not None:
             write_draft(plan.draft, work.stage)
             write_json(
-                work.stage / "training.json", {**document, "options": plan.options.model_dump(), "batch": plan.batch, **plan.inputs, "history": history.entries}
+                work.stage / "training.json", {**document, "options": plan.options.model_dump(mode="json"), "batch": plan.batch, **plan.inputs, "history": history.entries}
             )
             work.publish()
     return document
