@@ -103,7 +103,8 @@ def train(
         if work is not None:
             write_draft(plan.draft, work.stage)
             write_json(
-                work.stage / "training.json", {**document, "options": plan.options.model_dump(mode="json"), "batch": plan.batch, **plan.inputs, "history": history.entries}
+                work.stage / "training.json",
+                {**document, "options": plan.options.model_dump(mode="json"), "batch": plan.batch, **plan.inputs, "history": history.entries},
             )
             work.publish()
     return document
