@@ -104,6 +104,12 @@ class Seen:
     extra: list[float]
     steps: int
 
+    def joined(self, later: Seen) -> Seen:
+        """Of these steps and later ones."""
+        steps = self.steps + later.steps
+        loss = (self.loss * self.steps + later.loss * later.steps) / steps
+        return Seen(loss, max(self.norm, later.norm), [a + b for a, b in zip(self.extra, later.extra, strict=True)], steps)
+
 
 class Training:
     """Parameters with fp32 copies and AdamW's moments, and how far they are.

@@ -103,6 +103,7 @@ class DraftTraining:
         self._parts = parts_of(draft, self.group) if in_parts else None
         self.training = Training(self._parts or dict(draft.named_parameters()), options, self.group)
         self.history = History()
+        self._since: Seen | None = None
 
     def run(self, states: Path, progress: Progress = silent, stop_requested: Callable[[], bool] = never) -> History:
         """Train to the end, from the last state in a folder on.
@@ -131,8 +132,9 @@ class DraftTraining:
                 before = time.perf_counter()
                 if is_export:
                     self._write()
-                if is_look and told is not None:
-                    self._record(told)
+                if is_look and self._since is not None:
+                    self._record(self._accuracy(self._since))
+                    self._since = None
                 if is_look or is_export:
                     spent += time.perf_counter() - before
                 if stops or (is_look and not training.is_done):
@@ -154,8 +156,14 @@ class DraftTraining:
         return Terms(loss.sums, loss.counts, loss.weights, torch.cat((loss.hits.float(), loss.asked.float())))
 
     def _tell(self, seen: Seen | None) -> Accuracy | None:
+        """What is new, for the progress line, which comes when it is time; a look is of all steps since the last one."""
         if seen is None:
             return None
+        self._since = seen if self._since is None else self._since.joined(seen)
+        return self._accuracy(seen)
+
+    @staticmethod
+    def _accuracy(seen: Seen) -> Accuracy:
         half = len(seen.extra) // 2
         return Accuracy.of(seen.loss, seen.extra[:half], seen.extra[half:])
 
