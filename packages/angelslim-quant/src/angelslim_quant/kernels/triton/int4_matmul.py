@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lowbit_sums import number
+
 if TYPE_CHECKING:
     from ..int4_matmul import Packed4
 
@@ -74,28 +76,18 @@ def _step(w, b0, b1, low, high, c0, c1, c2, c3, mask, HALF: tl.constexpr, PTX: t
 
 
 @triton.jit
-def _number(pair, UPPER: tl.constexpr, HALF: tl.constexpr):
-    """Half of a register as fp32."""
-    bits = ((pair >> 16) if UPPER else pair) & 0xFFFF
-    if HALF == "bf16":
-        return (bits << 16).to(tl.float32, bitcast=True)
-    else:
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
 def _plain_step(w, b0, b1, low, high, c0, c1, c2, c3, HALF: tl.constexpr, BW: tl.constexpr):
     """`_step` without PTX, as definition and for where its threads would not hold what it expects."""
     WARPS: tl.constexpr = BW // 32
     OFFSET: tl.constexpr = 128.0 if HALF == "bf16" else 1024.0
-    z0, z1 = _number(low, False, HALF) + OFFSET, _number(high, False, HALF) + OFFSET
+    z0, z1 = number(low, False, HALF) + OFFSET, number(high, False, HALF) + OFFSET
     upper = w >> 16
     a0, a0u = (w & 15).to(tl.float32) + z0, (upper & 15).to(tl.float32) + z0
     a1, a1u = ((w >> 4) & 15).to(tl.float32) + z1, ((upper >> 4) & 15).to(tl.float32) + z1
     a2, a2u = ((w >> 8) & 15).to(tl.float32) + z0, ((upper >> 8) & 15).to(tl.float32) + z0
     a3, a3u = ((w >> 12) & 15).to(tl.float32) + z1, ((upper >> 12) & 15).to(tl.float32) + z1
     first, second = _four(a0, a0u, a2, a2u, WARPS), _four(a1, a1u, a3, a3u, WARPS)
-    x = _four(_number(b0, False, HALF), _number(b0, True, HALF), _number(b1, False, HALF), _number(b1, True, HALF), WARPS)
+    x = _four(number(b0, False, HALF), number(b0, True, HALF), number(b1, False, HALF), number(b1, True, HALF), WARPS)
     y0 = tl.sum(first[:, :, None, :] * x[:, None, :, :], 3)
     y1 = tl.sum(second[:, :, None, :] * x[:, None, :, :], 3)
     d0, d1 = tl.split(tl.reshape(y0, [BW, 2]))
