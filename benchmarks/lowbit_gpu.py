@@ -5,7 +5,9 @@
 
 Weights are random. Each product is compared with its reference before it is timed, in a CUDA graph over copies of the weight that
 together exceed the L2 cache, so that it is read from memory in every call; all alike. Ternary weights in 2 bits run as any in 2 bits.
-Kernels are compiled by processes beside each other first; GemLite's are tuned as it tunes them ("fast"). Times are medians.
+From Hopper on a kernel of ours begins while the one before it ends, and asks for weights meanwhile (programmatic dependent launch);
+`after one another` are the same without it. Kernels are compiled by processes beside each other first; GemLite's are tuned as it
+tunes them ("fast"). Times are medians.
 """
 # ruff: noqa: B023  (closures are called before their variables change)
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -40,20 +43,21 @@ BATCHES = (1, 2, 4, 8, 16)
 HALF = torch.bfloat16
 # bytes a second, of the vendor
 PEAK = {"H200": 4.8e12, "H100": 3.35e12}
+# the same kernel, but begun when the one before it has ended
+APART = "after one another"
 # levels, whether three of four weights are not zero, bits a weight
 FORMATS = {"2 bits": ((-3, -1, 1, 3), False, 2.0), "1.25 bits": ((-1, 0, 1), True, 1.25)}
 
-# warps, warps beside each other, registers, inputs a step ahead, steps that weights are ahead, steps written out; those of the first build are among them
+# warps, warps beside each other, registers, inputs a step ahead, steps that weights are ahead, steps written out
 FEW = [
-    Shape(16, 1, 128, True, 3), Shape(16, 1, 128, True, 2, 0), Shape(16, 1, 128, True, 4), Shape(16, 1, 128, False, 1), Shape(16, 2, 128, True, 2),
-    Shape(8, 1, 128, True, 2, 0), Shape(8, 1, 128, True, 4), Shape(8, 1, 128, True, 3, 14), Shape(8, 1, 64, True, 2), Shape(8, 1, 64, False, 2), Shape(8, 1, 80, True, 2),
-    Shape(8, 1, 168, True, 3), Shape(8, 1, 255, True, 7), Shape(8, 2, 128, True, 3), Shape(8, 4, 128, True, 3), Shape(4, 1, 128, True, 3),
-    Shape(4, 1, 128, True, 4), Shape(4, 1, 64, False, 2), Shape(4, 1, 168, True, 4), Shape(4, 2, 128, True, 3), Shape(2, 1, 128, True, 3),
+    *(Shape(16, 1, 128, False, deep) for deep in (1, 2, 3, 4, 7)), *(Shape(16, 1, 64, False, deep) for deep in (1, 2, 3)), Shape(16, 1, 96, False, 3),
+    Shape(16, 1, 128, True, 1), Shape(16, 1, 128, True, 3), Shape(32, 1, 64, False, 1), Shape(32, 1, 64, False, 3),
+    *(Shape(8, 1, 128, False, deep, 14) for deep in (1, 3, 5, 8)), Shape(8, 1, 64, False, 2, 14), Shape(8, 1, 168, True, 3), Shape(8, 1, 128, True, 2, 0),
+    Shape(4, 1, 128, False, 3), Shape(4, 1, 128, False, 5, 8), Shape(4, 1, 128, True, 3), Shape(2, 1, 128, False, 5, 16),
 ]  # fmt: skip
 MANY = [
-    Shape(16, 1, 128, False, 1), Shape(16, 1, 128, False, 2), Shape(16, 2, 128, False, 1), Shape(8, 1, 128, True, 1), Shape(8, 1, 128, False, 2, 0),
-    Shape(8, 1, 168, True, 2), Shape(8, 1, 255, True, 3), Shape(8, 2, 128, True, 1), Shape(8, 4, 128, True, 1), Shape(8, 2, 168, True, 2),
-    Shape(4, 1, 128, False, 1), Shape(4, 1, 168, True, 2), Shape(4, 2, 168, True, 2), Shape(4, 1, 255, True, 3),
+    Shape(16, 1, 128, False, 1), Shape(16, 1, 128, False, 2), Shape(16, 1, 128, False, 3), Shape(8, 1, 128, False, 1), Shape(8, 1, 128, False, 3),
+    Shape(8, 1, 255, False, 4), Shape(8, 1, 168, True, 2), Shape(8, 2, 128, False, 2), Shape(4, 1, 128, False, 1), Shape(4, 1, 128, False, 3), Shape(4, 1, 255, False, 4),
 ]  # fmt: skip
 
 
@@ -65,6 +69,10 @@ def quantized(name: str, shape: tuple[int, int], group: int) -> Quantized:
         codes = signs.scatter(2, torch.randint(4, (*signs.shape[:2], 1), device="cuda"), 0).flatten(1).to(torch.int8)
     grid = Grid(4, "int", "group" if group else "channel", group or None, levels=levels, sparsity=(3, 4) if sparse else None)
     return Quantized(Scheme(name, grid), codes, (torch.rand(shape[0], shape[1] // group if group else 1, device="cuda") * 0.02 + 0.01).to(HALF))
+
+
+def format_of(name: str) -> str:
+    return next((f for f in FORMATS if name.startswith(f)), "2 bits")
 
 
 def cloned(weight: PackedLow) -> PackedLow:
@@ -90,9 +98,9 @@ def gemlite_linear(given: Quantized, dtype: torch.dtype) -> Any:
 
 
 def measured(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for shape, batch in itertools.product(SHAPES, given.batches):
+    for shape, batch in itertools.product(given.shapes, given.batches):
         x = torch.randn(batch, shape[1], device="cuda").to(HALF)
-        for name in ("bf16 cuBLAS", *FORMATS, *(f"{f} gemv" for f in FORMATS if batch == 1), *given.peers):
+        for name in ("bf16 cuBLAS", *FORMATS, *(f"{f} {way}" for f in FORMATS for way in (APART, "gemv") if batch == 1), *given.peers):
             row: dict[str, Any] = {"shape": shape, "rows": batch, "kernel": name}
             try:
                 row |= timed(name, shape, x, given.group)
@@ -107,7 +115,7 @@ def timed(name: str, shape: tuple[int, int], x: Tensor, group: int) -> dict[str,
         weights = [torch.randn(shape, device="cuda").to(HALF) for _ in range(copies(shape, 16))]
         calls: list[Callable[[], Any]] = [lambda w=w: linear(x, w) for w in weights]
         return {"us": round(in_graph(calls), 2), "bytes": weights[0].nbytes}
-    given = quantized("2 bits" if "GemLite" in name else name.removesuffix(" gemv"), shape, group)
+    given = quantized(format_of(name), shape, group)
     number = copies(shape, 1.25 if name.startswith("1.25") else 2)
     if "GemLite" in name:
         x = x.to(torch.float16 if "fp16" in name else HALF)
@@ -117,7 +125,7 @@ def timed(name: str, shape: tuple[int, int], x: Tensor, group: int) -> dict[str,
     else:
         weight = pack_low(given)
         weights_ = [cloned(weight) for _ in range(number)]
-        run = gemv if name.endswith("gemv") else matmul
+        run = gemv if name.endswith("gemv") else functools.partial(matmul, early=not name.endswith(APART))
         calls, size = [lambda w=w: run(x, w, None, HALF) for w in weights_], weight.words.nbytes + weight.scale.nbytes
     off = error(calls[0](), x.float() @ given.dequantize().T)
     return {"us": round(in_graph(calls), 2), "error": off, "bytes": size}
@@ -142,7 +150,7 @@ def divisions(part: str, shape: tuple[int, int]) -> list[Shape]:
 def tune(given: argparse.Namespace) -> dict[str, Any]:
     best: dict[str, Any] = {}
     rows = {"few": (1, 8), "many": (16,), "wide": (32, 64, 96)}
-    for part, shape, name in itertools.product(given.tune.split(","), SHAPES, FORMATS):
+    for part, shape, name in itertools.product(given.tune.split(","), given.shapes, FORMATS):
         source = quantized(name, shape, given.group)
         weights = [cloned(pack_low(source)) for _ in range(copies(shape, FORMATS[name][2]))]
         for batch in rows[part]:
@@ -171,12 +179,14 @@ def compile_case(case: Case) -> float:
     name, shape, batch, group, divided = case
     start = time.perf_counter()
     with torch.no_grad():
-        source = quantized("2 bits" if "GemLite" in name else name.removesuffix(" gemv"), shape, group)
+        source = quantized(format_of(name), shape, group)
         x = torch.randn(batch, shape[1], device="cuda").to(torch.float16 if "fp16" in name else HALF)
         if "GemLite" in name:
             gemlite_linear(source, x.dtype)(x)
         elif name.endswith("gemv"):
             gemv(x, pack_low(source), None, HALF)
+        elif name.endswith(APART):
+            matmul(x, pack_low(source), None, HALF, early=False)
         elif batch >= lowbit_matmul.WIDE_ROWS:
             widen(pack_low(source), HALF)
         else:
@@ -187,12 +197,12 @@ def compile_case(case: Case) -> float:
 
 def compile_all(given: argparse.Namespace) -> dict[str, Any]:
     cases: list[Case] = []
-    for shape in {inputs: (outputs, inputs) for outputs, inputs in SHAPES}.values():  # kernels do not depend on how many outputs there are
+    for shape in {inputs: (outputs, inputs) for outputs, inputs in given.shapes}.values():  # kernels do not depend on how many outputs there are
         if given.tune:
             rows = {"few": 1, "many": 16}
             cases += [(f, shape, rows[p], given.group, s) for p in given.tune.split(",") if p in rows for f in FORMATS for s in divisions(p, shape)]
         else:
-            cases += [(f"{f} gemv", shape, 1, given.group, None) for f in FORMATS]
+            cases += [(f"{f} {way}", shape, 1, given.group, None) for f in FORMATS for way in (APART, "gemv")]
             cases += [(name, shape, batch, given.group, None) for name in given.peers for batch in given.batches]
         cases += [(f, shape, batch, given.group, None) for f in FORMATS for batch in (1, 16, lowbit_matmul.WIDE_ROWS)]
     start = time.perf_counter()
@@ -213,11 +223,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="")
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale; 0: all")
+    parser.add_argument("--shapes", default=",".join(f"{o}x{i}" for o, i in SHAPES), help="outputs x inputs")
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     parser.add_argument("--tune", default="", help="of few, many, wide: try all ways to divide products instead")
     parser.add_argument("--peers", default="GemLite bf16,GemLite fp16", help="what of GemLite is measured where it is installed")
     parser.add_argument("--processes", type=int, default=14, help="that compile beside one another")
     given = parser.parse_args()
+    given.shapes = [(int(o), int(i)) for o, _, i in (shape.partition("x") for shape in given.shapes.split(","))]
     given.batches = [int(b) for b in given.batches.split(",")]
     given.peers = [p for p in given.peers.split(",") if p]
     if given.peers and not given.tune and importlib.util.find_spec("gemlite") is None:

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .lowbit_sums import number, sums, totals, turned
 
@@ -223,6 +224,7 @@ def _kernel(
     x, words, scale, bias, out, rows, outputs, inputs, row, chunks, groups, high, high_8, low, low_8, mask_high, mask_low,
     SPARSE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PTX: tl.constexpr,
     ONE: tl.constexpr, PASSES: tl.constexpr, WARPS: tl.constexpr, WIDE: tl.constexpr, AHEAD: tl.constexpr, DEEP: tl.constexpr, STEPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     BW: tl.constexpr = 32 * WARPS
     STEP: tl.constexpr = WARPS // WIDE
@@ -241,6 +243,9 @@ def _kernel(
         here = tl.minimum(k * STEP, last) if EVEN and STEPS == 0 else k * STEP
         queue = queue + (_weights(at, chunk, chunks, here, SPARSE, EVEN, GROUP),)
     tl.debug_barrier()  # or ptxas asks for inputs first, which are nearer
+    if EARLY:  # no kernel before it writes weights, so that these are under way when it ends; what follows needs what it wrote
+        gdc_launch_dependents()
+        gdc_wait()
     # a row is given to all columns of the product, and the last one to those that have none: their sums are not stored
     x_at = ()
     for p in tl.static_range(PASSES):
@@ -316,12 +321,16 @@ def shape(rows: int, tiles: int, chunks: int) -> Shape:
     return FEW if few else MANY
 
 
-def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.dtype, divided: Shape | None = None, ptx: bool = True) -> Tensor:
+def matmul(
+    x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.dtype, divided: Shape | None = None, ptx: bool = True, early: bool = True
+) -> Tensor:
     """As the reference.
 
     Args:
+        weight: written by no kernel that may still run: from Hopper on it is read while the kernel before this one ends.
         divided: instead of what its shape gets, for tuning.
         ptx: False: the same sums as definition, for Triton's interpreter; compiling them takes minutes.
+        early: False: begins when the kernel before it has ended, as anywhere before Hopper.
     """
     rows, tiles, chunks = x_NI.shape[0], weight.words.shape[0], weight.chunks
     warps, wide, registers, ahead, deep, written = divided or shape(rows, tiles, chunks)
@@ -331,14 +340,21 @@ def matmul(x_NI: Tensor, weight: "PackedLow", bias: Tensor | None, dtype: torch.
     y = torch.empty(rows, weight.outputs, dtype=dtype, device=x.device)
     high, low = (_twice(-at - weight.zero, dtype) for at in (4, 16))
     even, steps = chunks % (warps // wide) == 0, -(-chunks // (warps // wide))
+    early = early and ptx and launches_early(x.device)
     _kernel[(tiles // wide, triton.cdiv(rows, ROWS * passes))](
         x.view(torch.int32), weight.words, weight.scale, weight.scale if bias is None else bias, y,
         rows, weight.outputs, weight.inputs, weight.inputs // 2, chunks, weight.scale.shape[1], high, high, low, low, *_MASKS[half],
         SPARSE=weight.sparse, BIAS=bias is not None, EVEN=even, FULL=even and weight.inputs % 128 == 0, GROUP=weight.group,
         HALF=half, PTX=ptx, ONE=rows == 1, PASSES=passes, WARPS=warps, WIDE=wide, AHEAD=ahead, DEEP=deep, STEPS=steps if steps <= written // (passes if weight.sparse else 1) else 0,
-        num_warps=warps, maxnreg=registers,
+        EARLY=early, num_warps=warps, maxnreg=registers, launch_pdl=early,
     )  # fmt: skip
     return y
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether it has programmatic dependent launches."""
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 # of codes in both halves of a word: the upper pair, and the lower
