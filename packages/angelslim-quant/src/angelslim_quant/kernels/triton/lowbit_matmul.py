@@ -307,18 +307,21 @@ def _kernel(
             tl.store(out + n * outputs + o, value.to(out.dtype.element_ty), real)
 
 
-# where outputs give some 130 multiprocessors one program or two, and where more, or inputs few warps; the same for more rows than 8
-FEW, MANY = Shape(16, deep=3), Shape(4, deep=3)
-FEW_16, MANY_16 = Shape(16, ahead=False, deep=1), Shape(4, ahead=False, deep=1)
-SHAPES = (FEW, MANY, FEW_16, MANY_16)
+# where outputs give some 130 multiprocessors one program or two, of many inputs or few; and where more: for one row, for up to 8, and for more
+LONG, SHORT = Shape(16, ahead=False), Shape(16, deep=1)
+MANY_1, MANY = Shape(8, ahead=False, deep=1, written=14), Shape(4, deep=3)
+FEW_16, MANY_16 = Shape(8, registers=168), Shape(4, ahead=False, deep=1)
+SHAPES = (LONG, SHORT, MANY_1, MANY, FEW_16, MANY_16)
 
 
 def shape(rows: int, tiles: int, chunks: int) -> Shape:
-    """How a product is divided: by instructions counted, for benchmarks/lowbit_gpu.py --tune to confirm."""
+    """How a product is divided, as `benchmarks/lowbit_gpu.py --tune few,many` found on an H200."""
     few = tiles < 264 and chunks >= 16
     if rows > ROWS:
         return FEW_16 if few else MANY_16
-    return FEW if few else MANY
+    if few:
+        return LONG if chunks > 64 else SHORT
+    return MANY_1 if rows == 1 else MANY
 
 
 def matmul(
