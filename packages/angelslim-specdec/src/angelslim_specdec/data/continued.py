@@ -176,9 +176,7 @@ def continue_passages(
     def use(found: Invented, number: int, ids: list[int]) -> str:
         prefix, ended = passages(number), bool(ids) and ids[-1] in stops
         # decoded with what stands before it: alone, some tokenizers would take a space from its beginning
-        said = shown(prefix.ids + ids)[len(shown(prefix.ids)) :]
-        if not ended:
-            said = said.rstrip("\ufffd")  # half a character
+        said = shown(prefix.ids + ids)[len(shown(prefix.ids)) :].rstrip("\ufffd")  # half a character
         found.cut += not ended
         found.empty += not said.strip()
         return prefix.text + said if said.strip() else ""
