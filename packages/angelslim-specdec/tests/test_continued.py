@@ -209,3 +209,18 @@ def test_what_only_text_has_is_refused_for_prompts(model, tmp_path, arguments):
 def test_a_prefix_may_be_one_character(tokenizer):
     passages = Passages(["🙂🙃🙂🙃"], tokenizer, LEAST, 7, 0, "t")
     assert {passages(number).text for number in range(9)} == {"🙂"}
+
+
+def test_the_space_before_the_first_word_stays_where_a_tokenizer_takes_it_from_texts(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    inner = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    llamas = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    passages, out = Passages(["one"], llamas, 4, 4, 0, "t"), tmp_path / "rows.jsonl"
+    attempts = lambda first: iter([(first, llamas(" two", add_special_tokens=False)["input_ids"][1:])])  # noqa: E731
+    continue_passages(passages, llamas, attempts, (2,), 1, out, {})
+    assert texts(out) == ["one two"]

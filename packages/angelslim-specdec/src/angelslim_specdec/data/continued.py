@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ LEAST = 4
 """Tokens that a prefix has at least: so many may be one character."""
 
 _LONG = 1000  # characters of a line after which a prefix may begin at a word, too
-_TURNS = 4  # whose orders are kept
+_SPARE = 8  # tokens read behind a prefix
+_KNOWN = 4096  # prefixes that are kept
 _LINE, _WORD = re.compile(r"[^\n]*\S[^\n]*"), re.compile(r"(?<=\s)\S")
 
 
@@ -109,12 +111,19 @@ class Passages:
             self.places += [(number, start) for start in starts]
         if not self.places:
             raise UsageError(1025, where, f"nowhere has the {least} tokens of a prefix", "give more text, or a lower --prefix")
-        self._orders: dict[int, list[int]] = {}
+        self._turn, self._order = -1, list[int]()
+        self._known = lru_cache(_KNOWN)(self._made)  # it is asked for when an attempt begins, and when it has ended
 
     def __call__(self, number: int) -> Prefix:
         """The prefix of an attempt, the same whenever it is asked."""
+        return self._known(number)
+
+    def _made(self, number: int) -> Prefix:
         turn, at = divmod(number, len(self.places))
-        passage, start = self.places[self._order(turn)[at]]
+        if turn != self._turn:
+            self._turn, self._order = turn, list(range(len(self.places)))
+            Random(seed_of(self._seed, "places", turn)).shuffle(self._order)
+        passage, start = self.places[self._order[at]]
         length = Random(seed_of(self._seed, "length", number)).randint(self._least, self._most)
         ids, spans = self._tokens(self._texts[passage], start, length)
         kept = min(length, len(ids))
@@ -122,21 +131,12 @@ class Passages:
             kept -= 1
         return Prefix(self._texts[passage][start : start + spans[kept - 1][1]], self.leading + ids[:kept])
 
-    def _order(self, turn: int) -> list[int]:
-        """Places in the order of a turn; the last few are kept, since attempts end later than others begin."""
-        if turn not in self._orders:
-            while len(self._orders) >= _TURNS:
-                del self._orders[min(self._orders)]
-            self._orders[turn] = list(range(len(self.places)))
-            Random(seed_of(self._seed, "places", turn)).shuffle(self._orders[turn])
-        return self._orders[turn]
-
     def _tokens(self, text: str, start: int, length: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens from a place on, and where they lie behind it; more than `length` where there are more."""
-        width = 8 * length
+        """Tokens from a place on, and where they lie behind it: some more than `length`, for the last of all may be of a word that is cut."""
+        width = 5 * (length + _SPARE)
         while True:
             found = self._tokenizer(text[start : start + width], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            if len(found["input_ids"]) > length or start + width >= len(text):
+            if len(found["input_ids"]) >= length + _SPARE or start + width >= len(text):
                 return list(found["input_ids"]), list(found["offset_mapping"])
             width *= 2
 
