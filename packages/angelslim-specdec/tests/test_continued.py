@@ -71,7 +71,7 @@ def test_where_lines_are_long_or_missing_words_or_else_characters_do():
     words = "some words " * 400
     found = starts_of(words)
     assert found[0] == 0 and len(found) == 5 and all(words[at - 1] == " " and words[at] != " " for at in found[1:])
-    assert starts_of("字" * 2500) == [0, 1000, 2000]
+    assert starts_of("字" * 2500 + "\nand words") == [0, 1000, 2000, 2501]
     assert starts_of("\n \n\n") == []
 
 
