@@ -4,7 +4,12 @@
 
 Each way is a recipe, run as `angelslim run` would, and its saved folder is scored by `angelslim eval`'s own function: windows from the start of TEXT.
 Methods after training calibrate on the second half of TEXT. Trained ones see what `angelslim specdec regen` made the model itself say (--answers);
-with --mix also the second half of TEXT, in pieces. Peers' rounded models are folders (--peer NAME=FOLDER), scored alike.
+with --mix also the second half of TEXT, in pieces; with --continued also what the model makes of that half's beginnings:
+
+    python -c "t = open('TEXT', encoding='utf-8').read(); open('half.txt', 'w', encoding='utf-8').write(t[len(t) // 2 :])"
+    angelslim specdec invent --model OFFGRID --text half.txt --count 8000 --out continued.jsonl
+
+Either needs --count all, and the share of each is reported. Peers' rounded models are folders (--peer NAME=FOLDER), scored alike.
 The file is written after every way; what it has is not measured again unless it is named by --only.
 """
 
@@ -37,15 +42,35 @@ WAYS: dict[str, list[dict[str, Any]]] = {
 TRAINED = ("quant.seq2", "quant.tequila", "quant.sherry")
 
 
+def training_rows(given: argparse.Namespace) -> dict[str, list[str]]:
+    """Lines of JSONL by where they come from: answers, the second half of the text in pieces (--mix), what the model made of it (--continued)."""
+    found = {name: lines_of(path) for name, path in (("answers", given.answers), ("continued", given.continued)) if path}
+    if given.mix:
+        text = Path(given.text).read_text(encoding="utf-8")
+        half = text[len(text) // 2 :]
+        pieces = [half[i : i + given.piece] for i in range(0, len(half), given.piece)]
+        found["text"] = [json.dumps({"text": piece}) for piece in pieces] * given.mix
+    return found
+
+
+def lines_of(path: str) -> list[str]:
+    return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+def shares(rows: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+    """Of each kind of rows, how many there are and their share of all characters that are said."""
+    from angelslim_core.calibration.rows import interpret, plain
+
+    said = {name: sum(len(plain(interpret(json.loads(line)) or "")) for line in lines) for name, lines in rows.items()}
+    return {name: {"rows": len(lines), "share": said[name] / max(1, sum(said.values()))} for name, lines in rows.items()}
+
+
 def training_file(given: argparse.Namespace) -> Path:
-    """The answers, and with --mix pieces of the second half of the text among them."""
-    if not given.mix:
+    """The answers, and what is to be among them."""
+    found = training_rows(given)
+    if list(found) == ["answers"]:
         return Path(given.answers)
-    text = Path(given.text).read_text(encoding="utf-8")
-    half = text[len(text) // 2 :]
-    rows = [line for line in Path(given.answers).read_text(encoding="utf-8").splitlines() if line]
-    pieces = [half[i : i + given.piece] for i in range(0, len(half), given.piece)]
-    rows += [json.dumps({"text": piece}) for piece in pieces] * given.mix
+    rows = [line for lines in found.values() for line in lines]
     random.Random(0).shuffle(rows)
     out = Path(given.work) / "mixed.jsonl"
     out.write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -110,7 +135,7 @@ def run_way(way: str, given: argparse.Namespace) -> dict[str, Any]:
     trained = result.passes[-1]["metrics"] if result.passes[-1]["id"] == "distill.qad" else None
     if trained is not None:
         row["training"] = trained | {"options": {k: getattr(given, k) for k in ("steps", "batch", "length", "lr", "quantizer_lr", "count", "mix")}}
-        row["training"]["scheme"] = json.loads(given.scheme)
+        row["training"] |= {"scheme": json.loads(given.scheme), "data": shares(training_rows(given))}
     if not given.keep:
         shutil.rmtree(out, ignore_errors=True)
     return row
@@ -121,6 +146,7 @@ def main() -> None:
     for name in ("model", "text", "work", "out"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--answers", help="JSONL of conversations, for the trained ways")
+    parser.add_argument("--continued", metavar="FILE", help="JSONL of text that the model made of pieces of the second half of the text, for the trained ways")
     parser.add_argument("--only", nargs="+", choices=list(WAYS), metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help="a peer's rounded model")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -155,7 +181,7 @@ def main() -> None:
         name, _, folder = peer.partition("=")
         rows[name] = scored(Path(folder), given)
         write(out, document)
-    for way in given.only or [w for w in WAYS if given.answers or WAYS[w][-1]["use"] not in TRAINED]:
+    for way in given.only or [w for w in WAYS if given.answers or given.continued or WAYS[w][-1]["use"] not in TRAINED]:
         label = f"{way}{given.label}" if WAYS[way][-1]["use"] in TRAINED else way
         if label in rows and not given.only:
             continue

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,18 @@ def test_errors_are_one_line_and_a_hint(capsys, tiny, tmp_path):
     assert code == 3 and not out and first.startswith("error[AS-RCP-060]") and "int8_dynamic" in second
     code, found = document(capsys, "run", "--model", tmp_path / "none", "--out", tmp_path / "o", "--use", "quant.int8_dynamic")
     assert code == 5 and found["error"].keys() == {"code", "where", "what", "hint"}
+
+
+def test_progress_off_a_terminal_may_have_nothing_done_yet(capsys, monkeypatch):
+    from angelslim_core.cli import common
+
+    clock = iter([0, 11, 22])
+    monkeypatch.delenv("ANGELSLIM_QUIET", raising=False)
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with common.progress("working") as report:
+        report(0, 4, "none yet")
+        report(2, 4, "half")
+    assert capsys.readouterr().err.splitlines() == ["working: 0/4, none yet", "working: 2/4, 22 s left, half"]
 
 
 def test_a_bug_is_told_apart(capsys, monkeypatch):

@@ -50,6 +50,16 @@ def test_everything_counts_if_asked_but_the_first_token_which_nothing_predicts(t
     assert sorted(map(len, found.train)) == [22, 64, 64]
 
 
+def test_text_and_conversations_may_be_mixed_in_one_file(tmp_path, tokenizer):
+    chat = {"id": "0", "conversations": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}], "finished": True}
+    path = write(tmp_path / "a.jsonl", {"id": "0", "text": "a text that goes on"}, chat, {"id": "1", "text": "another one"})
+    found = rows_of(path, tokenizer, packed=False, count="all")
+    texts = {tokenizer.decode(row.ids) for row in found.train}
+    assert found.documents == 3 and {"a text that goes on", "another one"} < texts and any("because" in text and text != "because" for text in texts)
+    with pytest.raises(RecipeError, match="holds no prompt"):
+        rows_of(path, tokenizer)
+
+
 def test_a_selection_of_nothing_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", {"prompt": "a long question", "answer": "yes"})
     with pytest.raises(RecipeError, match="has a token that counts within 8 tokens"):

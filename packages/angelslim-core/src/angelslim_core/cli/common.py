@@ -102,8 +102,8 @@ def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
             now = time.monotonic()
             if now - last >= 10 or (done == total and now - start >= 10):
                 last = now
-                left = (now - start) / done * (total - done)
-                click.echo(f"{title}: {done}/{total}, {left:.0f} s left, {label}", err=True)
+                left = f"{(now - start) / done * (total - done):.0f} s left, " if done else ""
+                click.echo(f"{title}: {done}/{total}, {left}{label}", err=True)
 
         yield line
 
