@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ModelError, PluginError
 from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
 from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes
 from .kv_cache import Attend, by_taps, trained_scales
@@ -74,10 +75,15 @@ def remove_cache(attention: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def write_trained_cache(workdir: Path, trained: Mapping[str, tuple[Tensor, Tensor]], cache: CacheScheme, heads: int) -> None:
-    """Keep the scales of keys and values that training left of attentions, by their names in the checkpoint: all of them, or nothing."""
+    """Keep the scales of keys and values that training left of attentions, by their names in the checkpoint: all of them, or nothing.
+
+    Raises:
+        PluginError: they are not as the scheme says.
+    """
     tensors = {f"{name}.{suffix}": t.detach().float().cpu() for name, scales in trained.items() for suffix, t in zip(CACHE_SCALES, scales, strict=True)}
-    wrong = [name for name, t in tensors.items() if tuple(t.shape) != cache.shape(heads)]
-    assert not wrong, f"{wrong[0]}: a quantizer gave scales of another shape than {cache.name} has"
+    for name, t in tensors.items():
+        if tuple(t.shape) != cache.shape(heads):
+            raise PluginError(1000, name, f"is of shape {list(t.shape)}, where {cache.name} has {list(cache.shape(heads))}", "give scales of CacheScheme.shape")
     specs = {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
     final = trained_scales(workdir)
     made = final.with_suffix(".tmp")
@@ -94,8 +100,14 @@ def write_trained_cache(workdir: Path, trained: Mapping[str, tuple[Tensor, Tenso
 
 
 def read_trained_cache(workdir: Path, attention: str) -> tuple[Tensor, Tensor]:
-    """Scales of the keys and of the values of an attention as `write_trained_cache` kept them, on the CPU."""
+    """Scales of the keys and of the values of an attention as `write_trained_cache` kept them, on the CPU.
+
+    Raises:
+        ModelError: there are none.
+    """
     file = trained_scales(workdir)
+    if not file.is_file():
+        raise ModelError(1000, str(file), "is missing: no step has trained the cache", "delete the work folder beside the output and run again")
     kept = Checkpoint(file.parent, {}, read_header(file))
     k_scale, v_scale = (kept.read(f"{attention}.{suffix}") for suffix in CACHE_SCALES)
     return k_scale, v_scale
