@@ -121,7 +121,8 @@ def logits(folder):
 
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize(
-    ("architecture", "dtype", "targets"), [("llama", "float32", None), ("qwen3", "bfloat16", ["mlp"]), ("llava", "float32", ["attention"]), ("qwen3_next", "float32", ["attention"])]
+    ("architecture", "dtype", "targets"),
+    [("llama", "float32", None), ("qwen3", "bfloat16", ["mlp"]), ("llava", "float32", ["attention"]), ("qwen3_next", "float32", ["attention"])],
 )
 def test_what_is_stored_is_what_was_trained(tiny, tmp_path, architecture, dtype, targets, heads):
     """In any architecture with keys and values, also in layers of which no linear is targeted."""

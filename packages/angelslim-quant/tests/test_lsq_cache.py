@@ -144,7 +144,9 @@ def test_processes_agree_on_the_first_scales(monkeypatch):
 OTHER = {"bits": 8, "group_size": None, "activations": "int8"}
 
 
-@pytest.mark.parametrize("options", [{"group_size": 32, "kv": "fp8"}, {"group_size": 32, "kv": "fp8_head", "train_weights": True}, {**OTHER, "kv": "fp8"}, OTHER], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"group_size": 32, "kv": "fp8"}, {"group_size": 32, "kv": "fp8_head", "train_weights": True}, {**OTHER, "kv": "fp8"}, OTHER], ids=str
+)
 def test_conformance(tmp_path, options):
     check_pass("quant", plugin, "quant.lsq", tmp_path, **options)
 

@@ -34,7 +34,8 @@ class LSQConfig(PassConfig):
         "none", description="int8: round inputs to INT8 too, under one learnt scale a tensor; needs bits 8, channels and no zero point, as engines multiply."
     )
     kv: Literal["none", "fp8", "fp8_head"] = Field(
-        "none", description="fp8: round keys (after RoPE) and values of all attentions to FP8 too, under learnt scales of each attention; fp8_head: of each of its key-value heads."
+        "none",
+        description="fp8: round keys (after RoPE) and values of all attentions to FP8 too, under learnt scales of each attention; fp8_head: of each of its key-value heads.",
     )
 
     @model_validator(mode="after")
