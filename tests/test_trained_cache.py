@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from angelslim_core import ModelPass, PluginHost, compress, hookimpl
 from angelslim_core.context import Context
 from angelslim_core.errors import StoppedError
-from angelslim_core.fake_cache import place_cache, placed_caches, read_trained_cache
+from angelslim_core.fake_cache import place_cache, placed_caches
 from angelslim_core.fake_quant import place, placed
 from angelslim_core.kv_cache import round_cache
 from angelslim_core.loading import load_model, load_tokenizer
@@ -154,7 +154,7 @@ def test_a_bad_start_is_learnt_away(tiny, data, tmp_path, train_weights):
     moved = torch.cat([(torch.stack(q.scales()) / start[name]).flatten() for name, q in placed_caches(model).items()])
     assert bool((moved > 1.2).all()) and after < 0.3 * before
     with torch.no_grad():  # of the scales alone
-        for name, quantizer in placed_caches(model).items():
+        for name in placed_caches(model):
             del model.get_submodule(name).quantizer
             round_cache(model.get_submodule(name), *start[name])
     assert evaluate(model, teacher, rows, 8).kl > 3 * after and len(placed(model)) == 14

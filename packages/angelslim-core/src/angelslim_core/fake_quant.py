@@ -107,8 +107,8 @@ def quantizers(model: nn.Module) -> dict[str, FakeQuantizer | FakeCache]:
 
 @contextmanager
 def rounding_off(model: nn.Module) -> Iterator[None]:
-    """Inside, linears compute with their weights as they are, attentions with keys and values likewise: a model whose weights are frozen is then its own teacher."""
-    rounding = [*placed(model).values(), *placed_caches(model).values()]
+    """Inside, weights, keys and values are as they are: a model whose weights are frozen is then its own teacher."""
+    rounding: list[FakeQuantizedLinear | FakeCache] = [*placed(model).values(), *placed_caches(model).values()]
     before = [module.rounds for module in rounding]
     try:
         for module in rounding:

@@ -35,7 +35,7 @@ class LSQConfig(PassConfig):
     )
     kv: Literal["none", "fp8", "fp8_head"] = Field(
         "none",
-        description="fp8: round keys (after RoPE) and values of all attentions to FP8 too, under learnt scales of each attention; fp8_head: of each of its key-value heads.",
+        description="fp8: round keys (after RoPE) and values of all attentions to FP8 too, under learnt scales; fp8_head: under some for each key-value head.",
     )
 
     @model_validator(mode="after")
