@@ -176,6 +176,19 @@ def test_block_by_block(tiny, data, tmp_path):
     torch.testing.assert_close(seen["scales"], first)
 
 
+def test_on_the_own_answers_of_a_student(tiny, data, tmp_path):
+    """It samples with the cache as it is rounded then."""
+    model = tiny("llama", dtype="float32")
+    given = {name: QAD[name] for name in ("batch", "length", "held_out", "quantizer_lr")}
+    run(
+        model,
+        tmp_path / "o",
+        lsq(),
+        {"use": "distill.on_policy", "with": {**given, "data": str(data), "steps": 2, "keep": "last", "max_new_tokens": 8, "teacher": str(model)}},
+    )
+    assert torch.equal(logits(tmp_path / "o"), seen["logits"])
+
+
 def test_a_stopped_block_by_block_training_goes_on_to_the_same_scales(tiny, data, tmp_path):
     model = tiny("llama", dtype="float32", initializer_range=0.2)
     steps = [lsq(), {"use": "distill.blockwise", "with": {"epochs": 2, "quantizer_lr": 2e-2}}]

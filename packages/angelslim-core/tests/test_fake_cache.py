@@ -11,7 +11,7 @@ import angelslim_quant.plugin as quant
 from angelslim_core import Grid, ModelPass, PassConfig, PluginHost, Quantized, Scheme, TrainedPass, compress, hookimpl
 from angelslim_core.errors import ModelError, PlanError, PluginError
 from angelslim_core.fake_cache import FakeCache, place_cache, placed_caches, read_trained_cache, remove_cache, write_trained_cache
-from angelslim_core.fake_quant import FakeQuantizer, placed, quantizers, rounding_off, set_progress
+from angelslim_core.fake_quant import FakeQuantizer, placed, rounding_off, set_progress
 from angelslim_core.kv_cache import round_heads, settled_cache, tapped
 from angelslim_core.loading import load_model
 from angelslim_core.pipeline import prepare
@@ -94,7 +94,7 @@ class Train(ModelPass):
         with torch.no_grad():
             for p in parameters.values():
                 p.mul_(1 + 0.5 * p.grad.sign())
-            seen["logits"], seen["progress"] = model(IDS).logits, {q.progress for q in quantizers(model).values()}
+            seen["logits"], seen["progress"] = model(IDS).logits, {q.progress for q in placed_caches(model).values()}
         return {"rounded": len(placed(model)), "caches": len(placed_caches(model))}
 
 
@@ -181,6 +181,8 @@ def test_a_tap_comes_before_the_quantizer_of_an_attention(tiny):
         place_cache(attention, Steps(1))
         rounded = model(IDS).logits
         with tapped(attention, lambda query, key, value, attend: attend(query, key, value)):
+            assert model(IDS).logits.equal(exact)
+        with rounding_off(model):
             assert model(IDS).logits.equal(exact)
         assert model(IDS).logits.equal(rounded) and not rounded.equal(exact)
         assert [float(s) for s in remove_cache(attention)] == [2.0**-8] * 2 and model(IDS).logits.equal(exact)
