@@ -17,6 +17,7 @@ from torch import nn
 from angelslim_core.calibration.data import Samples
 from angelslim_core.context import Context
 from angelslim_core.errors import NumericError, RecipeError, StoppedError, UsageError
+from angelslim_core.fake_cache import FakeCache, place_cache, placed_caches
 from angelslim_core.fake_quant import FakeQuantizer, place, placed, rounding_off
 from angelslim_core.loading import load_model
 from angelslim_core.parallel import Group, joined
@@ -227,6 +228,30 @@ def test_blocks_with_nothing_to_train_are_passed_through(opened):
         linear.__class__ = nn.Linear
     found = train_blocks(model, context, QUICK)
     assert found[0] == {"start_error": 0.0, "error": 0.0, "epoch": 0} and found[1]["error"] < found[1]["start_error"]
+
+
+class Cut(FakeCache):
+    """Keys and values are cut off at a number that is learnt."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = nn.Parameter(torch.full((1,), most))
+
+    def rounded(self, key, value):
+        return tuple(torch.minimum(torch.maximum(x, -self.most), self.most) for x in (key, value))
+
+
+def test_what_attentions_learn_of_their_caches_is_trained_and_kept(opened):
+    """Of another start than the one that was kept, nothing is taken up."""
+    found = []
+    for most in (0.5, 0.5, 0.6):
+        model, context = opened(levels=None, where="same")
+        for layer in model.model.layers:
+            place_cache(layer.self_attn, Cut(most))
+        blocks = train_blocks(model, context, BlockOptions(epochs=3, batch=2, quantizer_lr=2e-2, train="quantizers"))
+        assert all(block["error"] < block["start_error"] for block in blocks)
+        found.append([float(cache.most) for cache in placed_caches(model).values()])
+    assert found[0] == found[1] and all(most > 0.5 for most in found[0]) and len(list((context.workdir / "measured").iterdir())) == 2
 
 
 class Two(Group):

@@ -9,6 +9,7 @@ import torch
 
 from angelslim_core import fake_quant
 from angelslim_core.errors import ModelError, NumericError, RecipeError, StoppedError, UsageError
+from angelslim_core.fake_cache import FakeCache, place_cache, placed_caches
 from angelslim_core.loading import load_model, load_tokenizer
 from angelslim_core.testing.training import Int3, Int3Along, chats, rounded
 from angelslim_core.training import TrainingOptions
@@ -83,6 +84,35 @@ def test_a_teacher_whose_weights_are_trained_is_a_copy(folder, rows):
             p.mul_(1.1)
     assert teacher.model is not model and not fake_quant.placed(teacher.model) and torch.equal(teacher(batch).states, before)
     assert not any(p.requires_grad for p in teacher.model.parameters()) and fake_quant.placed(model)
+
+
+class Cache(FakeCache):
+    """Keys and values are cut off at a number that is learnt."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = torch.nn.Parameter(torch.full((1,), 0.01))
+
+    def rounded(self, key, value):
+        return tuple(torch.minimum(torch.maximum(x, -self.most), self.most) for x in (key, value))
+
+
+@pytest.mark.parametrize("kind", [Int3, Int3Along])
+def test_caches_round_for_the_student_alone_and_are_trained_with_it(folder, rows, kind):
+    plain, model, batch = load_model(folder, "cpu").model, load_model(folder, "cpu").model, collate(rows.train[:4])
+    rounded(model, kind)
+    for layer in model.model.layers:
+        place_cache(layer.self_attn, Cache())
+    linears = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".scale") or (kind is Int3Along and n.endswith("proj.weight")))
+    assert choose_parameters(model, "auto") == linears + 2
+    teacher = teacher_of(model)
+    assert (teacher.model is model) == (kind is Int3) and (teacher.model is model or not placed_caches(teacher.model))
+    with torch.no_grad():
+        wanted, rounds = Reader(plain)(batch).states, Reader(model)(batch).states
+        for linear in fake_quant.placed(model).values():
+            linear.rounds = False
+        cache_alone = Reader(model)(batch).states
+    assert torch.equal(teacher(batch).states, wanted) and len({float(x.sum()) for x in (wanted, rounds, cache_alone)}) == 3
 
 
 @pytest.mark.parametrize("top_k", [None, 7])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .fake_cache import FakeCache, placed_caches
 from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
 from .io.strict_json import read_json
 from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
@@ -99,24 +100,29 @@ def placed(model: nn.Module) -> dict[str, FakeQuantizedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantizedLinear)}
 
 
+def quantizers(model: nn.Module) -> dict[str, FakeQuantizer | FakeCache]:
+    """How linears round, and the keys and values of attentions, by the name of the module whose `quantizer` it is."""
+    return {**{name: linear.quantizer for name, linear in placed(model).items()}, **placed_caches(model)}
+
+
 @contextmanager
 def rounding_off(model: nn.Module) -> Iterator[None]:
-    """Inside, linears compute with their weights as they are: a model whose weights are frozen is then its own teacher."""
-    linears = placed(model).values()
-    before = [linear.rounds for linear in linears]
+    """Inside, weights, keys and values are as they are: a model whose weights are frozen is then its own teacher."""
+    rounding: list[FakeQuantizedLinear | FakeCache] = [*placed(model).values(), *placed_caches(model).values()]
+    before = [module.rounds for module in rounding]
     try:
-        for linear in linears:
-            linear.rounds = False
+        for module in rounding:
+            module.rounds = False
         yield
     finally:
-        for linear, rounds in zip(linears, before, strict=True):
-            linear.rounds = rounds
+        for module, rounds in zip(rounding, before, strict=True):
+            module.rounds = rounds
 
 
 def set_progress(model: nn.Module, share: float) -> None:
     """Tell every quantizer how much of the training is done, 0 to 1."""
-    for linear in placed(model).values():
-        linear.quantizer.progress = share
+    for quantizer in quantizers(model).values():
+        quantizer.progress = share
 
 
 def remove(linear: FakeQuantizedLinear) -> Quantized:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from .errors import ModelError, PlanError
 from .io.checkpoint import TensorSpec
-from .passes import Pass, WeightPass
+from .passes import Pass, TrainedPass, WeightPass
 from .rounding import cast_e4m3
 from .schemes import CACHE_SCALES, CacheScheme
 
@@ -54,10 +55,13 @@ def settled_cache(recipe: Recipe, passes: Sequence[Pass], description: Descripti
         where = recipe.where(f"steps[{i}]")
         if found is not None:
             raise PlanError(351, where, f"{pass_.id} and an earlier step both settle the KV cache", "drop one of them")
-        if recipe.steps[i].targets is not None or recipe.steps[i].ignore:
+        # those of a step that trains are of its linears
+        if not isinstance(pass_, TrainedPass) and (recipe.steps[i].targets is not None or recipe.steps[i].ignore):
             raise PlanError(352, where, f"{pass_.id} treats the KV cache as a whole, as engines do", "drop `targets` and `ignore`")
         if description.has_latent_cache:
-            raise PlanError(353, where, f"{pass_.id} needs keys and values, and this model caches what both are made from (MLA)", "drop the step")
+            raise PlanError(353, where, f"{pass_.id} needs keys and values, and this model caches what both are made from (MLA)", "leave the cache as it is")
+        if not description.attentions:
+            raise PlanError(1000, where, f"{pass_.id} needs keys and values, and no layer of this model keeps any", "leave the cache as it is")
         found = pass_.cache
     return found
 
@@ -74,8 +78,23 @@ def cache_outputs(config: Mapping[str, Any], description: Description, cache: Ca
     return [{f"{name}.{suffix}": spec for suffix in CACHE_SCALES} for name in description.attentions]
 
 
+def trained_scales(workdir: Path) -> Path:
+    """The file of the scales that training left, under the names that they are stored by."""
+    return workdir / "trained_cache.safetensors"
+
+
 def tap(attention: nn.Module, function: Tap) -> None:
     """From now on an attention module goes through `function`.
+
+    Raises:
+        ModelError: the module computes attention in a way of its own.
+    """
+    by_taps(attention)
+    _TAPS[attention] = function
+
+
+def by_taps(attention: nn.Module) -> None:
+    """From now on an attention module goes through the tap that it has: a function's, or else a `fake_cache.FakeCache` of its own.
 
     Raises:
         ModelError: the module computes attention in a way of its own.
@@ -88,7 +107,6 @@ def tap(attention: nn.Module, function: Tap) -> None:
         if original not in ALL_ATTENTION_FUNCTIONS:
             raise ModelError(350, type(attention).__name__, f"computes attention in a way that cannot be observed ({original!r:.50})")
         config._attn_implementation = _by_taps(original)
-    _TAPS[attention] = function
 
 
 def _by_taps(original: str) -> str:
@@ -96,13 +114,16 @@ def _by_taps(original: str) -> str:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    from .fake_cache import FakeCache
+
     compute = ALL_ATTENTION_FUNCTIONS[original]
 
     def attention_by_tap(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Any]:
             return compute(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
-        found = _TAPS.get(module)
+        own = getattr(module, "quantizer", None)
+        found = _TAPS.get(module, own if isinstance(own, FakeCache) else None)
         return attend(query, key, value) if found is None else found(query, key, value, attend)
 
     ALL_ATTENTION_FUNCTIONS.register(_PREFIX + original, attention_by_tap)

@@ -13,16 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .analysis import sqnr_db
+from .analysis import merged_reports, sqnr_db
 from .device import release_ram
 from .errors import ModelError, PluginError
 from .io.checkpoint import TensorSpec
 from .io.strict_json import read_json
 from .io.writer import ShardWriter, fsync_folder, shard_name, split_shards, write_index, write_json
+from .kv_cache import num_heads
 from .model import sanitized
 from .passes import ModelPass, Pass, SourcePass, TrainedPass
 from .plan import Plan, Step, make_plan
 from .recipe import Export
+from .schemes import CACHE_SCALES
 from .source import RewrittenSource, Source, describe_source, open_source
 from .trained_source import TrainedSource, changed_settings
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from .packed_model import Linears
     from .pipeline import Prepared, Timer
     from .plugins import PluginHost
-    from .schemes import Quantized
+    from .schemes import CacheScheme, Quantized
 
 # what training did, beside the weights it left
 _RECORD = "training.json"
@@ -91,6 +93,7 @@ def _run(prepared: Prepared, base: Source, context: Context, timer: Timer, folde
             pass_ = step.pass_
             if isinstance(pass_, TrainedPass):
                 _place(pass_, step.sites, linears)
+                _place_cache(pass_, linears, context)
             elif isinstance(pass_, ModelPass):
                 timer.reports[step.index] = dict(timer.run(step, lambda pass_=pass_: pass_.run(model, context)) or {})  # type: ignore[misc]
     if context.group.rank:
@@ -100,6 +103,10 @@ def _run(prepared: Prepared, base: Source, context: Context, timer: Timer, folde
         from .fake_quant import write_trained
 
         write_trained(context.workdir, quantized)
+    for step in steps:
+        if isinstance(step.pass_, TrainedPass) and step.pass_.cache:
+            timer.reports[step.index] = _cache_taken_out(step.pass_.cache, linears, context)
+            timer.seconds.setdefault(step.index, 0.0)
     planned = prepared.plan.source.config
     added = changed_settings(prepared.source.config, planned) if prepared.plan.source.added else {}
     record = {
@@ -177,6 +184,26 @@ def _place(pass_: TrainedPass, sites: Sequence[Site], linears: Linears) -> None:
                 if quantizer.to(modules[site].weight.device).bias(modules[site].weight) is not None and not pass_.adds_bias:
                     raise PluginError(980, pass_.id, "its quantizers give linears a bias, and it does not say so", "set adds_bias = True")
             place(modules[site], quantizer)
+
+
+def _place_cache(pass_: TrainedPass, linears: Linears, context: Context) -> None:
+    """Let all attentions round their keys and values from now on, if a step says how."""
+    if pass_.cache is None:
+        return
+    from .fake_cache import place_cache
+
+    heads = num_heads(context.source.config)
+    for site in linears.description.attentions.values():
+        place_cache(linears.parent(site.name), pass_.cache_quantizer(heads))
+
+
+def _cache_taken_out(cache: CacheScheme, linears: Linears, context: Context) -> dict[str, Any]:
+    """Let attentions read keys and values as they are again, and keep what is to be stored; numbers for the report."""
+    from .fake_cache import remove_cache, write_trained_cache
+
+    found = {name: remove_cache(linears.parent(site.name)) for name, site in linears.description.attentions.items()}
+    write_trained_cache(context.workdir, found, cache, num_heads(context.source.config))
+    return merged_reports([{suffix: float(scale.max()) for suffix, scale in zip(CACHE_SCALES, scales, strict=True)} for scales in found.values()])
 
 
 def _taken_out(steps: Sequence[Step], linears: Linears, biases: Mapping[str, str]) -> dict[str, Quantized]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from .adapters.base import Description, Site
     from .context import Context
+    from .fake_cache import FakeCache
     from .fake_quant import FakeQuantizer
     from .layer import Layer
     from .loading import Loaded
@@ -126,8 +127,8 @@ class WeightPass(Pass):
     def cache(self) -> CacheScheme | None:
         """How keys and values will be kept in the KV cache; None leaves them as they are.
 
-        A pass that says so settles the cache of the whole model, gives each attention its scales by
-        `Layer.store_cache`, and leaves weights alone.
+        A pass that says so settles the cache of the whole model. It gives each attention its scales by
+        `Layer.store_cache` and leaves weights alone, or is a `TrainedPass`, whose `cache_quantizer` learns them.
         """
         return None
 
@@ -235,6 +236,7 @@ class TrainedPass(TensorPass):
 
     It trains nothing itself: a `ModelPass` after it does, with the quantizers in place (see `fake_quant`). Targets,
     `claims` and `scheme` are those of any weight pass; the pipeline puts the quantizers in, and keeps their `Quantized`.
+    With a `cache` the keys and values of all attentions round, too (see `fake_cache`), whatever linears it targets.
 
     Attributes:
         adds_bias: quantizers leave a bias (`FakeQuantizer.bias`), for which the architecture must have a place.
@@ -256,6 +258,10 @@ class TrainedPass(TensorPass):
     @abstractmethod
     def quantizer(self, site: Site, weight_OI: Tensor) -> FakeQuantizer:
         """How a linear rounds, its scales set from the weight [O, I] that training begins with."""
+
+    def cache_quantizer(self, heads: int) -> FakeCache:
+        """How the keys and values of an attention with that many key-value heads round; asked of a pass with a `cache` only."""
+        raise NotImplementedError
 
     def apply(self, weights: Mapping[Site, Tensor], context: Context) -> Mapping[Site, Quantized | Tensor]:
         from .fake_quant import read_trained

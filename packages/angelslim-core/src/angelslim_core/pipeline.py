@@ -20,6 +20,7 @@ from .guards import check_disk, check_gates, check_ram, memory_errors, verify_wr
 from .io.hub import resolve
 from .io.read_ahead import ReadAhead
 from .io.writer import disk_errors
+from .kv_cache import trained_scales
 from .model_training import rewritten, train_model
 from .parallel import Group, is_first, joined
 from .passes import LayerPass, ModelPass, Pass, RuntimePass, SourcePass, WeightPass
@@ -220,7 +221,8 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
         metrics, layers = dict(sweep.metrics), sweep.analysis
         timer.reports.update({i: merged_reports(r) for i, r in sweep.reports.items()})
         streaming = time.perf_counter()
-        written = write_shards(plan, context, journal, sorted(set(sweep.files.values())))
+        trained = [trained_scales(context.workdir)] if plan.trains_cache else []
+        written = write_shards(plan, context, journal, [*sorted(set(sweep.files.values())), *trained])
         metrics.update(written.metrics)
         timer.share([s for s in plan.steps if not isinstance(s.pass_, RuntimePass | ModelPass)], time.perf_counter() - streaming)
         timer.reports.update({s.index: plan.source.reports[s.pass_.id] for s in plan.steps if isinstance(s.pass_, SourcePass)})

@@ -20,7 +20,7 @@ from .io.checkpoint import DTYPES, FLOATS, TensorSpec
 from .io.writer import spec_bytes, split_shards
 from .kv_cache import cache_outputs, settled_cache
 from .order import after_training, check_order, training_bytes
-from .passes import Kind, LayerPass, Pass, RuntimePass, SourcePass, TensorPass, WeightPass
+from .passes import Kind, LayerPass, Pass, RuntimePass, SourcePass, TensorPass, TrainedPass, WeightPass
 from .schemes import CacheScheme, Scheme
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ class Plan:
     def bytes_after(self) -> int:
         """Bytes of all tensors that will be written."""
         return sum(spec_bytes(spec) for unit in self.units for spec in unit.outputs.values())
+
+    @property
+    def trains_cache(self) -> bool:
+        """Whether the scales of the KV cache are trained."""
+        return any(isinstance(s.pass_, TrainedPass) and s.pass_.cache for s in self.steps)
 
     @property
     def layer_steps(self) -> list[Step]:
@@ -306,7 +311,7 @@ def _units(source: Source, description: Description, steps: Sequence[Step], sche
     treated: dict[str, list[int]] = {}
     joined: set[str] = set()
     for step in steps:
-        if isinstance(step.pass_, WeightPass) and step.pass_.cache:
+        if isinstance(step.pass_, WeightPass) and step.pass_.cache and not isinstance(step.pass_, TrainedPass):
             continue
         joins = isinstance(step.pass_, TensorPass) and step.pass_.joins_fused
         for site in step.sites:

@@ -246,6 +246,8 @@ def _run_layer(
     for name, tensor in module.state_dict().items():
         check_finite(prefix + name, tensor)
     layer = Layer(index, module, prefix, captured[index], context)
+    if plan.trains_cache:
+        _round_as_trained(layer, plan, context)
     reports: dict[str, Any] = {}
     files = [_acts(context, index + 1)]
     if _needs_reference(steps):
@@ -281,6 +283,16 @@ def _run_layer(
         "layer": index, "file": f"layers/{index:05d}.safetensors",
         "batch_size": context.batch_size, "metrics": metrics, "analysis": inputs.numbers(), "reports": reports,
     })  # fmt: skip
+
+
+def _round_as_trained(layer: Layer, plan: Plan, context: Context) -> None:
+    """Let the layer read keys and values as it did at the end of training, whatever its steps are."""
+    from .fake_cache import read_trained_cache
+    from .kv_cache import round_cache
+
+    for name, site in plan.description.attentions.items():
+        if site.layer == layer.index:
+            round_cache(layer.attention(site), *read_trained_cache(context.workdir, name))
 
 
 def run_on_layer(pass_: Pass, layer: Layer) -> Mapping[str, Any]:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from angelslim_core.context import Context
 from angelslim_core.device import to_host
 from angelslim_core.errors import NumericError, RecipeError, UsageError
-from angelslim_core.fake_quant import placed, rounding_off, set_progress
+from angelslim_core.fake_cache import placed_caches
+from angelslim_core.fake_quant import placed, quantizers, rounding_off, set_progress
 from angelslim_core.layer import Layer, LayerBatch, joined
 from angelslim_core.model import decoder_layers
 from angelslim_core.sweep import capture
@@ -80,7 +81,7 @@ def train_blocks(model: PreTrainedModel, context: Context, options: BlockOptions
         StoppedError: it was asked to stop.
     """
     path, layers = decoder_layers(model, context.description.num_layers)
-    if not placed(layers):
+    if not quantizers(layers):
         raise RecipeError(
             931, "distill.blockwise", "no linear of the model's blocks rounds, so there is nothing to train", "put a pass that trains quantizers before it"
         )
@@ -110,7 +111,7 @@ class _Block:
         self.module = layer.module.eval()
         linears = placed(self.module)
         self.parameters: dict[str, nn.Parameter] = {
-            f"{name}.quantizer.{inner}": p for name, linear in linears.items() for inner, p in linear.quantizer.named_parameters()
+            f"{name}.quantizer.{inner}": p for name, quantizer in quantizers(self.module).items() for inner, p in quantizer.named_parameters()
         }
         if options.train == "auto":
             self.parameters |= {f"{name}.weight": cast("nn.Parameter", linear.weight) for name, linear in linears.items() if linear.quantizer.trains_weight}
@@ -177,8 +178,8 @@ class _Block:
         self._errors(self.rows[:1])
         self.module.eval()
         if self.group.size > 1:
-            for linear in placed(self.module).values():
-                for tensor in linear.quantizer.state_dict().values():
+            for quantizer in quantizers(self.module).values():
+                for tensor in quantizer.state_dict().values():
                     tensor.copy_(self.group.reduce(tensor.float() * (self.group.rank == 0)))
 
     def _seen(self, training: Training, epoch: int) -> None:
@@ -247,7 +248,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _digest(options: BlockOptions, layers: nn.ModuleList) -> str:
     """Of the options and of what training begins with: two such steps of a recipe do not take each other's blocks."""
     found = hashlib.sha256(repr(asdict(options)).encode())
-    for name, linear in placed(layers).items():
-        for p in linear.parameters():
+    for name, module in (placed(layers) | placed_caches(layers)).items():
+        for p in module.parameters():
             found.update(f"{name} {p.double().sum().item()!r} {p.double().square().sum().item()!r}".encode())
     return found.hexdigest()[:16]

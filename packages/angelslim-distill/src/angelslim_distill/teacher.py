@@ -11,6 +11,7 @@ from torch import nn
 
 from angelslim_core import fake_quant
 from angelslim_core.errors import ModelError
+from angelslim_core.fake_cache import placed_caches
 
 from .fingerprints import vocabulary_hash
 from .heads import Reader
@@ -24,7 +25,7 @@ class ModelTeacher:
     """A model's whole distributions, without gradient and without dropout.
 
     Args:
-        model: its linears do not round while it teaches, so that a student whose weights are frozen can be its own teacher.
+        model: nothing of it rounds while it teaches, so that a student whose weights are frozen can be its own teacher.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -53,6 +54,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     for linear in fake_quant.placed(made).values():
         del linear.quantizer
         linear.__class__ = nn.Linear  # type: ignore[assignment]
+    for name in placed_caches(made):
+        del made.get_submodule(name).quantizer
     return made
 
 

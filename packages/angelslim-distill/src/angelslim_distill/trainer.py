@@ -120,7 +120,7 @@ class DistillTraining:
     @torch.no_grad()
     def _show(self) -> None:
         """Let quantizers that learn of their inputs see the same ones in all processes, before anything else is run."""
-        if not fake_quant.placed(self.model):
+        if not fake_quant.quantizers(self.model):
             return
         first = self.source.batch(0, 0)
         rows, positions = self.group.share([first.input_ids.tolist(), None if first.positions is None else first.positions.tolist()])

@@ -15,11 +15,12 @@ from ..adapters.base import Site
 from ..errors import PlanError
 from ..hookspecs import hookimpl
 from ..io.checkpoint import TensorSpec, dtype_name, torch_dtype
+from ..kv_cache import round_heads
 from ..loading import load_model
 from ..passes import ModelPass, Pass, RuntimePass, TensorPass, TrainedPass
 from ..pipeline import compress
 from ..plugins import PluginHost
-from ..schemes import Quantized
+from ..schemes import CacheScheme, Quantized
 from ..validation import validate
 from .models import tiny_checkpoint
 
@@ -64,6 +65,8 @@ def check_pass(plugin: str, module: ModuleType | Any, pass_id: str, folder: Path
     pass_ = pass_class.bind(pass_class.Config(**options))
     if isinstance(pass_, TensorPass):
         _check_tensor_pass(pass_, host)
+    if isinstance(pass_, TrainedPass) and pass_.cache:
+        _check_cache(pass_, pass_.cache)
     model = tiny_checkpoint("llama", folder / "model")
     step = {"use": pass_id, "with": options}
     recipe: dict[str, Any] = {"steps": [step]}
@@ -86,12 +89,13 @@ def check_pass(plugin: str, module: ModuleType | Any, pass_id: str, folder: Path
 
 
 class _Looks(ModelPass):
-    """Trains nothing: runs the model with its linears rounding."""
+    """Trains nothing: shows the model, rounding, a batch, for quantizers that learn of one, and runs it."""
 
     id = "conformance.looks"
     seen: ClassVar[Tensor]
 
     def run(self, model: torch.nn.Module, context: Context) -> Mapping[str, Any]:
+        _logits(model.train())
         _Looks.seen = _logits(model.eval())
         return {}
 
@@ -153,11 +157,29 @@ def _check_tensor_pass(pass_: TensorPass, host: PluginHost) -> None:
     assert tried, f"{pass_.id} refuses every shape tried: {SHAPES}"
 
 
+def _check_cache(pass_: TrainedPass, cache: CacheScheme) -> None:
+    """Keys and values round as the stored scales say, those of a pass that learns of the first batch once it has seen one."""
+    heads = 2
+    for dtype in (torch.bfloat16, torch.float32):
+        quantizer = pass_.cache_quantizer(heads).train()
+        for seed in range(2):
+            pair = torch.randn(2, 3, heads, 5, 16, generator=torch.Generator().manual_seed(seed)).to(dtype).unbind()
+            quantizer.rounded(*pair)
+        with torch.no_grad():
+            found = quantizer.eval().rounded(*pair)
+        for x, rounded, scale in zip(pair, found, quantizer.scales(), strict=True):
+            assert (scale.dtype, tuple(scale.shape)) == (torch.float32, cache.shape(heads)), f"{pass_.id}: scales are not as {cache.name} stores them"
+            assert bool((torch.isfinite(scale) & (scale > 0)).all()), f"{pass_.id}: has a scale that is not positive"
+            assert torch.equal(rounded, round_heads(x, scale.detach())), f"{pass_.id}: what is stored of the cache is not what is trained"
+
+
 def _apply(pass_: TensorPass, weights: Mapping[Site, Tensor], site: Site) -> Quantized | Tensor:
     if isinstance(pass_, TrainedPass):
-        quantizer, weight = pass_.quantizers(weights)[site].eval(), weights[site]
+        quantizer, weight = pass_.quantizers(weights)[site].train(), weights[site]
         assert quantizer.trains_weight == pass_.trains_weight, f"{pass_.id}: it and its quantizers differ in whether weights are trained"
         with torch.no_grad():
+            quantizer.inputs(torch.ones_like(weight))  # for those that learn of a batch
+            quantizer.eval()
             found = quantizer.quantized(weight)
             assert torch.equal(quantizer.weight(weight), found.dequantize(weight.dtype)), f"{pass_.id}: what is stored is not what is trained"
         return found

@@ -1,4 +1,4 @@
-"""LSQ: integer weights, and inputs, under scales that training learns."""
+"""LSQ: integer weights, inputs, and an FP8 KV cache, under scales that training learns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from angelslim_core.errors import PlanError
 from angelslim_core.exporters import group_layouts
 from angelslim_core.passes import PassConfig, TrainedPass
-from angelslim_core.schemes import Grid, Scheme
+from angelslim_core.schemes import CacheScheme, Grid, Scheme
 
 from ..grouped import check_group
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from angelslim_core.adapters.base import Site
+    from angelslim_core.fake_cache import FakeCache
     from angelslim_core.fake_quant import FakeQuantizer
 
 
@@ -32,6 +33,10 @@ class LSQConfig(PassConfig):
     activations: Literal["none", "int8"] = Field(
         "none", description="int8: round inputs to INT8 too, under one learnt scale a tensor; needs bits 8, channels and no zero point, as engines multiply."
     )
+    kv: Literal["none", "fp8", "fp8_head"] = Field(
+        "none",
+        description="fp8: round keys (after RoPE) and values of all attentions to FP8 too, under learnt scales; fp8_head: under some for each key-value head.",
+    )
 
     @model_validator(mode="after")
     def _is_multiplied(self) -> LSQConfig:
@@ -41,7 +46,7 @@ class LSQConfig(PassConfig):
 
 
 class LSQ(TrainedPass):
-    """Integer weights under learnt scales, with INT8 inputs under learnt scales if asked for, trained by a later step (LSQ)."""
+    """Integer weights under learnt scales, INT8 inputs and an FP8 KV cache likewise if asked for, trained by a later step (LSQ)."""
 
     id = "quant.lsq"
 
@@ -60,6 +65,16 @@ class LSQ(TrainedPass):
     def claims(self) -> frozenset[str]:  # type: ignore[override]
         """What this step gives its final form."""
         return frozenset({"linear.weight", "linear.input"}) if self._rounds_inputs else frozenset({"linear.weight"})
+
+    @property
+    def cache(self) -> CacheScheme | None:
+        return {"fp8": CacheScheme("tensor"), "fp8_head": CacheScheme("attn_head")}.get(self.config.kv)
+
+    def cache_quantizer(self, heads: int) -> FakeCache:
+        from ..trained.lsq_cache import LSQCache
+
+        assert self.cache is not None
+        return LSQCache(*self.cache.shape(heads))
 
     @property
     def joins_fused(self) -> bool:
