@@ -85,6 +85,8 @@ class DistillTraining:
         self._checkpoints = checkpointing
         self._show()
         self._parts = self._divided() if in_parts and self.group.size > 1 else None
+        # layers that are gathered, or run again, on the way back round their own weights there
+        self._linears = [] if checkpointing or self._parts is not None else list(fake_quant.placed(model).values())
         self.training = Training(self._parts or self.parameters, options, self.group)
         self.history = History()
         self._batches: list[Batch] = []
@@ -219,9 +221,14 @@ class DistillTraining:
         own = float(batch.counted.sum())
         batch = moved(batch, self.model.device)
         target = self.teacher(batch) if objective.kd_weight else None
-        sums: Sums = self._parts(batch, target) if self._parts is not None else objective.sums(self._reader(batch), target, batch)
+        if self._parts is not None:
+            sums: Sums = self._parts(batch, target)
+        else:
+            with fake_quant.held(self._linears):
+                states = self._reader(batch)
+            sums = objective.sums(states, target, batch)
         share = options.accumulate * float(self._counts[part] / self._counts.sum())
-        counts, weights = (torch.tensor([number], device=sums.total.device) for number in (own, share))
+        counts, weights = (torch.full((1,), number, device=sums.total.device) for number in (own, share))  # torch.tensor would wait for the device
         return Terms(sums.total[None], counts, weights, torch.stack((sums.kd, sums.lm)))
 
     def _tell(self, is_point: bool) -> str:
