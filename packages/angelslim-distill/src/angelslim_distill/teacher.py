@@ -25,15 +25,18 @@ class ModelTeacher:
 
     Args:
         model: its linears do not round while it teaches, so that a student whose weights are frozen can be its own teacher.
+
+    Attributes:
+        reader: what runs it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self._reader = model, Reader(model)
+        self.model, self.reader = model, Reader(model)
 
     @property
     def can_pack(self) -> bool:
         """Whether documents can share a row."""
-        return self._reader.can_pack
+        return self.reader.can_pack
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Hidden:
@@ -42,7 +45,7 @@ class ModelTeacher:
         try:
             self.model.eval()
             with fake_quant.rounding_off(self.model):
-                return self._reader(batch)
+                return self.reader(batch)
         finally:
             self.model.train(was)
 

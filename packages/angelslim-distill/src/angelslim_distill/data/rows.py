@@ -20,6 +20,7 @@ from angelslim_core.errors import RecipeError, UsageError
 from angelslim_core.parallel import Group
 from angelslim_core.workdir import sha256
 
+from ..attention import starts_of
 from ..fingerprints import sample_key
 from ..targets import Batch
 from .documents import Count, read_documents
@@ -98,7 +99,8 @@ def collate(rows: Sequence[Row], multiple: int = 1) -> Batch:
     labels[:, :-1] = tokens.ids[:, 1:]
     counted[:, :-1] = tokens.loss_mask[:, 1:] & (tokens.documents[:, 1:] == tokens.documents[:, :-1]) & (tokens.documents[:, 1:] >= 0)
     positions = tokens.positions if bool((tokens.documents > 0).any()) else None
-    return Batch(tokens.ids, tokens.documents >= 0, labels, counted, [key_of(row) for row in rows], positions)
+    starts = None if positions is None else starts_of(positions, tokens.documents < 0)
+    return Batch(tokens.ids, tokens.documents >= 0, labels, counted, [key_of(row) for row in rows], positions, starts)
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
@@ -108,8 +110,9 @@ def moved(batch: Batch, device: torch.device) -> Batch:
         pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
         return pinned.to(device, non_blocking=True)
 
-    positions = None if batch.positions is None else there(batch.positions)
-    return replace(batch, input_ids=there(batch.input_ids), attention_mask=there(batch.attention_mask), labels=there(batch.labels), positions=positions)
+    positions, starts = (None if tensor is None else there(tensor) for tensor in (batch.positions, batch.starts))
+    ids, mask, labels = (there(tensor) for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
+    return replace(batch, input_ids=ids, attention_mask=mask, labels=labels, positions=positions, starts=starts)
 
 
 class Supervised:

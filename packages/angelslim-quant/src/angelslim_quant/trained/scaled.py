@@ -20,7 +20,6 @@ from ..kernels.amax import grouped
 from ..kernels.round_levels import ROUND_LEVELS, ROUND_LEVELS_BACK, Levels, codes_of
 from ..kernels.round_ternary import least_scale
 
-
 # strategies of which rows know nothing of each other, so that those of several weights can be rounded as one matrix
 BY_ROW = ("channel", "group")
 
