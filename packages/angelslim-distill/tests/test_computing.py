@@ -215,4 +215,3 @@ def test_layers_are_compiled_unasked_where_a_gpu_is_and_little_is_padded():
 
     assert found([1000, 1024, 900]) == "auto" and found([1000, 100, 90]) is False and found([1000], "cpu") is False
     assert found([1000, 10], compile=True) is True and found([1000], compile=False) is False
-

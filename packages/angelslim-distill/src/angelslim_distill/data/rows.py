@@ -92,13 +92,18 @@ def key_of(row: Row) -> str:
     return sample_key([*row.ids.tolist(), *([-1, *lengths] if len(lengths) > 1 else [])])
 
 
-def collate(rows: Sequence[Row], multiple: int = 1) -> Batch:
-    """A batch on the CPU, as long as its longest row, rounded up to a multiple."""
+def is_shared(row: Row) -> bool:
+    """Whether several documents share the row."""
+    return bool(row.documents[-1] > 0)
+
+
+def collate(rows: Sequence[Row], multiple: int = 1, with_positions: bool = False) -> Batch:
+    """A batch on the CPU, as long as its longest row, rounded up to a multiple; positions are left out where no row is shared, unless they are wanted."""
     tokens = stack(rows, multiple)
     labels, counted = torch.zeros_like(tokens.ids), torch.zeros_like(tokens.loss_mask)
     labels[:, :-1] = tokens.ids[:, 1:]
     counted[:, :-1] = tokens.loss_mask[:, 1:] & (tokens.documents[:, 1:] == tokens.documents[:, :-1]) & (tokens.documents[:, 1:] >= 0)
-    positions = tokens.positions if bool((tokens.documents > 0).any()) else None
+    positions = tokens.positions if with_positions or any(map(is_shared, rows)) else None
     starts = None if positions is None else starts_of(positions, tokens.documents < 0)
     return Batch(tokens.ids, tokens.documents >= 0, labels, counted, [key_of(row) for row in rows], positions, starts)
 
@@ -129,6 +134,7 @@ class Supervised:
     def __init__(self, rows: Sequence[Row], batch: int, *, accumulate: int = 1, seed: int = 0, group: Group | None = None, multiple: int = 1) -> None:
         self.rows, self.group, self._accumulate, self._multiple = rows, group or Group(), accumulate, multiple
         self.order = Order(len(rows), batch, seed)
+        self._positions = any(map(is_shared, rows))  # in all batches or none: what is compiled is of one kind
         if self.order.batch % self.group.size:
             what = f"{self.order.batch} rows a batch cannot be shared by {self.group.size} processes"
             raise UsageError(910, "batch", what, "give a multiple of their number")
@@ -136,4 +142,4 @@ class Supervised:
     def batch(self, step: int, part: int) -> Batch:
         """This process's rows of a part of a step."""
         numbers = self.order.numbers(step * self._accumulate + part)
-        return collate([self.rows[i] for i in numbers[self.group.rank :: self.group.size]], self._multiple)
+        return collate([self.rows[i] for i in numbers[self.group.rank :: self.group.size]], self._multiple, self._positions)
