@@ -1,17 +1,21 @@
 """Compiled layers and attention by documents: the same losses, gradients and trainings, few graphs, and no silence where they cannot be had."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from angelslim_core import fake_quant
+from angelslim_core.calibration.packing import row_of
+from angelslim_core.calibration.spans import Document
 from angelslim_core.errors import EngineError, StoppedError
 from angelslim_core.loading import load_model, load_tokenizer
 from angelslim_core.testing.training import Int3, Int3Along, chats, rounded
 from angelslim_core.training import TrainingOptions
 from angelslim_distill import attention, computing
 from angelslim_distill.computing import Ways
-from angelslim_distill.data.rows import Supervised, collate, moved, prepare
+from angelslim_distill.data.rows import Form, Supervised, collate, moved, prepare
 from angelslim_distill.heads import Reader
 from angelslim_distill.objective import Objective
 from angelslim_distill.parameters import choose_parameters
@@ -115,17 +119,29 @@ def test_documents_see_themselves_alone_in_either_way(tiny, rows, architecture):
         torch.testing.assert_close(reader(bare).states[batch.attention_mask], wanted)
 
 
-def test_documents_start_where_positions_do_and_padding_is_one(rows):
-    batch = collate(rows.train[:3], 50)
+@pytest.mark.parametrize("longest", [0, 70])
+def test_documents_start_where_positions_do_and_padding_is_few_of_them(rows, longest):
+    chosen = sorted(rows.train, key=len)[:3]
+    batch = collate(chosen, 150, Form(True, 48, longest))
     starts, length = batch.starts.tolist(), batch.input_ids.shape[1]
     wanted = []
-    for i, row in enumerate(rows.train[:3]):
+    for i, row in enumerate(chosen):
         wanted += [i * length + int((row.documents == n).nonzero()[0]) for n in range(int(row.documents[-1]) + 1)]
-        wanted += [i * length + len(row)] if len(row) < length else []
-    assert starts[: len(wanted)] == wanted and set(starts[len(wanted) :]) == {3 * length} and len(starts) == attention.FEWEST
+        wanted += range(i * length + len(row), (i + 1) * length, longest or length)
+    assert starts[: len(wanted)] == wanted and set(starts[len(wanted) :]) == {3 * length} and len(starts) == 48
+    assert batch.longest == (longest or length) and max(b - a for a, b in pairwise(starts)) <= batch.longest
     ones = torch.zeros(1, 2 * attention.FEWEST, dtype=torch.int64)
-    many = attention.starts_of(ones, ones.bool())
+    many = attention.starts_of(ones, ones.bool(), 1)
     assert many.tolist()[: ones.numel() + 1] == list(range(ones.numel() + 1)) and len(many) == 4 * attention.FEWEST
+
+
+def test_batches_of_a_training_have_one_form(rows):
+    source = Supervised(rows.train, 3, multiple=160)
+    batches = [source.batch(step, 0) for step in range(30)]
+    assert len({(len(b.starts), b.longest, b.input_ids.shape) for b in batches}) == 1 and all(b.positions is not None for b in batches)
+    assert batches[0].longest == max(int(torch.bincount(row.documents).max()) for row in rows.train)
+    lone = [row_of([Document([5] * n, [True] * n)]) for n in (9, 8, 12, 11)]
+    assert Supervised(lone, 2).batch(0, 0).positions is None
 
 
 def test_the_operation_of_a_gpu_takes_what_it_is_given():

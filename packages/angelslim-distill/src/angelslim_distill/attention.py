@@ -26,19 +26,22 @@ FEWEST = 64
 _UNKNOWN = ("softcap", "s_aux", "sliding_window", "position_bias")
 
 
-def starts_of(positions: Tensor, is_padding: Tensor) -> Tensor:
-    """[N + 1] int32: where documents start among all tokens of a batch, and at last where these end, repeated up to a power of two.
+def starts_of(positions: Tensor, is_padding: Tensor, longest: int, places: int = FEWEST) -> Tensor:
+    """[N + 1] int32: where documents start among all tokens of a batch, and at last where these end, repeated to fill all places.
 
     Args:
-        positions: [B, T], from 0 in each document; what pads a row on its right is a document.
+        positions: [B, T], from 0 in each document; what pads a row on its right is as few documents as may be.
         is_padding: [B, T] bool.
+        longest: no document has more tokens.
+        places: if they are too few, the next power of two.
     """
     goes_on = torch.zeros_like(is_padding)
-    goes_on[:, 1:] = is_padding[:, 1:] & is_padding[:, :-1]
+    goes_on[:, 1:] = is_padding[:, 1:] & is_padding[:, :-1] & ((is_padding.cumsum(1)[:, 1:] - 1) % longest != 0)
     first = positions == 0
     first[:, 0] = True
     found = (first & ~goes_on).reshape(-1).nonzero()[:, 0]
-    places = max(FEWEST, 1 << len(found).bit_length())
+    if len(found) >= places:
+        places = 1 << len(found).bit_length()
     starts = torch.full((places,), positions.numel(), dtype=torch.int32)
     starts[: len(found)] = found
     return starts

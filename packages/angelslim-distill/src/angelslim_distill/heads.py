@@ -99,10 +99,10 @@ class Reader:
         if self.is_varlen:
             starts = batch.starts
             if starts is None and batch.positions is not None:
-                starts = starts_of(batch.positions.cpu(), ~batch.attention_mask.cpu()).to(batch.input_ids.device)
+                starts = starts_of(batch.positions.cpu(), ~batch.attention_mask.cpu(), length).to(batch.input_ids.device)
             elif starts is None:
                 starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=batch.input_ids.device)
-            given |= {"cu_seq_lens_q": starts, "max_length_q": length}
+            given |= {"cu_seq_lens_q": starts, "max_length_q": batch.longest or length}
         elif batch.positions is not None and can_mask(self.model):
             given["attention_mask"] = mask_of(batch.positions)  # transformers, which would make it, waits for the device to know whether it must
         return given
