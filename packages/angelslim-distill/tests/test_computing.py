@@ -231,3 +231,32 @@ def test_layers_are_compiled_unasked_where_a_gpu_is_and_little_is_padded():
 
     assert found([1000, 1024, 900]) == "auto" and found([1000, 100, 90]) is False and found([1000], "cpu") is False
     assert found([1000, 10], compile=True) is True and found([1000], compile=False) is False
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_documents_attention_is_its_definition():
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key, value = (torch.randn(160, heads, 64, dtype=torch.bfloat16, device="cuda", generator=generator).requires_grad_() for heads in (9, 3, 3))
+    starts = torch.tensor([0, 3, 67, 160, 160, 160], dtype=torch.int32, device="cuda")
+    slope = torch.randn(160, 9, 64, dtype=torch.bfloat16, device="cuda", generator=generator)
+    found = []
+    for attend in (attention.documents_attention(query, key, value, starts, 93, 0.125), attention.reference(query, key, value, starts, 0.125)):
+        found.append([attend, *torch.autograd.grad(attend, (query, key, value), slope)])
+    for one, other in zip(*found, strict=True):
+        assert float((one.float() - other.float()).norm() / other.float().norm()) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_fastest_way_is_taken_unasked(tiny, tmp_path, rows):
+    model = load_model(tiny("llama", hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3), "cuda").model
+    rounded(model, Int3Along)
+    choose_parameters(model, "auto")
+    told = []
+    run = DistillTraining(
+        model, Supervised(rows.train, 4, multiple=192), teacher_of(model), Objective(), TrainingOptions(steps=4, lr=1e-3), Looks(rows.held_out, 2, 4),
+        ways=Ways("auto", "auto"), tell=told.append,
+    )  # fmt: skip
+    history = run.run(tmp_path)
+    assert run.computing.way == (True, True) and run.computing.graphs == 2 and not told and len(history.losses) == 4
