@@ -8,7 +8,7 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -139,28 +139,40 @@ def can_hold(linear: FakeQuantizedLinear) -> bool:
     return type(linear.quantizer).product is FakeQuantizer.product
 
 
+def _units(linears: Iterable[FakeQuantizedLinear]) -> Iterator[list[FakeQuantizedLinear]]:
+    """Linears that round together, of at most `JOINT` weights, or one."""
+    open_units: dict[Hashable, tuple[list[FakeQuantizedLinear], int]] = {}
+    for linear in linears:
+        weight, quantizer = linear.weight, linear.quantizer
+        key = quantizer.joint_key(weight)
+        if key is None:
+            yield [linear]
+            continue
+        full = (type(quantizer), key, weight.dtype, weight.shape[1], quantizer.training)
+        unit, size = open_units.pop(full, ([], 0))
+        if unit and size + weight.numel() > JOINT:
+            yield unit
+            unit, size = [], 0
+        unit.append(linear)
+        open_units[full] = unit, size + weight.numel()
+    yield from (unit for unit, _ in open_units.values())
+
+
 @contextmanager
 def held(linears: Collection[FakeQuantizedLinear]) -> Iterator[None]:
     """Inside, linears that round compute with what their weights are rounded to now, with gradients; alike ones are rounded together.
 
     A way back through products that were made inside may follow outside. Linears whose `can_hold` is False go on as ever.
     """
-    units: dict[Hashable, list[list[FakeQuantizedLinear]]] = {}
     linears = [linear for linear in linears if linear.rounds and can_hold(linear)]
     try:
-        for linear in linears:
-            key = linear.quantizer.joint_key(linear.weight)
-            if key is None:
-                linear.held = linear.quantizer.factors(linear.weight, linear.bias)
-                continue
-            rows = units.setdefault((type(linear.quantizer), key, linear.weight.dtype, linear.weight.shape[1], linear.training), [[]])
-            if rows[-1] and sum(other.weight.numel() for other in rows[-1]) + linear.weight.numel() > JOINT:
-                rows.append([])
-            rows[-1].append(linear)
-        for unit in (unit for rows in units.values() for unit in rows):
-            quantizers, weights, biases = [x.quantizer for x in unit], [x.weight for x in unit], [x.bias for x in unit]
-            # of the matrix that they make together nothing is kept: on the way back it is made anew
-            found = checkpoint(type(quantizers[0]).joint_factors, quantizers, weights, biases, use_reentrant=False, preserve_rng_state=False)
+        for unit in _units(linears):
+            first, weights, biases = unit[0].quantizer, [x.weight for x in unit], [x.bias for x in unit]
+            if first.joint_key(weights[0]) is None:
+                found = [first.factors(weights[0], biases[0])]
+            else:  # of the matrix that they make together nothing is kept: on the way back it is made anew
+                quantizers = [x.quantizer for x in unit]
+                found = checkpoint(type(first).joint_factors, quantizers, weights, biases, use_reentrant=False, preserve_rng_state=False)
             for linear, factors in zip(unit, found, strict=True):
                 linear.held = factors
         yield
