@@ -43,11 +43,13 @@ class ModelTeacher:
         """Distributions of all positions of a batch."""
         was = self.model.training
         try:
-            self.model.eval()
+            if was:  # to ask each module takes the host some time
+                self.model.eval()
             with fake_quant.rounding_off(self.model):
                 return self.reader(batch)
         finally:
-            self.model.train(was)
+            if was:
+                self.model.train()
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
