@@ -58,6 +58,21 @@ def test_a_stopped_run_goes_on_to_the_same_model(tiny, data, tmp_path):
     assert all(torch.equal(cut.read(name), whole.read(name)) for name in whole.tensors)
 
 
+def test_compiled_layers_and_the_padding_that_they_need_change_no_step(tiny, data, tmp_path, monkeypatch):
+    found = torch._dynamo.lookup_backend
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: found({"inductor": "aot_eager"}.get(name, name)))
+    student, teacher = tiny("llama", dtype="float32"), tiny("llama", dtype="float32", seed=1)
+    left = []
+    for compiled in (False, True):
+        out = tmp_path / str(compiled)
+        metrics = compress(student, recipe=recipe(data, teacher=str(teacher), steps=6, compile=compiled, length=70), out=out).passes[0]["metrics"]
+        assert (metrics["way"], metrics["graphs"]) == (("compiled layers", 2) if compiled else ("plain", 0))
+        left.append((metrics["kl"], metrics["trained_tokens"], load(out)[0]))
+    assert left[0][:2] == (pytest.approx(left[1][0], rel=1e-4), left[1][1])
+    for one, other in zip(left[0][2].parameters(), left[1][2].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_a_recipe_may_train_twice(tiny, data, tmp_path):
     teacher = str(tiny("llama", dtype="float32", seed=1))
     step = recipe(data, teacher=teacher, held_out=0.0, steps=3)["steps"][0]
@@ -96,6 +111,8 @@ def test_quantization_aware_distillation_needs_linears_that_round(tiny, data, tm
         ({"cache": "none"}, "is no folder"),
         ({"teacher": None}, "teacher"),
         ({"kind": "ukl"}, "kind"),
+        ({"compile": True, "shard": True}, "together with shard"),
+        ({"compile": True, "checkpointing": True}, "together with checkpointing"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_any_work(tiny, data, options, why):

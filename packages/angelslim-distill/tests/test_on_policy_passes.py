@@ -117,6 +117,7 @@ def test_of_several_turns_the_first_is_answered(tiny, data, tmp_path):
         ({"max_new_tokens": 64}, "leave none of 64"),
         ({"prompts": "none.jsonl"}, "is no file"),
         ({"shard": True}, "samples no answers"),
+        ({"compile": True}, "of all lengths"),
         ({"lmbda": 1.5}, "lmbda"),
         ({"top_p": 0}, "top_p"),
     ],

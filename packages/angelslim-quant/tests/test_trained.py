@@ -458,3 +458,35 @@ def test_a_tiny_model_learns_and_is_stored_as_it_was_trained(host, tiny, pass_id
         assert model(ids).logits.equal(trained)
     for name, found in stored.items():
         assert found.dequantize(torch.float32).equal(model.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("joint", [1 << 27, 5000])
+@pytest.mark.parametrize(("pass_id", "options"), SCHEMES)
+def test_linears_that_round_together_are_rounded_as_each_alone(host, pass_id, options, joint, monkeypatch):
+    monkeypatch.setattr(fake_quant, "JOINT", joint)
+    shapes = [(24, 128), (8, 128), (16, 128), (12, 256)]
+    found = []
+    for together in (False, True):
+        linears = []
+        for i, shape in enumerate(shapes):
+            linear = torch.nn.Linear(shape[1], shape[0], bias=i == 1, dtype=torch.bfloat16)
+            with torch.no_grad():
+                linear.weight.copy_(weight_of(shape, torch.bfloat16, i))
+                if linear.bias is not None:
+                    linear.bias.fill_(0.5)
+            linears.append(fake_quant.place(linear, make(host, pass_id, options, linear.weight.detach())).train())
+            linear.quantizer.progress = 0.05
+        inputs = [torch.randn(5, shape[1], dtype=torch.bfloat16, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+        if together:
+            with fake_quant.held(linears):
+                outs = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
+        else:
+            outs = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
+        assert all(linear.held is None for linear in linears)
+        sum(out.float().square().sum() for out in outs).backward()
+        found.append([*outs, *(p.grad for linear in linears for p in linear.parameters())])
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=0, atol=0)

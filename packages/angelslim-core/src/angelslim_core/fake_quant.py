@@ -8,7 +8,7 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .errors import ModelError
 from .fake_cache import FakeCache, placed_caches
@@ -26,6 +27,10 @@ from .schemes import Quantized
 
 if TYPE_CHECKING:
     from .schemes import Scheme
+
+
+# weights that are rounded together at most, in numbers
+JOINT = 1 << 27
 
 
 class FakeQuantizer(nn.Module):
@@ -58,9 +63,22 @@ class FakeQuantizer(nn.Module):
         """[O], what is added to the linear's bias, with gradient; None: nothing. It stays in the stored model as a bias."""
         return None
 
+    def factors(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What inputs are multiplied by, and what is added, as it is trained; in evaluation it must be what is stored."""
+        return self.weight(weight_OI), self.biased(weight_OI, bias_O)
+
     def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The linear [..., O] as it is trained; in evaluation it must be what is stored."""
-        return nn.functional.linear(self.inputs(x), self.weight(weight_OI), self.biased(weight_OI, bias_O))
+        return nn.functional.linear(self.inputs(x), *self.factors(weight_OI, bias_O))
+
+    def joint_key(self, weight_OI: Tensor) -> Hashable:
+        """Linears that are equal in this round with one call of `joint_factors`, as one matrix; None: this one rounds alone."""
+        return None
+
+    @classmethod
+    def joint_factors(cls, quantizers: Sequence[Any], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+        """`factors` of each of some linears whose `joint_key` is equal, and not None."""
+        raise NotImplementedError
 
     def biased(self, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
         """[O], the linear's bias with what the quantizer adds, rounded as it is stored."""
@@ -79,10 +97,13 @@ class FakeQuantizedLinear(nn.Linear):
 
     quantizer: FakeQuantizer
     rounds: bool
+    held: tuple[Tensor, Tensor | None] | None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.rounds:
             return super().forward(x)
+        if self.held is not None:
+            return nn.functional.linear(self.quantizer.inputs(x), *self.held)
         return self.quantizer.product(x, self.weight, self.bias)
 
 
@@ -91,7 +112,7 @@ def place(linear: nn.Linear, quantizer: FakeQuantizer) -> FakeQuantizedLinear:
     linear.__class__ = FakeQuantizedLinear
     assert isinstance(linear, FakeQuantizedLinear)
     linear.quantizer = quantizer.to(linear.weight.device)
-    linear.rounds = True
+    linear.rounds, linear.held = True, None
     return linear
 
 
@@ -117,6 +138,53 @@ def rounding_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module, rounds in zip(rounding, before, strict=True):
             module.rounds = rounds
+
+
+def can_hold(linear: FakeQuantizedLinear) -> bool:
+    """Whether its factors can be known before its input: its quantizer makes no product of its own."""
+    return type(linear.quantizer).product is FakeQuantizer.product
+
+
+def _units(linears: Iterable[FakeQuantizedLinear]) -> Iterator[list[FakeQuantizedLinear]]:
+    """Linears that round together, of at most `JOINT` weights, or one."""
+    open_units: dict[Hashable, tuple[list[FakeQuantizedLinear], int]] = {}
+    for linear in linears:
+        weight, quantizer = linear.weight, linear.quantizer
+        key = quantizer.joint_key(weight)
+        if key is None:
+            yield [linear]
+            continue
+        full = (type(quantizer), key, weight.dtype, weight.shape[1], quantizer.training)
+        unit, size = open_units.pop(full, ([], 0))
+        if unit and size + weight.numel() > JOINT:
+            yield unit
+            unit, size = [], 0
+        unit.append(linear)
+        open_units[full] = unit, size + weight.numel()
+    yield from (unit for unit, _ in open_units.values())
+
+
+@contextmanager
+def held(linears: Collection[FakeQuantizedLinear]) -> Iterator[None]:
+    """Inside, linears that round compute with what their weights are rounded to now, with gradients; alike ones are rounded together.
+
+    A way back through products that were made inside may follow outside. Linears whose `can_hold` is False go on as ever.
+    """
+    linears = [linear for linear in linears if linear.rounds and can_hold(linear)]
+    try:
+        for unit in _units(linears):
+            first, weights, biases = unit[0].quantizer, [x.weight for x in unit], [x.bias for x in unit]
+            if first.joint_key(weights[0]) is None:
+                found = [first.factors(weights[0], biases[0])]
+            else:  # of the matrix that they make together nothing is kept: on the way back it is made anew
+                quantizers = [x.quantizer for x in unit]
+                found = checkpoint(type(first).joint_factors, quantizers, weights, biases, use_reentrant=False, preserve_rng_state=False)
+            for linear, factors in zip(unit, found, strict=True):
+                linear.held = factors
+        yield
+    finally:
+        for linear in linears:
+            linear.held = None
 
 
 def set_progress(model: nn.Module, share: float) -> None:

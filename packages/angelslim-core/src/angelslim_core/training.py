@@ -168,7 +168,7 @@ class Training:
     def _update(self) -> Tensor:
         """Move the masters, and the parameters after them; the norm of the gradients before clipping."""
         names = list(self._parameters)
-        gradients = [self._gradient(name) for name in names]
+        gradients = self._gradients(names)
         whole = [i for i, name in enumerate(names) if name not in self._divided]
         for bucket in _buckets(whole, gradients) if self.group.size > 1 else ():
             flat = self.group.reduce(torch.cat([gradients[i].reshape(-1) for i in bucket]))
@@ -208,11 +208,23 @@ class Training:
                 self._collected[name] = p.grad.float()
             p.grad = None
 
+    @torch.no_grad()
+    def _gradients(self, names: Sequence[str]) -> list[Tensor]:
+        """In fp32, those of 16 bits widened together: a launch for each would be as many as there are parameters."""
+        found = [self._gradient(name) for name in names]
+        narrow = [i for i, gradient in enumerate(found) if gradient.dtype != torch.float32]
+        if narrow:
+            wide = [torch.empty_like(self._masters[names[i]]) for i in narrow]
+            torch._foreach_copy_(wide, [found[i] for i in narrow])
+            for i, gradient in zip(narrow, wide, strict=True):
+                found[i] = gradient
+        return found
+
     def _gradient(self, name: str) -> Tensor:
         found = self._collected.pop(name, self._parameters[name].grad)
         if found is not None and self._parts is not None and name in self._divided:
             found = self._parts.rows(found)
-        return torch.zeros_like(self._masters[name], requires_grad=False) if found is None else found.float()
+        return torch.zeros_like(self._masters[name], requires_grad=False) if found is None else found
 
     @torch.no_grad()
     def _copy(self) -> None:

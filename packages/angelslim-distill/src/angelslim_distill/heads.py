@@ -5,6 +5,8 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, N chosen positions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from angelslim_core.errors import ModelError
 from angelslim_core.fake_quant import FakeQuantizedLinear
 
+from .attention import VARLEN, can_mask, mask_of, starts_of
 from .targets import Batch, Hidden
 
 if TYPE_CHECKING:
@@ -25,9 +28,14 @@ _MASKED = frozenset({"full_attention", "sliding_attention", "chunked_attention"}
 class Reader:
     """Runs a causal language model up to its head.
 
+    Attributes:
+        is_varlen: attention is `attention.VARLEN`, where `attention.varlen_obstacle` has nothing against it.
+
     Raises:
         ModelError: the head is no plain linear.
     """
+
+    is_varlen = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -57,9 +65,8 @@ class Reader:
 
         hook = self._head.register_forward_pre_hook(before_head)
         try:
-            # attention is causal and padding stands on the right, so that no mask is needed
-            given = {} if batch.positions is None else {"position_ids": batch.positions}
-            logits = self.model(input_ids=batch.input_ids, use_cache=False, **given).logits
+            with self._attention():
+                logits = self.model(input_ids=batch.input_ids, use_cache=False, **self._given(batch)).logits
         finally:
             hook.remove()
         config = self._config
@@ -72,6 +79,33 @@ class Reader:
                     raise ModelError(911, type(self.model).__name__, "makes its logits of hidden states in a way that is not known here")
             self._is_checked = True
         return hidden
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        config: Any = self.model.config
+        was = config._attn_implementation
+        try:
+            if self.is_varlen:
+                config._attn_implementation = VARLEN
+            yield
+        finally:
+            if self.is_varlen:
+                config._attn_implementation = was
+
+    def _given(self, batch: Batch) -> dict[str, Any]:
+        """What the model needs to know of documents; attention is causal and padding stands on the right, so that rows need no mask for themselves."""
+        given: dict[str, Any] = {} if batch.positions is None else {"position_ids": batch.positions}
+        rows, length = batch.input_ids.shape
+        if self.is_varlen:
+            starts = batch.starts
+            if starts is None and batch.positions is not None:
+                starts = starts_of(batch.positions.cpu(), ~batch.attention_mask.cpu(), length).to(batch.input_ids.device)
+            elif starts is None:
+                starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=batch.input_ids.device)
+            given |= {"cu_seq_lens_q": starts, "max_length_q": batch.longest or length}
+        elif batch.positions is not None and can_mask(self.model):
+            given["attention_mask"] = mask_of(batch.positions)  # transformers, which would make it, waits for the device to know whether it must
+        return given
 
 
 def logits_of(hidden: Hidden, states: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class Batch:
         counted: [B, T] bool, whether position t counts in the loss.
         samples: the key of each row, under which a cache keeps its teacher's distributions.
         positions: [B, T] int64, from 0 in each document of a row: tokens see their own document only. None: a row is one document.
+        starts: `attention.starts_of` the positions, found where these still are on the host; None: it is found when it is asked for.
+        longest: no document of `starts` has more tokens; None: than a row.
     """
 
     input_ids: Tensor
@@ -31,6 +33,8 @@ class Batch:
     counted: Tensor
     samples: Sequence[str]
     positions: Tensor | None = None
+    starts: Tensor | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)

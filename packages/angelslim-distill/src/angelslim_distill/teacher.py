@@ -26,26 +26,31 @@ class ModelTeacher:
 
     Args:
         model: nothing of it rounds while it teaches, so that a student whose weights are frozen can be its own teacher.
+
+    Attributes:
+        reader: what runs it.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self._reader = model, Reader(model)
+        self.model, self.reader = model, Reader(model)
 
     @property
     def can_pack(self) -> bool:
         """Whether documents can share a row."""
-        return self._reader.can_pack
+        return self.reader.can_pack
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Hidden:
         """Distributions of all positions of a batch."""
         was = self.model.training
         try:
-            self.model.eval()
+            if was:  # to ask each module takes the host some time
+                self.model.eval()
             with fake_quant.rounding_off(self.model):
-                return self._reader(batch)
+                return self.reader(batch)
         finally:
-            self.model.train(was)
+            if was:
+                self.model.train()
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

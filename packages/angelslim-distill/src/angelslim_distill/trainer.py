@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -22,6 +23,7 @@ from angelslim_core.parallel import Group
 from angelslim_core.products import products
 from angelslim_core.training import Terms, Training, TrainingOptions
 
+from .computing import Computing, Ways
 from .data.rows import Source, moved
 from .evaluation import Held, evaluate
 from .heads import Reader
@@ -67,6 +69,8 @@ class DistillTraining:
         model: on the device, in the dtype to compute with; its quantizers are fp32.
         inputs: what decides the result beside the options, JSON; a state of other inputs is not gone on with.
         checkpointing: compute the layers' activations anew on the way back instead of keeping them.
+        ways: how steps may be computed; a training that goes on may do otherwise.
+        tell: told, a line each, what of `ways` was to be tried and cannot be done.
         in_parts: fp32 weights and moments, and the weights that are computed with, lie in parts over the processes, each layer gathered
             while it computes; `model` has its weights only at looks and at the end. A training that goes on may do otherwise.
 
@@ -77,6 +81,7 @@ class DistillTraining:
     def __init__(
         self, model: PreTrainedModel, source: Source, teacher: Teacher, objective: Objective, options: TrainingOptions, looks: Looks, *,
         group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False, in_parts: bool = False,
+        ways: Ways | None = None, tell: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         self.model, self.source, self.teacher, self.objective, self.looks = model, source, teacher, objective, looks
         self.group, self.inputs = group or Group(), dict(inputs or {})
@@ -85,6 +90,12 @@ class DistillTraining:
         self._checkpoints = checkpointing
         self._show()
         self._parts = self._divided() if in_parts and self.group.size > 1 else None
+        # layers that are gathered, or run again, on the way back round their own weights there
+        linears = [] if checkpointing or self._parts is not None else list(fake_quant.placed(model).values())
+        obstacle = "weights that lie in parts (shard) are computed with in the plain way alone" if self._parts is not None else ""
+        obstacle = "layers that are run again on the way back (checkpointing) are so in the plain way alone" if checkpointing else obstacle
+        self._ways = ways or Ways()
+        self.computing = Computing(self._reader, teacher if objective.kd_weight else None, linears, self._ways, obstacle=obstacle, tell=tell)
         self.training = Training(self._parts or self.parameters, options, self.group)
         self.history = History()
         self._batches: list[Batch] = []
@@ -100,11 +111,13 @@ class DistillTraining:
         """
         training, device = self.training, self.model.device
         self._check_inputs(states)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), products(device.type):
+        widened = nullcontext() if self._ways.compile is True else products(device.type)  # which no compiler follows
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), widened:
             try:
                 if self._checkpoints:
                     self._computing.gradient_checkpointing_enable({"use_reentrant": False})
                 self._begin(states)
+                self._settle()
                 self._loop(states, progress, stop_requested)
             finally:
                 if self._checkpoints:
@@ -175,6 +188,14 @@ class DistillTraining:
         if self.looks.rows:
             self._look(states)
 
+    def _settle(self) -> None:
+        """Choose how steps are computed, on the rows of the next one."""
+        step = self.training.step
+        if not self.training.is_done:
+            self._computing.train()
+            fake_quant.set_progress(self._computing, step / self.training.options.steps)
+            self.computing.settle(lambda: moved(self.source.batch(step, 0), self.model.device), self.group)
+
     def _loop(self, states: Path, progress: Progress, stop_requested: Callable[[], bool]) -> None:
         training, steps = self.training, self.training.options.steps
         interval, last, began = max(1, steps // _POINTS), 0.0, time.perf_counter()
@@ -218,10 +239,12 @@ class DistillTraining:
         batch = self._batches[part]
         own = float(batch.counted.sum())
         batch = moved(batch, self.model.device)
-        target = self.teacher(batch) if objective.kd_weight else None
-        sums: Sums = self._parts(batch, target) if self._parts is not None else objective.sums(self._reader(batch), target, batch)
+        if self._parts is not None:
+            sums: Sums = self._parts(batch, self.teacher(batch) if objective.kd_weight else None)
+        else:
+            sums = objective.sums(*self.computing(batch), batch)
         share = options.accumulate * float(self._counts[part] / self._counts.sum())
-        counts, weights = (torch.tensor([number], device=sums.total.device) for number in (own, share))
+        counts, weights = (torch.full((1,), number, device=sums.total.device) for number in (own, share))  # torch.tensor would wait for the device
         return Terms(sums.total[None], counts, weights, torch.stack((sums.kd, sums.lm)))
 
     def _tell(self, is_point: bool) -> str:

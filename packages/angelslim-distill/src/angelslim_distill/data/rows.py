@@ -20,6 +20,7 @@ from angelslim_core.errors import RecipeError, UsageError
 from angelslim_core.parallel import Group
 from angelslim_core.workdir import sha256
 
+from ..attention import FEWEST, starts_of
 from ..fingerprints import sample_key
 from ..targets import Batch
 from .documents import Count, read_documents
@@ -91,14 +92,44 @@ def key_of(row: Row) -> str:
     return sample_key([*row.ids.tolist(), *([-1, *lengths] if len(lengths) > 1 else [])])
 
 
-def collate(rows: Sequence[Row], multiple: int = 1) -> Batch:
-    """A batch on the CPU, as long as its longest row, rounded up to a multiple."""
+@dataclass(frozen=True)
+class Form:
+    """What all batches of a training have in common, so that what is compiled for one serves the others.
+
+    Args:
+        with_positions: also where no row is shared.
+        places: of `attention.starts_of`.
+        longest: tokens of a document, at most; 0: those of a batch's longest row.
+    """
+
+    with_positions: bool = False
+    places: int = FEWEST
+    longest: int = 0
+
+
+def form_of(rows: Sequence[Row], batch: int) -> Form:
+    """The form of batches of some of the rows: so many documents, beside padding, as hardly any batch has."""
+    sizes = [torch.bincount(row.documents) for row in rows]
+    documents = torch.tensor([len(size) + 1.0 for size in sizes])
+    if float(documents.max()) <= 2:
+        return Form()
+    most = float(batch * documents.mean() + 6 * (batch * documents.var(correction=0)).sqrt())
+    return Form(True, 32 * (int(most) // 32 + 1), max(int(size.max()) for size in sizes))
+
+
+def collate(rows: Sequence[Row], multiple: int = 1, form: Form | None = None) -> Batch:
+    """A batch on the CPU, as long as its longest row, rounded up to a multiple; positions are left out where no row is shared, unless they are wanted."""
+    form = form or Form()
     tokens = stack(rows, multiple)
     labels, counted = torch.zeros_like(tokens.ids), torch.zeros_like(tokens.loss_mask)
     labels[:, :-1] = tokens.ids[:, 1:]
     counted[:, :-1] = tokens.loss_mask[:, 1:] & (tokens.documents[:, 1:] == tokens.documents[:, :-1]) & (tokens.documents[:, 1:] >= 0)
-    positions = tokens.positions if bool((tokens.documents > 0).any()) else None
-    return Batch(tokens.ids, tokens.documents >= 0, labels, counted, [key_of(row) for row in rows], positions)
+    keys, found = [key_of(row) for row in rows], Batch(tokens.ids, tokens.documents >= 0, labels, counted, [])
+    if not form.with_positions and not bool((tokens.documents > 0).any()):
+        return replace(found, samples=keys)
+    longest = form.longest or tokens.ids.shape[1]
+    starts = starts_of(tokens.positions, tokens.documents < 0, longest, form.places)
+    return replace(found, samples=keys, positions=tokens.positions, starts=starts, longest=longest)
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
@@ -108,8 +139,9 @@ def moved(batch: Batch, device: torch.device) -> Batch:
         pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
         return pinned.to(device, non_blocking=True)
 
-    positions = None if batch.positions is None else there(batch.positions)
-    return replace(batch, input_ids=there(batch.input_ids), attention_mask=there(batch.attention_mask), labels=there(batch.labels), positions=positions)
+    positions, starts = (None if tensor is None else there(tensor) for tensor in (batch.positions, batch.starts))
+    ids, mask, labels = (there(tensor) for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
+    return replace(batch, input_ids=ids, attention_mask=mask, labels=labels, positions=positions, starts=starts)
 
 
 class Supervised:
@@ -126,6 +158,7 @@ class Supervised:
     def __init__(self, rows: Sequence[Row], batch: int, *, accumulate: int = 1, seed: int = 0, group: Group | None = None, multiple: int = 1) -> None:
         self.rows, self.group, self._accumulate, self._multiple = rows, group or Group(), accumulate, multiple
         self.order = Order(len(rows), batch, seed)
+        self._form = form_of(rows, self.order.batch // self.group.size)
         if self.order.batch % self.group.size:
             what = f"{self.order.batch} rows a batch cannot be shared by {self.group.size} processes"
             raise UsageError(910, "batch", what, "give a multiple of their number")
@@ -133,4 +166,4 @@ class Supervised:
     def batch(self, step: int, part: int) -> Batch:
         """This process's rows of a part of a step."""
         numbers = self.order.numbers(step * self._accumulate + part)
-        return collate([self.rows[i] for i in numbers[self.group.rank :: self.group.size]], self._multiple)
+        return collate([self.rows[i] for i in numbers[self.group.rank :: self.group.size]], self._multiple, self._form)

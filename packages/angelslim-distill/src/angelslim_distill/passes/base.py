@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from ..targets import Teacher
 
 
+# rows may so become longer by padding to be compiled unasked
+PADDING = 1.25
+# options that change what is computed by no more than rounding
+_HOW = {"every", "checkpointing", "shard", "compile", "attention"}
+
+
 class Options(PassConfig):
     """Options of every training towards logits."""
 
@@ -64,6 +70,12 @@ class Options(PassConfig):
     clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
     shard: bool = Field(False, description="weights, their fp32 copies and moments lie in parts over the processes of torchrun (FSDP2)")
     checkpointing: bool = Field(False, description="compute the layers' activations anew on the way back: less memory, a third more time")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="compile decoder layers, for which rows are padded to one length; `auto`: on a GPU, where it works and pads little"
+    )
+    attention: Literal["auto", "masked", "varlen"] = Field(
+        "auto", description="documents that share a row under a `masked` attention, or each by itself (`varlen`: FlashAttention); `auto`: that where it works"
+    )
 
 
 class Distilling(ModelPass):
@@ -93,6 +105,9 @@ class Distilling(ModelPass):
         checkpoint, config = plan.source.checkpoint, self.config
         rounds = next((s.index for s in plan.steps if isinstance(s.pass_, TrainedPass)), self.index)
         trains = [s.index for s in plan.steps[: self.index] if isinstance(s.pass_, ModelPass)]
+        for other in ("shard", "checkpointing"):
+            if config.compile is True and getattr(config, other):
+                raise PlanError(1010, where, f"layers are not compiled together with {other}", f"leave out compile, or {other}")
         self.drifted = any(i > rounds for i in trains)
         if self.drifted and config.teacher is None and config.cache is None and trains[0] < rounds:
             what = "the model as it was trained before it rounded is no longer there to be the teacher"
@@ -155,17 +170,30 @@ class Distilling(ModelPass):
             return teacher_of(model)
         return teacher_from(config.teacher or folder, tokenizer, context.device)
 
-    def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
-        """Where the batches come from."""
+    def source(self, model: PreTrainedModel, rows: Rows, context: Context, multiple: int) -> Source:
+        """Where the batches come from, of rows that are padded to a multiple of some length."""
         from ..data.rows import Supervised
 
         config = self.config
-        return Supervised(rows.train, config.batch, accumulate=config.accumulate, seed=context.seed, group=context.group, multiple=_multiple(context))
+        return Supervised(rows.train, config.batch, accumulate=config.accumulate, seed=context.seed, group=context.group, multiple=multiple)
+
+    def is_compiled(self, lengths: Sequence[int], multiple: int, device: str) -> bool | Literal["auto"]:
+        """Whether layers are compiled.
+
+        Args:
+            lengths: of the rows; they would be padded to the longest, rounded up to `multiple`.
+        """
+        found: bool | Literal["auto"] = self.config.compile
+        if found == "auto":
+            padded = len(lengths) * _rounded_up(max(lengths), multiple)
+            return "auto" if device == "cuda" and padded <= PADDING * sum(lengths) else False
+        return found
 
     def run(self, model: Module, context: Context) -> Mapping[str, Any]:
         from angelslim_core.loading import load_tokenizer
         from angelslim_core.training import TrainingOptions
 
+        from ..computing import Ways
         from ..data.rows import prepare
         from ..fingerprints import model_fingerprint
         from ..heads import Reader
@@ -190,11 +218,14 @@ class Distilling(ModelPass):
             steps=config.steps, lr=config.lr, rates={QUANTIZER: config.quantizer_lr}, warmup=config.warmup, final_lr=config.final_lr,
             weight_decay=config.weight_decay, undecayed=(QUANTIZER,), clip=config.clip, accumulate=config.accumulate, seed=context.seed,
         )  # fmt: skip
+        multiple = _multiple(context)
+        ways = Ways(self.is_compiled([len(row) for row in rows.train], multiple, context.device), config.attention)
+        width = _rounded_up(max(map(len, rows.train)), multiple) if ways.compile else multiple
         training = DistillTraining(
-            student, self.source(student, rows, context), teacher, self.objective(), options,
+            student, self.source(student, rows, context, width), teacher, self.objective(), options,
             Looks(rows.held_out, config.every, max(1, config.batch // group.size), config.keep, _multiple(context)),
-            group=group, checkpointing=config.checkpointing, in_parts=config.shard,
-            inputs={"data": rows.data, "teacher": model_fingerprint(config.teacher) if config.teacher else "", "options": config.model_dump(mode="json", exclude={"every", "checkpointing", "shard"})},
+            group=group, checkpointing=config.checkpointing, in_parts=config.shard, ways=ways, tell=lambda line: context.fallbacks.append(f"{self.id}: {line}"),
+            inputs={"data": rows.data, "teacher": model_fingerprint(config.teacher) if config.teacher else "", "options": config.model_dump(mode="json", exclude=_HOW)},
         )  # fmt: skip
         history = training.run(context.workdir / "measured" / f"{self.index}-{self.id}", context.progress, context.stop_requested)
         student.requires_grad_(False)
@@ -204,8 +235,13 @@ class Distilling(ModelPass):
         return {
             **({"kl_before": first["kl"], "perplexity_before": first["perplexity"]} if first else {}), **training.kept, "trained": trained,
             "documents": rows.documents, "dropped": rows.dropped, "rows": len(rows.train), "trained_tokens": history.tokens,
+            "way": str(training.computing.way), "graphs": training.computing.graphs, "settling_seconds": training.computing.seconds,
             "tokens_per_second": history.tokens / max(history.seconds, 1e-9), "seconds": time.perf_counter() - began, "curves": history.curves(),
         }  # fmt: skip
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _multiple(context: Context) -> int:

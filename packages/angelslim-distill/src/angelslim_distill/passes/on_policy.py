@@ -5,6 +5,7 @@ Source: Agarwal et al., "On-policy distillation of language models" (2306.13649)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,17 +56,22 @@ class OnPolicy(Distilling):
             raise PlanError(934, where, "no cache holds what the model has yet to say", "leave out cache, or give lmbda: 0")
         if config.shard and config.lmbda:
             raise PlanError(936, where, "a model whose weights lie in parts samples no answers", "leave out shard, or give lmbda: 0")
+        if config.compile is True and config.lmbda:
+            raise PlanError(1011, where, "answers are of all lengths, for which layers are not compiled", "leave out compile, or give lmbda: 0")
         super().check(plan)
 
-    def source(self, model: PreTrainedModel, rows: Rows, context: Context) -> Source:
+    def is_compiled(self, lengths: Sequence[int], multiple: int, device: str) -> bool | Literal["auto"]:
+        return False if self.config.lmbda else super().is_compiled(lengths, multiple, device)
+
+    def source(self, model: PreTrainedModel, rows: Rows, context: Context, multiple: int) -> Source:
         from ..on_policy import OnPolicy as Mixed
         from ..rollouts import Sampled
 
         config, stops = self.config, _stop_ids(model)
         sampled = Sampled(model, config.max_new_tokens, stops, config.sampling_temperature, config.top_p)
         return Mixed(
-            super().source(model, rows, context), self._prompts(rows, context), sampled, stops, batch=config.batch, lmbda=config.lmbda,
-            accumulate=config.accumulate, seed=context.seed, group=context.group, multiple=64 if context.device == "cuda" else 1,
+            super().source(model, rows, context, multiple), self._prompts(rows, context), sampled, stops, batch=config.batch, lmbda=config.lmbda,
+            accumulate=config.accumulate, seed=context.seed, group=context.group, multiple=multiple,
             tell=context.fallbacks.append,
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ Shapes: O out features, I in features, G groups along `in` (one for channels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import inf
 from typing import Any
 
@@ -19,6 +19,14 @@ from angelslim_core.schemes import Grid, Quantized, Scheme
 from ..kernels.amax import grouped
 from ..kernels.round_levels import ROUND_LEVELS, ROUND_LEVELS_BACK, Levels, codes_of
 from ..kernels.round_ternary import least_scale
+
+# strategies of which rows know nothing of each other, so that those of several weights can be rounded as one matrix
+BY_ROW = ("channel", "group")
+
+
+def rows_of(joint: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The rows of each of some weights [O, I] in what was made of all of them together."""
+    return joint.split([len(weight) for weight in weights])
 
 
 class _Stored(torch.autograd.Function):
@@ -99,6 +107,22 @@ class ScaledQuantizer(FakeQuantizer):
         zero = None if self.zero is None else self.zero.float()
         found: Tensor = Rounded.apply(weight_OI, self.scales(weight_OI.shape[1]), zero, self.scheme.weights, self.levels)  # type: ignore[no-untyped-call]
         return found
+
+    def joint_key(self, weight_OI: Tensor) -> Hashable:
+        if self.scheme.weights.strategy not in BY_ROW:
+            return None
+        unit = None if isinstance(self.unit, Tensor) else self.unit
+        return self.scheme.weights, self.levels, self.bounds, self.largest, unit, self.zero is None, self.learnt.shape[1]
+
+    @classmethod
+    def joint_factors(cls, quantizers: Sequence[Any], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+        first, weight_OI = quantizers[0], torch.cat([*weights])
+        grid, size = first.scheme.weights, weight_OI.shape[1] // first.learnt.shape[1]
+        unit = torch.cat([q.unit for q in quantizers if isinstance(q.unit, Tensor)]) if isinstance(first.unit, Tensor) else first.unit
+        scale = stored(torch.cat([q.learnt for q in quantizers]), grid, unit, first.bounds, (size * first.largest) ** -0.5)
+        zero = None if first.zero is None else torch.cat([q.zero for q in quantizers if q.zero is not None]).float()
+        found: Tensor = Rounded.apply(weight_OI, scale, zero, grid, first.levels)  # type: ignore[no-untyped-call]
+        return list(zip(rows_of(found, weights), biases, strict=True))
 
     @torch.no_grad()
     def quantized(self, weight_OI: Tensor) -> Quantized:

@@ -6,6 +6,7 @@ Shapes: O out features, I in features, G groups along `in` (one for channels).
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
 from ..kernels.round_ternary import ROUND_TERNARY, ROUND_TERNARY_BACK, Rule, codes_of
-from .scaled import stored
+from .scaled import BY_ROW, rows_of, stored
 
 Pattern = Literal["contiguous", "strided"]
 # the four are neighbours, or of 64 neighbours those that are 16 apart (STQ1_0 of llama.cpp's proposal)
@@ -81,9 +82,27 @@ class SherryQuantizer(FakeQuantizer):
     def weight(self, weight_OI: Tensor) -> Tensor:
         return self._value(weight_OI, 0.0)
 
-    def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        share = residual(self.progress) if self.training and self.arenas else 0.0
-        return nn.functional.linear(self.inputs(x), self._value(weight_OI, share), bias_O)
+    @property
+    def _share(self) -> float:
+        return residual(self.progress) if self.training and self.arenas else 0.0
+
+    def factors(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self._value(weight_OI, self._share), bias_O
+
+    def joint_key(self, weight_OI: Tensor) -> Hashable:
+        if self.scheme.weights.strategy not in BY_ROW:
+            return None
+        return self.scheme.weights, self.rule, self._share, self.scale is None
+
+    @classmethod
+    def joint_factors(cls, quantizers: Sequence[Any], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+        first, weight_OI = quantizers[0], torch.cat([*weights])
+        grid, learnt = first.scheme.weights, None
+        if first.scale is not None:
+            scale = torch.cat([q.scale for q in quantizers if q.scale is not None])
+            learnt = stored(scale, grid, factor=(weight_OI.shape[1] / scale.shape[1]) ** -0.5)
+        found: Tensor = _Rounded.apply(weight_OI, learnt, grid, first.rule, first._share)  # type: ignore[no-untyped-call]
+        return list(zip(rows_of(found, weights), biases, strict=True))
 
     @torch.no_grad()
     def quantized(self, weight_OI: Tensor) -> Quantized:

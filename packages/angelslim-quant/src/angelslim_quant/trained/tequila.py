@@ -5,6 +5,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from angelslim_core.io.checkpoint import torch_dtype
 from angelslim_core.schemes import Grid, Quantized, Scheme
 
 from ..kernels.round_ternary import ROUND_TERNARY, ROUND_TERNARY_BACK, Rule
+from .scaled import BY_ROW, rows_of
 
 Threshold = Literal["absmean", "twn"]
 RULES: dict[Threshold, Rule] = {"absmean": Rule(0.5, of_kept=False), "twn": Rule(0.75, of_kept=True)}
@@ -44,6 +46,10 @@ class _Rounded(torch.autograd.Function):
         return found, (slope_O * dead_O).sum().reshape(1) if ctx.needs_input_grad[1] else None, None, None
 
 
+def _with(bias_O: Tensor | None, extra_O: Tensor) -> Tensor:
+    return extra_O if bias_O is None else bias_O + extra_O.to(bias_O.dtype)
+
+
 class TequilaQuantizer(FakeQuantizer):
     """Y = X (s T)^T + b with b_o = rate * sum of the dead weights of row o; dead weights so keep a gradient with a direction.
 
@@ -59,7 +65,7 @@ class TequilaQuantizer(FakeQuantizer):
 
     def __init__(self, scheme: Scheme, threshold: Threshold = "absmean", rate: float = 1e-3, learn_rate: bool = False) -> None:
         super().__init__(scheme)
-        self.rule, self.has_bias = RULES[threshold], rate > 0
+        self.rule, self.has_bias, self._first_rate = RULES[threshold], rate > 0, rate
         self.rate: Tensor
         if learn_rate:
             self.rate = nn.Parameter(torch.tensor([rate]))
@@ -76,11 +82,24 @@ class TequilaQuantizer(FakeQuantizer):
     def bias(self, weight_OI: Tensor) -> Tensor | None:
         return self._both(weight_OI)[1].to(weight_OI.dtype) if self.has_bias else None
 
-    def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def factors(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         value, extra = self._both(weight_OI)
-        if self.has_bias:
-            bias_O = extra.to(weight_OI.dtype) if bias_O is None else bias_O + extra.to(bias_O.dtype)
-        return nn.functional.linear(self.inputs(x), value, bias_O)
+        return value, _with(bias_O, extra.to(weight_OI.dtype)) if self.has_bias else bias_O
+
+    def joint_key(self, weight_OI: Tensor) -> Hashable:
+        if self.scheme.weights.strategy not in BY_ROW or isinstance(self.rate, nn.Parameter):
+            return None
+        return self.scheme.weights, self.rule, self.has_bias, self._first_rate
+
+    @classmethod
+    def joint_factors(cls, quantizers: Sequence[Any], weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
+        first = quantizers[0]
+        value, extra = first._both(torch.cat([*weights]))
+        values = rows_of(value, weights)
+        if not first.has_bias:
+            return list(zip(values, biases, strict=True))
+        extras = rows_of(extra.to(value.dtype), weights)
+        return [(part, _with(bias, own)) for part, own, bias in zip(values, extras, biases, strict=True)]
 
     @torch.no_grad()
     def quantized(self, weight_OI: Tensor) -> Quantized:
