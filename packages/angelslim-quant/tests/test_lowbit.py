@@ -145,9 +145,10 @@ def test_steps_in_a_loop_are_those_written_out(rows, inputs, shape):
 
 def test_many_outputs_get_smaller_programs():
     pytest.importorskip("triton")
-    from angelslim_quant.kernels.triton.lowbit_matmul import FEW, FEW_16, MANY, MANY_16, shape
+    from angelslim_quant.kernels.triton.lowbit_matmul import FEW_16, LONG, MANY, MANY_1, MANY_16, SHORT, shape
 
-    assert [shape(*s) for s in ((1, 128, 112), (8, 448, 32), (8, 128, 5), (9, 128, 32), (16, 448, 32))] == [FEW, MANY, MANY, FEW_16, MANY_16]
+    asked = ((1, 128, 112), (8, 128, 32), (1, 448, 32), (8, 448, 32), (8, 128, 5), (9, 128, 32), (16, 448, 32))
+    assert [shape(*s) for s in asked] == [LONG, SHORT, MANY_1, MANY, MANY, FEW_16, MANY_16]
 
 
 def run_ptx(text, operands, half):
