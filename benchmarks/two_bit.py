@@ -109,12 +109,14 @@ def scored(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def bits_of(way: str) -> float | None:
+def bits_of(step: dict[str, Any]) -> float | None:
     """Bits a weight of the linears: codes, and a scale of 16 bits for each group."""
-    scheme = WAYS[way][-1]
-    codes = {"quant.seq2": 2.0, "quant.tequila": 1.6, "quant.sherry": 1.25}.get(scheme["use"], scheme["with"].get("bits"))
-    zero = 0 if scheme["with"].get("symmetric", True) or "bits" not in scheme["with"] else scheme["with"]["bits"] / scheme["with"]["group_size"]
-    return None if codes is None else codes + 16 / scheme["with"]["group_size"] + zero
+    options = step["with"]
+    codes = {"quant.seq2": 2.0, "quant.tequila": 1.6, "quant.sherry": 1.25}.get(step["use"], options.get("bits"))
+    if codes is None or not options["group_size"]:
+        return codes  # a scale a channel is next to nothing
+    zero = 0 if options.get("symmetric", True) or "bits" not in options else options["bits"] / options["group_size"]
+    return codes + 16 / options["group_size"] + zero
 
 
 def run_way(way: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -130,8 +132,10 @@ def run_way(way: str, given: argparse.Namespace) -> dict[str, Any]:
             progress.last = time.perf_counter()  # type: ignore[attr-defined]
 
     progress.last = 0.0  # type: ignore[attr-defined]
-    result = compress(given.model, out=out, recipe=recipe(way, given), device=given.device, replace=True, progress=progress)
-    row = {"seconds": time.perf_counter() - began, "bits_a_weight": bits_of(way), **scored(out, given)}
+    made = recipe(way, given)
+    scheme = next(step for step in reversed(made["steps"]) if step["use"] != "distill.qad")
+    result = compress(given.model, out=out, recipe=made, device=given.device, replace=True, progress=progress)
+    row = {"seconds": time.perf_counter() - began, "bits_a_weight": bits_of(scheme), **scored(out, given)}
     trained = result.passes[-1]["metrics"] if result.passes[-1]["id"] == "distill.qad" else None
     if trained is not None:
         row["training"] = trained | {"options": {k: getattr(given, k) for k in ("steps", "batch", "length", "lr", "quantizer_lr", "count", "mix")}}

@@ -68,7 +68,8 @@ def _messages(row: Mapping[str, Any], path: Path, number: int) -> Chat:
     found = interpret(row)
     if not isinstance(found, list):
         keys = ", ".join(map(repr, row))[:200] or "none"
-        raise RecipeError(727, f"{path}:{number}", f"holds no prompt, turns, conversations or messages; its keys: {keys}")
+        hint = "in text nothing is an answer: a step of distillation reads it with count: all" if "text" in row else ""
+        raise RecipeError(727, f"{path}:{number}", f"holds no prompt, turns, conversations or messages; its keys: {keys}", hint)
     return found
 
 
