@@ -219,7 +219,7 @@ def test_rows_of_many_lengths_are_an_error_of_compiled_layers(folder, rows, tmp_
     assert run.computing.graphs == 4
 
 
-def test_layers_are_compiled_unasked_where_a_gpu_is_and_little_is_padded():
+def test_auto_compiles_layers_where_a_gpu_is_and_little_is_padded():
     class Training(Distilling):
         id = "t.t"
 
@@ -229,8 +229,8 @@ def test_layers_are_compiled_unasked_where_a_gpu_is_and_little_is_padded():
     def found(lengths, device="cuda", **options):
         return Training.bind(Training.Config(data="x", **options)).is_compiled(lengths, 64, device)
 
-    assert found([1000, 1024, 900]) == "auto" and found([1000, 100, 90]) is False and found([1000], "cpu") is False
-    assert found([1000, 10], compile=True) is True and found([1000], compile=False) is False
+    assert found([1000, 1024, 900], compile="auto") == "auto" and found([1000, 100, 90], compile="auto") is False
+    assert found([1000], "cpu", compile="auto") is False and found([1000, 10], compile=True) is True and found([1000]) is False
 
 
 @pytest.mark.gpu
