@@ -1,5 +1,6 @@
 """The header check and the reader, against files the safetensors library writes and files nobody should write."""
 
+import errno
 import json
 import struct
 
@@ -8,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from angelslim_core.errors import ModelError, ResourceError
+from angelslim_core.io import writer as writer_module
 from angelslim_core.io.checkpoint import Checkpoint, TensorSpec, read_bytes, read_header
 from angelslim_core.io.strict_json import parse_object
-from angelslim_core.io.writer import ShardWriter, shard_name, split_shards
+from angelslim_core.io.writer import ShardWriter, keep_tensors, shard_name, split_shards, write_tensors
 from angelslim_core.testing.models import split_shards as split_files
 
 
@@ -201,3 +203,18 @@ def test_own_file_is_the_librarys_file(tmp_path):
     writer.write("a", tensor)
     writer.finish()
     assert load_file(tmp_path / "own.safetensors")["a"].equal(load_file(tmp_path / "library.safetensors")["a"])
+
+
+def test_tensors_that_are_kept_are_there_whole_or_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "kept.safetensors"
+    keep_tensors(path, {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.int8)})
+    before = path.read_bytes()
+    assert write_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(2)}) == (tmp_path / "other.safetensors").stat().st_size
+
+    def full(self, name, tensor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer_module.ShardWriter, "write", full)
+    with pytest.raises(ResourceError, match="cannot be written"):
+        keep_tensors(path, {"a": torch.zeros(9)})
+    assert path.read_bytes() == before

@@ -189,11 +189,13 @@ def test_what_is_asked_for_by_name_and_cannot_be_done_is_an_error(folder, rows, 
             training(folder, rows, **given).run(tmp_path / "states")
 
 
-@pytest.mark.parametrize("why", ["breaks", "lies"])
+@pytest.mark.parametrize("why", ["breaks", "lies", "is too large"])
 def test_what_was_to_be_tried_and_fails_is_told_and_done_the_plain_way(folder, rows, tmp_path, on_any_device, monkeypatch, why):
     def broken(query, *given):
         if why == "breaks":
             raise RuntimeError("no such kernel")
+        if why == "is too large":
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return query * 1.0
 
     monkeypatch.setattr(attention, "documents_attention", broken)
@@ -201,7 +203,8 @@ def test_what_was_to_be_tried_and_fails_is_told_and_done_the_plain_way(folder, r
     run = training(folder, rows, Ways(attention="auto"), tell=told.append)
     run.run(tmp_path / "auto")
     plain.run(tmp_path / "plain")
-    assert run.computing.way == computing.PLAIN and len(told) == 1 and {"breaks": "no such kernel", "lies": "hidden states are"}[why] in told[0]
+    assert run.computing.way == computing.PLAIN and len(told) == 1
+    assert {"breaks": "no such kernel", "lies": "hidden states are", "is too large": "out of memory"}[why] in told[0]
     for name, wanted in parameters(plain).items():
         assert torch.equal(parameters(run)[name], wanted), name
 

@@ -7,7 +7,6 @@ Shapes: B batch, H key-value heads, T tokens, D channels of a head.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, PluginError
-from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
-from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes
+from .io.checkpoint import Checkpoint, read_header
+from .io.writer import keep_tensors
 from .kv_cache import Attend, by_taps, trained_scales
 from .schemes import CACHE_SCALES, CacheScheme
 
@@ -84,19 +83,7 @@ def write_trained_cache(workdir: Path, trained: Mapping[str, tuple[Tensor, Tenso
     for name, t in tensors.items():
         if tuple(t.shape) != cache.shape(heads):
             raise PluginError(1000, name, f"is of shape {list(t.shape)}, where {cache.name} has {list(cache.shape(heads))}", "give scales of CacheScheme.shape")
-    specs = {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
-    final = trained_scales(workdir)
-    made = final.with_suffix(".tmp")
-    with disk_errors(final, sum(map(spec_bytes, specs.values()))):
-        writer = ShardWriter(made, specs)
-        try:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-            writer.finish()
-        finally:
-            writer.close()
-        os.replace(made, final)
-        fsync_folder(workdir)
+    keep_tensors(trained_scales(workdir), tensors)
 
 
 def read_trained_cache(workdir: Path, attention: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import ModelError
 from .fake_cache import FakeCache, placed_caches
-from .io.checkpoint import Checkpoint, TensorSpec, dtype_name, read_header
+from .io.checkpoint import Checkpoint, dtype_name, read_header
 from .io.strict_json import read_json
-from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
+from .io.writer import keep_tensors, write_json
 from .schemes import Quantized
 
 if TYPE_CHECKING:
@@ -215,20 +214,9 @@ _HINT = "delete the work folder beside the output and run again"
 def write_trained(workdir: Path, trained: Mapping[str, Quantized]) -> None:
     """Keep what training left of linears, by their names in the checkpoint, for `read_trained`: all of it, or nothing."""
     parts = {f"{name}.{part}": t for name, found in trained.items() for part in _PARTS if (t := getattr(found, part)) is not None}
-    specs = {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in parts.items()}
     final = _file(workdir)
-    made = final.with_suffix(".tmp")
-    with disk_errors(final, sum(map(spec_bytes, specs.values()))):
-        write_json(final.with_suffix(".json"), {name: dict(found.numbers) for name, found in trained.items()})
-        writer = ShardWriter(made, specs)
-        try:
-            for name, tensor in parts.items():
-                writer.write(name, tensor)
-            writer.finish()
-        finally:
-            writer.close()
-        os.replace(made, final)
-        fsync_folder(workdir)
+    write_json(final.with_suffix(".json"), {name: dict(found.numbers) for name, found in trained.items()})
+    keep_tensors(final, parts)
 
 
 def read_trained(workdir: Path, name: str, scheme: Scheme) -> Quantized:

@@ -5,15 +5,13 @@ A layer counts as finished once its tensors, what it feeds the next one and a li
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .io.checkpoint import TensorSpec, dtype_name
-from .io.writer import ShardWriter, fsync_folder
+from .io.writer import keep_tensors
 from .workdir import Workdir, digest
 
 if TYPE_CHECKING:
@@ -105,13 +103,7 @@ def resumable(workdir: Workdir, journal: Iterable[Mapping[str, Any]]) -> list[Ma
 
 def _commit(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors to a file that is complete or absent; returns its digest."""
-    temporary = path.with_suffix(".tmp")
-    writer = ShardWriter(temporary, {n: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.finish()
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+    keep_tensors(path, tensors)
     return digest(path)
 
 

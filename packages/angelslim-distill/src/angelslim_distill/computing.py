@@ -94,14 +94,14 @@ class Computing:
         self._inner: Callable[..., Any] | None = None
         self.way, self.graphs, self.seconds = PLAIN, 0, 0.0
 
-    def __call__(self, batch: Batch, with_teacher: bool = True) -> tuple[Hidden, Hidden | TopK | None]:
-        """The student's hidden states, and the teacher's distributions if they are wanted.
+    def __call__(self, batch: Batch) -> tuple[Hidden, Hidden | TopK | None]:
+        """The student's hidden states, and the distributions of the teacher if there is one.
 
         Raises:
             EngineError: layers became too many graphs.
         """
         with self._in(self.way):
-            target = self._teacher(batch) if with_teacher and self._teacher is not None else None
+            target = self._teacher(batch) if self._teacher is not None else None
             with fake_quant.held(self._linears):
                 return self._reader(batch), target
 
@@ -120,12 +120,12 @@ class Computing:
         began, batch = time.perf_counter(), first()
         wanted = self._tried(PLAIN, batch)
         for way in candidates:
+            if way == PLAIN:
+                break
             why = ""
             try:
                 why = _difference(self._tried(way, batch), wanted)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, AngelslimError) as error:
+            except (RuntimeError, AngelslimError) as error:  # too little memory among them: two ways' gradients are held at once
                 why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             failed = bool(group.reduce(torch.tensor(float(bool(why))), "max"))
             if not failed:
@@ -135,6 +135,7 @@ class Computing:
             if way == candidates[-1]:
                 raise EngineError(1010, str(way), f"on the first batch: {why}", "give compile: false, or attention: masked")
             self._tell(f"{way}: not done, since on the first batch: {why}")
+        self.seconds = time.perf_counter() - began
 
     def _candidates(self) -> list[Way]:
         """Fastest first.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from angelslim_core.io.checkpoint import TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
+from angelslim_core.io.checkpoint import read_bytes, read_header, torch_dtype
 from angelslim_core.io.strict_json import read_json
-from angelslim_core.io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
+from angelslim_core.io.writer import keep_tensors, write_json
 
 _HISTORY, _BEST, _PARAMETERS = "history-{:08d}.json", "best.json", "best-{:08d}.safetensors"
 
@@ -79,18 +78,10 @@ class History:
 
 def write_best(folder: Path, step: int, kl: float, parameters: Mapping[str, Tensor]) -> None:
     """Keep parameters in place of those kept before; whole or not at all."""
-    specs = {name: TensorSpec(dtype_name(p.dtype), tuple(p.shape)) for name, p in parameters.items()}
     path = folder / _PARAMETERS.format(step)
-    with disk_errors(path, sum(map(spec_bytes, specs.values()))):
-        folder.mkdir(parents=True, exist_ok=True)
-        made = path.with_suffix(".tmp")
-        writer = ShardWriter(made, specs)
-        for name, parameter in parameters.items():
-            writer.write(name, parameter.detach())
-        writer.finish()
-        os.replace(made, path)
-        write_json(folder / _BEST, {"step": step, "kl": kl})
-        fsync_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_tensors(path, parameters)
+    write_json(folder / _BEST, {"step": step, "kl": kl})
     for earlier in folder.glob("best-*"):
         if earlier != path:
             earlier.unlink(missing_ok=True)

@@ -12,25 +12,20 @@ import torch
 from torch import Tensor
 
 from angelslim_core.errors import ModelError
-from angelslim_core.io.checkpoint import TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
+from angelslim_core.io.checkpoint import dtype_name, read_bytes, read_header, torch_dtype
 from angelslim_core.io.strict_json import read_json
-from angelslim_core.io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
+from angelslim_core.io.writer import fsync_folder, write_json, write_tensors
 
 
 def write_kept(folder: Path, parameters: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Keep parameters and numbers (JSON) in a folder, which appears when it is complete."""
-    specs = {name: TensorSpec(dtype_name(p.dtype), tuple(p.shape)) for name, p in parameters.items()}
     made = folder.with_name(f".{folder.name}.tmp")
-    with disk_errors(folder, sum(map(spec_bytes, specs.values()))):
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir(parents=True)
-        writer = ShardWriter(made / "parameters.safetensors", specs)
-        for name, p in parameters.items():
-            writer.write(name, p)
-        writer.finish()
-        write_json(made / "numbers.json", dict(numbers))
-        os.replace(made, folder)
-        fsync_folder(folder.parent)
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    write_tensors(made / "parameters.safetensors", parameters)
+    write_json(made / "numbers.json", dict(numbers))
+    os.replace(made, folder)
+    fsync_folder(folder.parent)
 
 
 def read_kept(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from angelslim_core.errors import ModelError
-from angelslim_core.io.checkpoint import FLOATS, Checkpoint, TensorSpec, dtype_name
-from angelslim_core.io.writer import ShardWriter, write_json
+from angelslim_core.io.checkpoint import FLOATS, Checkpoint
+from angelslim_core.io.writer import write_json, write_tensors
 from angelslim_core.workdir import Workdir
 
 INIT_SCALE = 1e-4
@@ -103,11 +103,7 @@ def save_scorer(scorer: Scorer, folder: str | Path, *, replace: bool = False) ->
         OutputError: the folder exists.
     """
     with Workdir(Path(folder), None, replace) as work:
-        tensors = {name: tensor.detach() for name, tensor in scorer.state_dict().items()}
-        writer = ShardWriter(work.stage / "model.safetensors", {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()})
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        writer.finish()
+        write_tensors(work.stage / "model.safetensors", scorer.state_dict())
         config = {"in_features": scorer.in_features, "hidden_dim": scorer.hidden_dim, "init_scale": scorer.init_scale, "architecture": ARCHITECTURE}
         write_json(work.stage / "config.json", config)
         work.publish()

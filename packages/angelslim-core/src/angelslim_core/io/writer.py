@@ -113,6 +113,32 @@ class ShardWriter:
         self.close()
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write tensors that are all there to a safetensors file; returns its bytes.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    specs = {name: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+    with disk_errors(path, sum(map(spec_bytes, specs.values()))):
+        writer = ShardWriter(path, specs)
+        try:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.finish()
+        finally:
+            writer.close()
+    return writer.nbytes
+
+
+def keep_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """As `write_tensors`; the file is complete or absent after a crash."""
+    temporary = path.with_suffix(".tmp")
+    write_tensors(temporary, tensors)
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
 def disk_error(error: OSError, path: Path, needed: int) -> ResourceError:
     """The error for a failed write, with needed and free bytes."""
     status = os.statvfs(next(p for p in path.absolute().parents if p.is_dir()))
@@ -160,13 +186,14 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text durably, by a temporary file and a rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+    temporary, data = path.with_name(f".{path.name}.tmp"), text.encode()
+    with disk_errors(path, len(data)):
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
 
 
 def fsync_folder(folder: Path) -> None:

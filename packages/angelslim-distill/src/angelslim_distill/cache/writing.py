@@ -11,8 +11,8 @@ from torch import Tensor
 
 from angelslim_core.context import Progress, never, silent
 from angelslim_core.errors import RecipeError, StoppedError
-from angelslim_core.io.checkpoint import TensorSpec, read_bytes, read_header, torch_dtype
-from angelslim_core.io.writer import ShardWriter, disk_errors, spec_bytes
+from angelslim_core.io.checkpoint import read_bytes, read_header, torch_dtype
+from angelslim_core.io.writer import write_tensors
 from angelslim_core.workdir import Workdir
 
 from ..targets import Batch, TopK
@@ -91,16 +91,12 @@ def _rows(batch: Batch, found: TopK) -> Iterator[_Row]:
 
 def _write(path: Path, rows: list[_Row], manifest: Manifest) -> Shard:
     positions = sum(len(row.tensors["tokens"]) for row in rows)
-    specs = {name: TensorSpec(*spec) for name, spec in manifest.specs(len(rows), positions).items()}
+    specs = manifest.specs(len(rows), positions)
     tensors = {name: torch.cat([row.tensors[name] for row in rows]) for name in specs.keys() - {"lengths", "keys"}}
     tensors["lengths"] = torch.tensor([len(row.tensors["tokens"]) for row in rows])
     tensors["keys"] = torch.tensor([list(row.key) for row in rows], dtype=torch.uint8)
-    with disk_errors(path, sum(map(spec_bytes, specs.values()))):
-        writer = ShardWriter(path, specs)
-        for name, tensor in tensors.items():
-            writer.write(name, tensor.to(torch_dtype(specs[name].dtype)))
-        writer.finish()
-    return Shard(file=path.name, nbytes=writer.nbytes, rows=len(rows), positions=positions)
+    nbytes = write_tensors(path, {name: tensor.to(torch_dtype(specs[name][0])) for name, tensor in tensors.items()})
+    return Shard(file=path.name, nbytes=nbytes, rows=len(rows), positions=positions)
 
 
 def _keys(path: Path) -> Iterator[bytes]:

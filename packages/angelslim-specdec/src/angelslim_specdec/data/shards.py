@@ -17,9 +17,9 @@ from torch import Tensor
 
 from angelslim_core.calibration.packing import Row
 from angelslim_core.errors import ModelError
-from angelslim_core.io.checkpoint import TensorInfo, TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
+from angelslim_core.io.checkpoint import TensorInfo, read_bytes, read_header, torch_dtype
 from angelslim_core.io.strict_json import read_json
-from angelslim_core.io.writer import ShardWriter, disk_errors, spec_bytes, write_json
+from angelslim_core.io.writer import write_json, write_tensors
 
 MANIFEST = "manifest.json"
 TOKENS = ("ids", "loss_mask", "documents", "positions")
@@ -68,13 +68,8 @@ def write_shard(folder: Path, number: int, rows: Sequence[Row], aux: Sequence[Te
     name = f"features-{number:05d}.safetensors"
     tensors = {key: torch.cat([getattr(row, key) for row in rows]) for key in TOKENS}
     tensors |= {"aux": torch.cat(list(aux)), "final": torch.cat(list(final)), "lengths": torch.tensor([len(row) for row in rows])}
-    specs = {key: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
-    with disk_errors(folder / name, sum(map(spec_bytes, specs.values()))):
-        writer = ShardWriter(folder / name, specs)
-        for key, tensor in tensors.items():
-            writer.write(key, tensor)
-        writer.finish()
-    return Shard(file=name, nbytes=writer.nbytes, rows=len(rows), tokens=int(tensors["lengths"].sum()))
+    nbytes = write_tensors(folder / name, tensors)
+    return Shard(file=name, nbytes=nbytes, rows=len(rows), tokens=int(tensors["lengths"].sum()))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

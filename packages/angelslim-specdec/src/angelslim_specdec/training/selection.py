@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from angelslim_core.calibration.packing import Row, counts
 from angelslim_core.errors import ModelError
-from angelslim_core.io.checkpoint import TensorSpec, read_bytes, read_header, torch_dtype
-from angelslim_core.io.writer import ShardWriter
+from angelslim_core.io.checkpoint import read_bytes, read_header, torch_dtype
+from angelslim_core.io.writer import write_tensors
 
 from ..vocabulary import Vocabulary
 
@@ -33,11 +33,7 @@ def coverage_of(vocabulary: Vocabulary, rows: Sequence[Row]) -> float:
 def write_selection(vocabulary: Vocabulary, path: Path) -> None:
     """Write `d2t` and `t2d` as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d}
-    writer = ShardWriter(path, {"d2t": TensorSpec("I64", tuple(vocabulary.d2t.shape)), "t2d": TensorSpec("BOOL", (vocabulary.size,))})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    writer.finish()
+    write_tensors(path, {"d2t": vocabulary.d2t, "t2d": vocabulary.t2d})
 
 
 def read_selection(path: Path, size: int) -> Vocabulary:
