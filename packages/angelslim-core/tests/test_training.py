@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from angelslim_core.errors import ModelError, NumericError
+from angelslim_core.errors import EngineError, ModelError, NumericError
 from angelslim_core.parallel import Group
 from angelslim_core.training import Terms, Training, TrainingOptions
 
@@ -21,8 +21,8 @@ def terms(model, x, y):
     return Terms(error.sum()[None], torch.tensor([float(len(x))]), torch.ones(1), torch.tensor([float(len(x))]))
 
 
-def run(model, rows, targets, options, group=None, folder=None, stop=None):
-    training = Training(dict(model.named_parameters()), options, group)
+def run(model, rows, targets, options, group=None, folder=None, stop=None, matrices=()):
+    training = Training(dict(model.named_parameters()), options, group, matrices)
     if folder is not None:
         training.resume(folder)
     while not training.is_done and training.step != stop:
@@ -56,6 +56,34 @@ def test_a_step_is_adamw_on_clipped_gradients():
     assert training.seen() is None and training.is_done
 
 
+def test_a_step_of_matrices_may_be_muons_and_of_the_rest_is_adamw():
+    torch.manual_seed(0)
+    rows, targets = torch.randn(16, 5), torch.randn(16, 3)
+    model, other = nn.Linear(5, 3), nn.Linear(5, 3)
+    other.load_state_dict(model.state_dict())
+    options = TrainingOptions(steps=3, lr=0.1, rates={"bias": 0.02}, clip=9.0, weight_decay=0.1, undecayed=("bias",), warmup=0)
+    training = Training(dict(model.named_parameters()), options, matrices=["weight"])
+    muon = torch.optim.Muon([other.weight], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW([other.bias], lr=0.02, betas=(0.9, 0.95), weight_decay=0)
+    for step in range(3):
+        training.advance(lambda s, part: terms(model, rows, targets))
+        (other(rows) - targets).square().mean(-1).mean().backward()
+        for optimizer, highest in ((muon, 0.1), (adam, 0.02)):
+            optimizer.param_groups[0]["lr"] = options.rate(step, highest)
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(model.weight, other.weight)
+    torch.testing.assert_close(model.bias, other.bias)
+
+
+def test_muon_is_asked_of_a_torch_that_has_it(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    model, _, _ = problem()
+    assert Training(dict(model.named_parameters()), TrainingOptions(steps=1))
+    with pytest.raises(EngineError, match="has no Muon"):
+        Training(dict(model.named_parameters()), TrainingOptions(steps=1), matrices=["weight"])
+
+
 def test_parameters_have_their_own_rates_by_name():
     def moved(**given):
         torch.manual_seed(0)
@@ -80,23 +108,26 @@ def test_small_updates_are_not_lost_in_bf16():
     torch.testing.assert_close(model.weight, master.to(torch.bfloat16), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("matrices", [(), ("weight",)], ids=["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_stopped_training_ends_where_one_that_ran_through_does(tmp_path, dtype):
+def test_a_stopped_training_ends_where_one_that_ran_through_does(tmp_path, dtype, matrices):
     options = TrainingOptions(steps=12, lr=0.05, accumulate=2, seed=7)
     model, rows, targets = problem(dtype)
-    run(model, rows, targets, options)
+    run(model, rows, targets, options, matrices=matrices)
     other, _, _ = problem(dtype)
-    first = run(other, rows, targets, options, stop=5)
+    first = run(other, rows, targets, options, stop=5, matrices=matrices)
     first.save(tmp_path)
-    run(other, rows, targets, options, stop=9)  # is lost
+    run(other, rows, targets, options, stop=9, matrices=matrices)  # is lost
     third, _, _ = problem(dtype)
-    run(third, rows, targets, options, folder=tmp_path)
+    run(third, rows, targets, options, folder=tmp_path, matrices=matrices)
     assert torch.equal(third.weight, model.weight) and not torch.equal(other.weight, model.weight)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
     with pytest.raises(ModelError, match="other options"):
-        Training(dict(third.named_parameters()), TrainingOptions(steps=13)).resume(tmp_path)
+        Training(dict(third.named_parameters()), TrainingOptions(steps=13), None, matrices).resume(tmp_path)
     with pytest.raises(ModelError, match="other parameters"):
-        Training(dict(nn.Linear(5, 4, bias=False).named_parameters()), options).resume(tmp_path)
+        Training(dict(nn.Linear(5, 4, bias=False).named_parameters()), options, None, matrices).resume(tmp_path)
+    with pytest.raises(ModelError, match="other parameters"):
+        Training(dict(third.named_parameters()), options, None, () if matrices else ("weight",)).resume(tmp_path)
     assert not Training(dict(third.named_parameters()), options).resume(tmp_path / "none")
 
 

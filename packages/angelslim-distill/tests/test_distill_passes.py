@@ -9,13 +9,14 @@ from angelslim_core import compress, load
 from angelslim_core.context import Context
 from angelslim_core.errors import AngelslimError, PlanError, RecipeError, StoppedError
 from angelslim_core.fake_quant import placed
-from angelslim_core.io.checkpoint import Checkpoint
+from angelslim_core.io.checkpoint import Checkpoint, read_header
 from angelslim_core.loading import load_model
 from angelslim_core.pipeline import prepare
 from angelslim_core.plugins import PluginHost
 from angelslim_core.source import describe_source, open_source
-from angelslim_core.testing.training import Int3Along, chats, rounded
+from angelslim_core.testing.training import Int3, Int3Along, chats, rounded
 from angelslim_distill.cache.making import CacheOptions, make_cache
+from angelslim_distill.parameters import choose_parameters
 from angelslim_distill.passes.qad import Qad
 
 OPTIONS = {"steps": 20, "batch": 4, "length": 64, "held_out": 0.2, "every": 5, "lr": 3e-3, "warmup": 0.1}
@@ -93,6 +94,31 @@ def test_quantizers_are_trained_towards_the_model_without_them(tiny, data, tmp_p
     assert found["trained"] == sum(m.weight.numel() + m.quantizer.scale.numel() for m in placed(model).values())
 
 
+def test_matrices_may_be_muons_and_norms_trained_along(tiny, data, tmp_path):
+    folder = tiny("llama", dtype="float32")
+    model = load_model(folder, "cpu", emulate=False).model
+    rounded(model, Int3Along)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pass_ = Qad(Qad.Config.model_validate({**OPTIONS, "data": data, "quantizer_lr": 1e-2, "optimizer": "muon", "also": ["norm"]}))
+    found = pass_.run(model, context_of(folder, tmp_path))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert found["kl"] < 0.7 * found["kl_before"]
+    assert moved == {name for name in before if "norm" in name or "proj" in name}
+    kept = read_header(next((tmp_path / "measured").glob("*/step-*")) / "state.safetensors")
+    muons = {name.removesuffix(".momentum_buffer") for name in kept if name.endswith(".momentum_buffer")}
+    assert muons == {name for name in before if name.endswith("proj.weight")}
+
+
+def test_what_is_to_be_trained_along_must_be_there(tiny, data, tmp_path):
+    model = load_model(tiny("llama"), "cpu", emulate=False).model
+    rounded(model, Int3Along)
+    with pytest.raises(RecipeError, match="'nrom' in its name"):
+        choose_parameters(model, "auto", ("norm", "nrom"))
+    rounded(frozen := load_model(tiny("llama"), "cpu", emulate=False).model, Int3)
+    with pytest.raises(RecipeError, match="'proj.weight' in its name"):  # its quantizers say that they are frozen
+        choose_parameters(frozen, "auto", ("proj.weight",))
+
+
 def test_quantization_aware_distillation_needs_linears_that_round(tiny, data, tmp_path):
     folder = tiny("llama")
     with pytest.raises(PlanError, match="no step before it says how"):
@@ -112,6 +138,7 @@ def test_quantization_aware_distillation_needs_linears_that_round(tiny, data, tm
         ({"teacher": None}, "teacher"),
         ({"kind": "ukl"}, "kind"),
         ({"compile": True, "shard": True}, "together with shard"),
+        ({"optimizer": "muon", "shard": True}, "lie in parts"),
         ({"compile": True, "checkpointing": True}, "together with checkpointing"),
     ],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from .errors import ModelError, NumericError
 from .io.checkpoint import TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
 from .io.strict_json import read_json
 from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
+from .optimizers import Optimizers
 from .parallel import Group
 
 if TYPE_CHECKING:
@@ -112,29 +113,24 @@ class Seen:
 
 
 class Training:
-    """Parameters with fp32 copies and AdamW's moments, and how far they are.
+    """Parameters with fp32 copies and an optimizer's moments, and how far they are.
 
     Args:
         parameters: name -> parameter, of any floating dtype, or those of a `Sharded`; what is computed with them is theirs to say.
         group: the processes; each brings its own rows, all keep the whole state unless the parameters lie in parts.
+        matrices: names of [O, I] that Muon steps, the others being AdamW's; they cannot lie in parts.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter] | Sharded, options: TrainingOptions, group: Group | None = None) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter] | Sharded, options: TrainingOptions, group: Group | None = None, matrices: Collection[str] = ()
+    ) -> None:
         self.options, self.group, self.step = options, group or Group(), 0
         self._parts = None if isinstance(parameters, Mapping) else parameters
         named = parameters if isinstance(parameters, Mapping) else parameters.named_parameters()
         self._parameters: dict[str, Tensor] = {name: p for name, p in named.items() if p.requires_grad}
         self._divided = frozenset() if self._parts is None else self._parameters.keys() - self._parts.whole
         self._masters = {name: self._master(name, p) for name, p in self._parameters.items()}
-        fused = all(p.is_cuda for p in self._masters.values())
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, master in self._masters.items():
-            decay = 0.0 if any(text in name for text in options.undecayed) else options.weight_decay
-            groups.setdefault((options.highest(name), decay), []).append(master)
-        self._adam = torch.optim.AdamW(
-            [{"params": masters, "highest": highest, "weight_decay": decay} for (highest, decay), masters in groups.items()],
-            lr=options.lr, betas=(options.beta1, options.beta2), fused=fused, foreach=not fused,
-        )  # fmt: skip
+        self._optimizers = Optimizers(self._masters, options, matrices)
         self._seen: list[Tensor] = []
         self._collected: dict[str, Tensor] = {}
 
@@ -184,10 +180,7 @@ class Training:
             self._masters[name].grad = gradient
             if self._masters[name] is not self._parameters[name]:
                 self._parameters[name].grad = None
-        for part in self._adam.param_groups:
-            part["lr"] = self.options.rate(self.step, part["highest"])
-        self._adam.step()
-        self._adam.zero_grad()
+        self._optimizers.step(lambda highest: self.options.rate(self.step, highest))
         self._copy()
         return norm
 
@@ -252,12 +245,12 @@ class Training:
         if self.group.rank == 0:
             self._write(folder)
         elif self._parts is not None:
-            for name, tensor in self._state().items():
+            for name, tensor in self._optimizers.state().items():
                 self._whole(name, tensor)
         self.group.share(None)
 
     def _write(self, folder: Path) -> None:
-        tensors = self._state()
+        tensors = self._optimizers.state()
         specs = {name: TensorSpec(dtype_name(t.dtype), self._shape(name, t)) for name, t in tensors.items()}
         made = folder / f".step-{self.step:08d}.tmp"
         with disk_errors(folder, sum(map(spec_bytes, specs.values()))):
@@ -288,7 +281,7 @@ class Training:
         if document.get("options") != self.options.model_dump(mode="json"):
             raise ModelError(420, str(where), "is of a training with other options", "give the same options, or delete it")
         header = read_header(where / "state.safetensors")
-        state = self._state()
+        state = self._optimizers.state()
         if header.keys() != state.keys() or any(tuple(header[n].shape) != self._shape(n, t) for n, t in state.items()):
             raise ModelError(421, str(where), "is of a training of other parameters", "delete it to begin anew")
         with torch.no_grad():
@@ -300,22 +293,6 @@ class Training:
         self.step = int(document["step"])
         self._copy()
         return True
-
-    def _state(self) -> dict[str, Tensor]:
-        """Masters and moments, or this process's rows of them; they are made if no step has been taken yet."""
-        found: dict[str, Tensor] = {}
-        for name, master in self._masters.items():
-            moments = self._adam.state[master]
-            if not moments:
-                on = master.device if master.is_cuda else None
-                moments |= {"step": torch.zeros((), device=on), "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-            found |= {
-                f"{name}.master": master.data,
-                f"{name}.exp_avg": moments["exp_avg"],
-                f"{name}.exp_avg_sq": moments["exp_avg_sq"],
-                f"{name}.step": moments["step"],
-            }
-        return found
 
     def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
         """Shape of all rows of one of the state's tensors."""

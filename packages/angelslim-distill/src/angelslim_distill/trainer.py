@@ -33,7 +33,7 @@ from .parameters import QUANTIZER
 from .targets import Batch, Teacher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from transformers import PreTrainedModel
 
@@ -67,6 +67,7 @@ class DistillTraining:
 
     Args:
         model: on the device, in the dtype to compute with; its quantizers are fp32.
+        matrices: names of those that Muon steps, the others being AdamW's.
         inputs: what decides the result beside the options, JSON; a state of other inputs is not gone on with.
         checkpointing: compute the layers' activations anew on the way back instead of keeping them.
         ways: how steps may be computed; a training that goes on may do otherwise.
@@ -80,7 +81,7 @@ class DistillTraining:
 
     def __init__(
         self, model: PreTrainedModel, source: Source, teacher: Teacher, objective: Objective, options: TrainingOptions, looks: Looks, *,
-        group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False, in_parts: bool = False,
+        matrices: Collection[str] = (), group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False, in_parts: bool = False,
         ways: Ways | None = None, tell: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         self.model, self.source, self.teacher, self.objective, self.looks = model, source, teacher, objective, looks
@@ -96,7 +97,7 @@ class DistillTraining:
         obstacle = "layers that are run again on the way back (checkpointing) are so in the plain way alone" if checkpointing else obstacle
         self._ways = ways or Ways()
         self.computing = Computing(self._reader, teacher if objective.kd_weight else None, linears, self._ways, obstacle=obstacle, tell=tell)
-        self.training = Training(self._parts or self.parameters, options, self.group)
+        self.training = Training(self._parts or self.parameters, options, self.group, matrices)
         self.history = History()
         self._batches: list[Batch] = []
         self._counts = torch.zeros(0)

@@ -50,6 +50,7 @@ class Options(PassConfig):
     train: Literal["auto", "all", "quantizers", "weights"] = Field(
         "auto", description="`quantizers`, `weights` (all but those), `all`, or `auto`: quantizers and the weights that they are trained with; without any, all"
     )
+    also: tuple[str, ...] = Field((), description="parameters whose names contain one of these texts are trained, too, `norm` for instance")
     steps: int = Field(1000, ge=1, description="steps of the optimizer")
     batch: int = Field(8, ge=1, description="rows a batch, over all processes; more than there are become as many")
     accumulate: int = Field(1, ge=1, description="batches a step")
@@ -62,6 +63,7 @@ class Options(PassConfig):
     held_out: float = Field(0.02, ge=0, le=0.5, description="share of the documents that is evaluated on and not trained on")
     every: int = Field(100, ge=1, description="steps between looks at held-out rows, and between states that a killed training goes on with")
     keep: Literal["best", "last"] = Field("best", description="what is left: the state of least KL to the teacher on held-out rows, or the last one")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="`muon`: of the layers' matrices; AdamW steps what else is trained")
     lr: float = Field(1e-5, gt=0, le=1, description="highest learning rate of weights")
     quantizer_lr: float = Field(1e-4, gt=0, le=1, description="highest learning rate of what quantizers learn")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rates rise")
@@ -108,6 +110,8 @@ class Distilling(ModelPass):
         for other in ("shard", "checkpointing"):
             if config.compile is True and getattr(config, other):
                 raise PlanError(1010, where, f"layers are not compiled together with {other}", f"leave out compile, or {other}")
+        if config.optimizer == "muon" and config.shard:
+            raise PlanError(1040, where, "muon steps whole matrices, and with shard they lie in parts", "leave out shard, or give optimizer: adamw")
         self.drifted = any(i > rounds for i in trains)
         if self.drifted and config.teacher is None and config.cache is None and trains[0] < rounds:
             what = "the model as it was trained before it rounded is no longer there to be the teacher"
@@ -133,7 +137,8 @@ class Distilling(ModelPass):
     def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], total: int) -> int:
         along, frozen = (sum(math.prod(s.shape) for p, sites in rounded if p.trains_weight == is_along for s in sites) for is_along in (True, False))
         train = "all" if self.config.train == "auto" and not rounded else self.config.train
-        return {"auto": along, "quantizers": 0}.get(train, total - frozen)
+        known = {} if self.config.also else {"auto": along, "quantizers": 0}
+        return known.get(train, total - frozen)
 
     def _check_cache(self, source: Stored) -> None:
         from angelslim_core.loading import load_tokenizer
@@ -197,7 +202,7 @@ class Distilling(ModelPass):
         from ..data.rows import prepare
         from ..fingerprints import model_fingerprint
         from ..heads import Reader
-        from ..parameters import QUANTIZER, choose_parameters
+        from ..parameters import QUANTIZER, choose_parameters, matrices_of
         from ..trainer import DistillTraining, Looks
 
         config, group, began = self.config, context.group, time.perf_counter()
@@ -212,7 +217,7 @@ class Distilling(ModelPass):
             config.data, tokenizer, str(folder), length=config.length, count=config.count, turns=config.turns, packed=packed, held_out=config.held_out,
             seed=context.seed,
         )  # fmt: skip
-        trained = choose_parameters(student, config.train)
+        trained = choose_parameters(student, config.train, config.also)
         teacher = self.teacher(student, tokenizer, context)
         options = TrainingOptions(
             steps=config.steps, lr=config.lr, rates={QUANTIZER: config.quantizer_lr}, warmup=config.warmup, final_lr=config.final_lr,
@@ -224,7 +229,7 @@ class Distilling(ModelPass):
         training = DistillTraining(
             student, self.source(student, rows, context, width), teacher, self.objective(), options,
             Looks(rows.held_out, config.every, max(1, config.batch // group.size), config.keep, _multiple(context)),
-            group=group, checkpointing=config.checkpointing, in_parts=config.shard, ways=ways, tell=lambda line: context.fallbacks.append(f"{self.id}: {line}"),
+            matrices=matrices_of(student) if config.optimizer == "muon" else (), group=group, checkpointing=config.checkpointing, in_parts=config.shard, ways=ways, tell=lambda line: context.fallbacks.append(f"{self.id}: {line}"),
             inputs={"data": rows.data, "teacher": model_fingerprint(config.teacher) if config.teacher else "", "options": config.model_dump(mode="json", exclude=_HOW)},
         )  # fmt: skip
         history = training.run(context.workdir / "measured" / f"{self.index}-{self.id}", context.progress, context.stop_requested)
