@@ -139,7 +139,7 @@ def run_way(way: str, given: argparse.Namespace) -> dict[str, Any]:
     trained = result.passes[-1]["metrics"] if result.passes[-1]["id"] == "distill.qad" else None
     if trained is not None:
         row["training"] = trained | {"options": {k: getattr(given, k) for k in ("steps", "batch", "length", "lr", "quantizer_lr", "count", "mix")}}
-        row["training"] |= {"scheme": json.loads(given.scheme), "data": shares(training_rows(given))}
+        row["training"] |= {"scheme": json.loads(given.scheme), "further": json.loads(given.training), "data": shares(training_rows(given))}
     if not given.keep:
         shutil.rmtree(out, ignore_errors=True)
     return row
