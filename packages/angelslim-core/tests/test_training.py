@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from angelslim_core.errors import EngineError, ModelError, NumericError
+from angelslim_core.errors import ModelError, NumericError
+from angelslim_core.muon import Muon, orthogonal
 from angelslim_core.parallel import Group
 from angelslim_core.training import Terms, Training, TrainingOptions
 
@@ -76,12 +77,23 @@ def test_a_step_of_matrices_may_be_muons_and_of_the_rest_is_adamw():
     torch.testing.assert_close(model.bias, other.bias)
 
 
-def test_muon_is_asked_of_a_torch_that_has_it(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    model, _, _ = problem()
-    assert Training(dict(model.named_parameters()), TrainingOptions(steps=1))
-    with pytest.raises(EngineError, match="has no Muon"):
-        Training(dict(model.named_parameters()), TrainingOptions(steps=1), matrices=["weight"])
+def test_matrices_of_one_shape_step_together_as_torchs_muon_steps_each():
+    torch.manual_seed(0)
+    shapes = [(6, 6), (12, 5), (6, 6), (5, 12), (6, 6)]
+    ones, others = ([nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate(shapes)] for _ in range(2))
+    ours = Muon([{"params": ones[:3], "weight_decay": 0.1}, {"params": ones[3:], "weight_decay": 0.0, "lr": 0.02}], lr=0.1)
+    theirs = [torch.optim.Muon(p, lr=lr, weight_decay=d, adjust_lr_fn="match_rms_adamw") for p, lr, d in ((others[:3], 0.1, 0.1), (others[3:], 0.02, 0.0))]
+    for _ in range(4):
+        for one, other in zip(ones, others, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        ones[1].grad = others[1].grad = None
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    for one, other in zip(ones, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-3)
+    singular = torch.linalg.svdvals(orthogonal(torch.randn(3, 40, 24)).float())
+    assert 0.5 < float(singular.min()) and float(singular.max()) < 1.4
 
 
 def test_parameters_have_their_own_rates_by_name():

@@ -1,8 +1,4 @@
-"""What steps fp32 weights: AdamW, and Muon for matrices; torch's own.
-
-Source: Loshchilov and Hutter (1711.05101); Jordan et al., "Muon" (2024), with the rates of Liu et al. (2502.16982), by which an update is of the size
-that AdamW's is, so that one rate serves both.
-"""
+"""What steps fp32 weights: torch's AdamW, and Muon for matrices."""
 
 from __future__ import annotations
 
@@ -12,13 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .errors import EngineError
+from .muon import Muon
 
 if TYPE_CHECKING:
     from .training import TrainingOptions
 
-# of Muon's gradients' mean
-MOMENTUM = 0.95
 # what is kept of a parameter between steps
 _ADAMW = ("exp_avg", "exp_avg_sq")
 _MUON = ("momentum_buffer",)
@@ -30,22 +24,17 @@ class Optimizers:
     Args:
         masters: by name, fp32.
         matrices: names of those that Muon steps; the others are AdamW's.
-
-    Raises:
-        EngineError: Muon is wanted, and torch has none.
     """
 
     def __init__(self, masters: Mapping[str, nn.Parameter], options: TrainingOptions, matrices: Collection[str] = ()) -> None:
         self._masters, self._options, self._matrices = masters, options, frozenset(matrices)
-        if self._matrices and not hasattr(torch.optim, "Muon"):
-            raise EngineError(1040, "optimizer", f"torch {torch.__version__} has no Muon", "install torch 2.9 or later, or give optimizer: adamw")
         fused = all(p.is_cuda for p in masters.values())
         adamw, muon = (self._groups(names) for names in (masters.keys() - self._matrices, self._matrices))
         self._all: list[torch.optim.Optimizer] = []
         if adamw:
             self._all.append(torch.optim.AdamW(adamw, lr=options.lr, betas=(options.beta1, options.beta2), fused=fused, foreach=not fused))
         if muon:
-            self._all.append(torch.optim.Muon(muon, lr=options.lr, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw"))
+            self._all.append(Muon(muon, lr=options.lr))
 
     def _groups(self, names: Collection[str]) -> list[dict[str, object]]:
         """Of equal highest rate and decay, in the masters' order."""
