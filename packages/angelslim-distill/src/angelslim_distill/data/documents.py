@@ -69,9 +69,11 @@ def _rows(path: Path, tokenizer: PreTrainedTokenizerBase, where: str) -> Iterato
     samples = _samples(path)
     while part := list(islice(samples, _AT_ONCE)):
         chats = [sample for sample in part if renderer is not None and not isinstance(sample, str)]
+        texts = [plain(sample) for sample in part if renderer is None or isinstance(sample, str)]
         shown = iter(renderer.encode_all(renderer.render(chats)) if renderer is not None else [])
+        said = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
         for sample in part:
-            yield next(shown) if renderer is not None and not isinstance(sample, str) else list(tokenizer(plain(sample), verbose=False)["input_ids"])
+            yield list(next(said if renderer is None or isinstance(sample, str) else shown))
 
 
 def _samples(path: Path) -> Iterator[Chat | str]:

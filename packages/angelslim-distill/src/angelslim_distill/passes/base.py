@@ -73,7 +73,7 @@ class Options(PassConfig):
     shard: bool = Field(False, description="weights, their fp32 copies and moments lie in parts over the processes of torchrun (FSDP2)")
     checkpointing: bool = Field(False, description="compute the layers' activations anew on the way back: less memory, a third more time")
     compile: bool | Literal["auto"] = Field(
-        False, description="compile decoder layers, for which rows are padded to one length; `auto`: on a GPU, where it works and pads little"
+        "auto", description="compile decoder layers, for which rows are padded to one length; `auto`: on a GPU, where it works and pads little"
     )
     attention: Literal["auto", "masked", "varlen"] = Field(
         "auto", description="documents that share a row under a `masked` attention, or each by itself (`varlen`: FlashAttention); `auto`: that where it works"
