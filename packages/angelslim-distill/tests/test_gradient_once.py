@@ -23,8 +23,7 @@ def short_slices(monkeypatch):
     from angelslim_distill.kernels.triton import once
 
     monkeypatch.setattr(once, "TUNING", (64, 4, 2, 1.5))
-    monkeypatch.setattr(once, "LEAST_ROWS", 1)
-    monkeypatch.setattr(once, "LEAST_VOCABULARY", 1)
+    monkeypatch.setattr(once, "LEAST", 1)
     return monkeypatch
 
 
@@ -150,7 +149,7 @@ def test_what_it_cannot_do_is_left_to_the_other_kernel(short_slices):
     refused(top_k_of(t, 7), Loss(), into)
     with pytest.raises(ValueError, match="labels"):
         LOSS_GRADIENT(x, t, None, Task(Loss("cakld")), into, executor="triton_once")
-    short_slices.setattr(once, "LEAST_ROWS", R + 1)
+    short_slices.setattr(once, "LEAST", R * V + 1)
     refused(t, Loss(), into)
 
 

@@ -159,9 +159,7 @@ class _HeadLoss(torch.autograd.Function):
         return *found, None
 
 
-def _sums(
-    states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needs: list[bool]
-) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needs: list[bool]) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
     """Losses and cross entropies, and the gradients of states, weight and bias, as far as they are needed."""
     count, vocabulary = work.count, len(weight)
     rows, part = work.chunk(vocabulary, states.dtype)

@@ -1,8 +1,9 @@
 """Losses and gradients towards a whole distribution, of which memory is read once: what a row's second pass reads, a cache still holds.
 
-A row is cut into slices. Of each slice there are two tasks: its sums, and its gradient. Programs take tasks in one order: sums of row 0, 1, 2..., and
-a few rows behind them gradients of row 0, 1, 2... So few rows lie between both passes of one, unlike where each program has a row of its own, that
-they fit into the L2 cache. Who adds the last slice's sums to a row finds what its gradients need, and its losses.
+A row is cut into slices. Of each slice there are two tasks: its sums, and its gradient. Programs take tasks in one order: sums of a row, the gradient
+of the row a few before, sums of the next row... So few rows lie between both passes of one, unlike where each program has a row of its own, that they
+fit into the L2 cache. Who adds the last slice's sums to a row finds what its gradients need, and its losses. Each number is found in one order,
+whichever program finds it.
 
 A gradient waits for its row's sums, which are tasks taken before. Programs hold tasks in rising order, so that of all that are not done the first is
 at work and waits for nothing: however many programs run at a time, even one, none waits forever.
@@ -22,10 +23,9 @@ from ..gradient import Losses, Task
 from .whole import NOTHING, kind_of, logits, pointer
 
 # tokens of a slice, warps of a program, programs a multiprocessor, tasks between both of a slice for each program
-TUNING: tuple[int, int, int, float] = (4096, 4, 4, 1.5)
+TUNING: tuple[int, int, int, float] = (2048, 4, 7, 1.5)
 KINDS = ("kl", "rkl", "cakld")
-# below these a launch is too short, or a row has too few slices, for it to be worth while
-LEAST_ROWS, LEAST_VOCABULARY = 64, 16_384
+LEAST = 1 << 23  # logits of either side below which all of them fit into a cache anyway
 SUMS = 8  # numbers of a slice, and of a row
 
 
@@ -73,6 +73,30 @@ def _total(found, k, has, most, highest):
 
 
 @triton.jit
+def _publish(to, x):
+    # as bits of which none are 0, which says that a number is not there yet: who reads it needs no other sign. Zero goes as -0
+    bits = x.to(tl.int32, bitcast=True)
+    tl.atomic_xchg(to, tl.where(bits == 0, -2147483648, bits), sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def _peek(sums):
+    return (
+        tl.load(sums, volatile=True), tl.load(sums + 1, volatile=True), tl.load(sums + 2, volatile=True),
+        tl.load(sums + 3, volatile=True), tl.load(sums + 4, volatile=True),
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(task, rows, splits, behind):
+    # of a task: whether it is of the second pass, its row and slice; rows before the first and beyond the last have nothing to do
+    row, split = task // (2 * splits), task % (2 * splits)
+    second = split >= splits
+    row = row - tl.where(second, behind, 0)
+    return second, (row >= 0) & (row < rows), row.to(tl.int64), split - tl.where(second, splits, 0)
+
+
+@triton.jit
 def _finish(
     x, t, x_bias, t_bias, label, found, sums, kd, ce, vocabulary, splits, x_scale, x_cap, t_scale, t_cap, temperature,
     KIND: tl.constexpr, TEMPERED: tl.constexpr, LABELS: tl.constexpr, X_BIAS: tl.constexpr, X_CAP: tl.constexpr, T_BIAS: tl.constexpr, T_CAP: tl.constexpr,
@@ -84,7 +108,8 @@ def _finish(
     s_high, t_high = tl.max(s_most, 0), tl.max(t_most, 0)
     s_sum, t_sum = _total(found + 2 * splits, k, has, s_most, s_high), _total(found + 3 * splits, k, has, t_most, t_high)
     s_lse, t_lse = s_high + tl.log(s_sum), t_high + tl.log(t_sum)
-    s_lse_1, confidence, a, b = s_lse, 0.0, 0.0, 0.0
+    zero = tl.full([], 0.0, tl.float32)
+    s_lse_1, confidence, a, b = s_lse, zero, zero, zero
     if KIND == "kl":
         b = s_lse - t_lse - _total(found + 4 * splits, k, has, t_most, t_high) / t_sum
     else:
@@ -108,79 +133,76 @@ def _finish(
     else:
         loss = confidence * a + (1 - confidence) * b
     tl.store(kd, loss * temperature * temperature)
-    tl.store(sums, s_lse)
-    tl.store(sums + 1, t_lse)
-    tl.store(sums + 2, s_lse_1)
-    tl.store(sums + 3, a)
-    tl.store(sums + 4, confidence)
+    _publish(sums, s_lse)
+    _publish(sums + 1, t_lse)
+    _publish(sums + 2, s_lse_1)
+    _publish(sums + 3, a)
+    _publish(sums + 4, confidence)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits", "behind"])
 def _row_once(
     x, t, g, x_bias, t_bias, labels, kd, ce, taken, ready, slices, sums, rows, vocabulary, splits, behind, x_stride, t_stride, g_stride,
     x_scale, x_cap, t_scale, t_cap, temperature, kd_weight, ce_weight,
     KIND: tl.constexpr, TEMPERED: tl.constexpr, LABELS: tl.constexpr, X_BIAS: tl.constexpr, X_CAP: tl.constexpr, X_SCALED: tl.constexpr,
     T_BIAS: tl.constexpr, T_CAP: tl.constexpr, T_SCALED: tl.constexpr, SUMS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    cold, end = 1 / temperature, 2 * splits * (rows + behind)
+    cold, end, lanes = 1 / temperature, 2 * splits * (rows + behind), tl.arange(0, BLOCK)
     task = tl.atomic_add(taken, 1, sem="relaxed")
+    second, real, row, split = _place(task, rows, splits, behind)
+    j = split * BLOCK + lanes
+    y = logits(x + row * x_stride, x_bias, j, j < tl.where(real, vocabulary, 0), x_scale, x_cap, X_BIAS, X_CAP, X_SCALED)
+    u = logits(t + row * t_stride, t_bias, j, j < tl.where(real, vocabulary, 0), t_scale, t_cap, T_BIAS, T_CAP, T_SCALED)
+    after = tl.atomic_add(taken, 1, sem="relaxed")
     while task < end:
-        row, split = task // (2 * splits), task % (2 * splits)
-        second = split >= splits
-        row, split = (row - tl.where(second, behind, 0)).to(tl.int64), tl.where(second, split - splits, split)
-        own_x, own_t, own_g = x + row * x_stride, t + row * t_stride, g + row * g_stride
-        j = split * BLOCK + tl.arange(0, BLOCK)
-        # the next task is taken while logits are on their way
-        if (row < 0) | (row >= rows):
-            task = tl.atomic_add(taken, 1, sem="relaxed")
-        elif second:
-            has = j < vocabulary
-            y = logits(own_x, x_bias, j, has, x_scale, x_cap, X_BIAS, X_CAP, X_SCALED, "evict_first")
-            u = logits(own_t, t_bias, j, has, t_scale, t_cap, T_BIAS, T_CAP, T_SCALED, "evict_first")
-            task = tl.atomic_add(taken, 1, sem="relaxed")
-            there = tl.atomic_add(ready + row, 0, sem="acquire", scope="gpu")
-            while there <= splits:
-                there = tl.atomic_add(ready + row, 0, sem="acquire", scope="gpu")
-            own = sums + row * SUMS
-            s_lse, t_lse = tl.load(own, cache_modifier=".cg"), tl.load(own + 1, cache_modifier=".cg")
+        own, found = sums + row * SUMS, slices + row * SUMS * splits
+        if real and second:
+            n0, n1, n2, n3, n4 = _peek(own)
+            while (n0 == 0) | (n1 == 0) | (n2 == 0) | (n3 == 0) | (n4 == 0):
+                n0, n1, n2, n3, n4 = _peek(own)
+            s_lse, t_lse = n0.to(tl.float32, bitcast=True), n1.to(tl.float32, bitcast=True)
             s, v = (y * cold - s_lse, u * cold - t_lse) if TEMPERED else (y - s_lse, u - t_lse)
             p, q = tl.exp(s), tl.exp(v)
             if KIND == "kl":
                 asked = kd_weight * (p - q)
             else:
-                pushed = p * (_difference(s, v) - tl.load(own + 3, cache_modifier=".cg"))
+                pushed = p * (_difference(s, v) - n3.to(tl.float32, bitcast=True))
                 if KIND == "cakld":
-                    confidence = tl.load(own + 4, cache_modifier=".cg")
+                    confidence = n4.to(tl.float32, bitcast=True)
                     pushed = confidence * pushed + (1 - confidence) * (p - q)
                 asked = kd_weight * pushed
             if LABELS:
-                p_1 = tl.exp(y - tl.load(own + 2, cache_modifier=".cg")) if TEMPERED else p
-                asked += ce_weight * tl.where(j == tl.load(labels + row).to(tl.int32), p_1 - 1, p_1)
+                p_1 = tl.exp(y - n2.to(tl.float32, bitcast=True)) if TEMPERED else p
+                asked += ce_weight * tl.where(split * BLOCK + lanes == tl.load(labels + row).to(tl.int32), p_1 - 1, p_1)
             if X_CAP:
                 asked *= 1 - (y / x_cap) * (y / x_cap)
             # four beside each other, or lanes would read eight, in two goes of half of each sector
-            to = tl.max_contiguous(split * BLOCK + tl.arange(0, BLOCK), 4)
-            tl.store(own_g + to, asked.to(g.dtype.element_ty), has, eviction_policy="evict_first")
-        else:
-            has = j < vocabulary
-            y = logits(own_x, x_bias, j, has, x_scale, x_cap, X_BIAS, X_CAP, X_SCALED)
-            u = logits(own_t, t_bias, j, has, t_scale, t_cap, T_BIAS, T_CAP, T_SCALED)
-            task = tl.atomic_add(taken, 1, sem="relaxed")
-            found = slices + row * SUMS * splits
+            to = tl.max_contiguous(split * BLOCK + lanes, 4)
+            tl.store(g + row * g_stride + to, asked.to(g.dtype.element_ty), to < vocabulary, eviction_policy="evict_first")
+        elif real:
             _sums_of(y, u, found + split, splits, cold, temperature, KIND, TEMPERED, LABELS)
-            if tl.atomic_add(ready + row, 1, sem="acq_rel", scope="gpu") == splits - 1:
-                label = tl.load(labels + row).to(tl.int32) if LABELS else 0
-                _finish(
-                    own_x, own_t, x_bias, t_bias, label, found, sums + row * SUMS, kd + row, ce + row, vocabulary, splits,
-                    x_scale, x_cap, t_scale, t_cap, temperature, KIND, TEMPERED, LABELS, X_BIAS, X_CAP, T_BIAS, T_CAP, SPLITS,
-                )  # fmt: skip
-                tl.atomic_add(ready + row, 1, sem="release", scope="gpu")
+        # the next logits are on their way while the sums of these are told, and a task is taken
+        summed, last = real & (second == 0), row
+        task = after
+        second, real, row, split = _place(task, rows, splits, behind)
+        j = split * BLOCK + lanes
+        y = logits(x + row * x_stride, x_bias, j, j < tl.where(real, vocabulary, 0), x_scale, x_cap, X_BIAS, X_CAP, X_SCALED)
+        u = logits(t + row * t_stride, t_bias, j, j < tl.where(real, vocabulary, 0), t_scale, t_cap, T_BIAS, T_CAP, T_SCALED)
+        there = -1
+        if summed:
+            there = tl.atomic_add(ready + last, 1, sem="acq_rel", scope="gpu")
+        if there == splits - 1:
+            label = tl.load(labels + last).to(tl.int32) if LABELS else 0
+            _finish(
+                x + last * x_stride, t + last * t_stride, x_bias, t_bias, label, found, own, kd + last, ce + last, vocabulary, splits,
+                x_scale, x_cap, t_scale, t_cap, temperature, KIND, TEMPERED, LABELS, X_BIAS, X_CAP, T_BIAS, T_CAP, SPLITS,
+            )  # fmt: skip
+        after = tl.atomic_add(taken, 1, sem="relaxed")
 
 
 def supports(rows: int, vocabulary: int, loss: Loss, gradient: bool) -> tuple[bool, str]:
-    """Whether two passes are enough for a loss and rows are many and long enough."""
-    fits = gradient and kind_of(loss) in KINDS and rows >= LEAST_ROWS and vocabulary >= LEAST_VOCABULARY
-    return fits, f"gradients of {', '.join(KINDS)}, {LEAST_ROWS} rows and {LEAST_VOCABULARY} tokens"
+    """Whether two passes are enough for a loss and logits are many enough."""
+    return gradient and kind_of(loss) in KINDS and rows * vocabulary >= LEAST, f"gradients of {', '.join(KINDS)}, and at least {LEAST} logits"
 
 
 def programs(x: Tensor) -> int:
@@ -197,9 +219,10 @@ def towards_whole_once(x: Tensor, teacher: Tensor, labels: Tensor | None, task: 
     block, warps, _, ahead = TUNING
     splits, count = triton.cdiv(vocabulary, block), programs(x)
     behind = max(1, round(ahead * count / (2 * splits)))
-    state = torch.zeros(32 + 2 * rows, dtype=torch.int32, device=x.device)  # tasks taken, slices there, and cross entropies, 0 without labels
-    ready, ce = state[32:][:rows], state[32 + rows :].view(torch.float32)
-    kd, sums = torch.empty(rows, device=x.device), torch.empty(rows, SUMS, device=x.device)
+    # in one piece, made in one launch: tasks taken, slices there, numbers of rows, and cross entropies, 0 without labels
+    state = torch.zeros(32 + rows * (2 + SUMS), dtype=torch.int32, device=x.device)
+    ready, sums, ce = state[32:].split((rows, rows * SUMS, rows))
+    kd, ce = torch.empty(rows, device=x.device), ce.view(torch.float32)
     slices = torch.empty(rows, SUMS, splits, device=x.device)
     with torch.cuda.device_of(x):
         _row_once[(count,)](

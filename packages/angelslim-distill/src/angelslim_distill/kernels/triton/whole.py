@@ -20,15 +20,13 @@ from ...losses import labels_missing
 from ..gradient import Finish, Losses, Task
 
 NOTHING = tl.constexpr(-1e30)
+SCALED_TOO = tl.constexpr(True)
 
 
 @triton.jit
-def logits(
-    x, bias, j, has, scale, cap,
-    BIAS: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr = tl.constexpr(True), POLICY: tl.constexpr = tl.constexpr(""),
-):  # fmt: skip
+def logits(x, bias, j, has, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr = SCALED_TOO):
     # of a tile; -inf beyond the vocabulary
-    y = tl.load(x + j, has, float("-inf"), eviction_policy=POLICY).to(tl.float32)
+    y = tl.load(x + j, has, float("-inf")).to(tl.float32)
     if BIAS:
         y += tl.load(bias + j, has, 0.0).to(tl.float32)
     if SCALED:
