@@ -128,7 +128,7 @@ def _fits_once(x: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, 
     from .triton.once import supports
 
     ok, why = _fits(x, teacher, labels, task, into)
-    return supports(*x.shape, task.loss, into is not None) if ok else (ok, why)
+    return supports(len(x), x.shape[1], task.loss, into is not None) if ok else (ok, why)
 
 
 LOSS_GRADIENT = Kernel(
