@@ -14,9 +14,12 @@ ends, `host_ms` those until the call returned, and `asked` is how often the allo
 a warm one. `extra_gib` is what a call adds to the peak of memory, its gradients included; none on a CPU. `error` is the relative norm of what differs
 from gradients in FP32 of the same inputs, found in chunks, of the states' and of the head's.
 
+A GPU that is hot or at its limit of power lowers its clock and takes longer for the same kernels, so that there are times of two regimes: `ms` of calls
+one after the other, and `rested_ms` of calls each after a second in which the device had nothing to do, medians too, between events on the device.
+
 `kernels_ms` are means over as many calls, one straight after the other, and `busy_ms` their sum: what `ms` has beyond it is no kernel. `first_busy_ms`
-is that of a first call after a pause of a second: a GPU that is hot or at its limit of power takes longer for the same kernels. `row_ms` is the loss
-kernel alone with other tiles.
+is that of a first call after a pause. `row_ms` is the loss kernel alone, in calls one after the other: `_row`, which reads logits twice, with other
+tiles, and `_row_once`, which does once, with other tunings.
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from angelslim_distill import KINDS, Hidden, Loss, head_loss
 Call = Callable[[], tuple[Tensor, ...]]
 PEER = "liger_kernel"
 WARM = 2  # turns
+KERNELS = {"_row": "triton", "_row_once": "triton_once"}
 
 
 def made(tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype) -> tuple[Hidden, Hidden, Tensor]:
@@ -94,14 +98,14 @@ def liger(student: Hidden, teacher: Hidden, labels: Tensor, chunked: bool) -> Ca
     return lambda: peer(student.states, student.weight, teacher.states, teacher.weight, labels)
 
 
+def graded(student: Hidden, loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of states and head, and the loss."""
+    value = loss()
+    return *torch.autograd.grad(value, (student.states, student.weight)), value.detach()
+
+
 def contenders(student: Hidden, teacher: Hidden, labels: Tensor, rows: list[int], kinds: list[str]) -> dict[str, Call]:
     """By name, what finds gradients of states and head, and the loss last where there is one."""
-    leaves = student.states, student.weight
-
-    def graded(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
-        value = loss()
-        return *torch.autograd.grad(value, leaves), value.detach()
-
     mine = partial(partial, ours, student, teacher, labels)
     losses: dict[str, Callable[[], Tensor]] = {"naive": partial(naive, student, teacher), "ours": mine(Loss())}
     losses |= {f"ours, {n} rows": mine(Loss(), rows=n) for n in rows}
@@ -116,7 +120,7 @@ def contenders(student: Hidden, teacher: Hidden, labels: Tensor, rows: list[int]
         print(f"{PEER} runs on GPUs, and is left out", file=sys.stderr)
     else:
         losses |= {"liger fused jsd": liger(student, teacher, labels, False), "liger chunked jsd": liger(student, teacher, labels, True)}
-    found: dict[str, Call] = {name: partial(graded, loss) for name, loss in losses.items()}
+    found: dict[str, Call] = {name: partial(graded, student, loss) for name, loss in losses.items()}
     found["ours, frozen head"] = lambda: torch.autograd.grad(ours(frozen, teacher, labels, Loss()), student.states)
     return {"gemms": partial(gemms, student, teacher, min(2048, len(labels))), **found}
 
@@ -178,6 +182,22 @@ def measured(calls: dict[str, Call], repeats: int, cuda: bool) -> dict[str, dict
     return rows
 
 
+def rested(calls: dict[str, Call], repeats: int, pause: float = 1.0) -> dict[str, float]:
+    """Milliseconds of each on the GPU, a median of calls before each of which it had nothing to do for a while."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            time.sleep(pause)
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return {name: median(each) for name, each in times.items() if each}
+
+
 def by_kernel(call: Call, repeats: int) -> dict[str, float]:
     """Milliseconds of a call on the GPU, by kernel, a mean over calls one straight after the other."""
     from torch.profiler import ProfilerActivity, profile
@@ -209,18 +229,33 @@ def profiled(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def tiled(call: Call, tiles: list[str], repeats: int) -> dict[str, float]:
-    """Milliseconds of the loss kernel in a call, by tokens and warps of a tile."""
-    from angelslim_distill.kernels.triton import whole
+def tuned(calls: dict[str, Call], tiles: list[str], tunings: list[str]) -> dict[str, dict[str, float | str]]:
+    """Milliseconds of both loss kernels in a call, by tokens and warps of a tile, or by a tuning."""
+    from triton.runtime.errors import OutOfResources
 
-    own, found = whole.tile, {}
-    for tile in ["", *tiles]:
-        if tile:
-            block, warps = (int(n) for n in tile.split("x"))
+    from angelslim_distill.kernels.triton import once, whole
+
+    found: dict[str, dict[str, float | str]] = {"_row": {}, "_row_once": {}}
+
+    def note(kernel: str, name: str) -> None:
+        try:
+            calls[kernel]()
+            found[kernel][name or "own"] = round(by_kernel(calls[kernel], 3)[kernel], 3)
+        except OutOfResources as failure:
+            found[kernel][name] = str(failure).splitlines()[0][:200]
+
+    own_tile, own_tuning = whole.tile, once.TUNING
+    for name in ["", *tiles]:
+        if name:
+            block, warps = (int(n) for n in name.split("x"))
             whole.tile = lambda vocabulary, block=block, warps=warps: {"BLOCK": block, "num_warps": warps}
-        call()
-        found[tile or "own"] = round(by_kernel(call, repeats)["_row"], 3)
-    whole.tile = own
+        note("_row", name)
+    for name in ["", *tunings]:
+        if name:
+            block, warps, programs, ahead = name.split("x")
+            once.TUNING = (int(block), int(warps), int(programs), float(ahead))
+        note("_row_once", name)
+    whole.tile, once.TUNING = own_tile, own_tuning
     return found
 
 
@@ -235,6 +270,8 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="other sizes of chunks, such as 1024,4096")
     parser.add_argument("--kinds", default="kl", help=f"kinds of ours, of {','.join(KINDS)}, or all")
     parser.add_argument("--tiles", default="", help="other tiles of the loss kernel, tokens x warps, such as 4096x16,8192x32")
+    parser.add_argument("--tunings", default="", help="other tunings of the kernel that reads once: tokens x warps x programs x ahead, such as 2048x4x6x1.5")
+    parser.add_argument("--rests", type=int, default=5, help="calls of each after a second's pause; 0: none")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -245,6 +282,9 @@ def main() -> None:
     kinds = list(KINDS) if args.kinds == "all" else args.kinds.split(",")
     calls = contenders(student, teacher, labels, [int(n) for n in args.rows.split(",") if n], kinds)
     rows = measured(calls, args.repeats, cuda)
+    if cuda:
+        for name, ms in rested({name: call for name, call in calls.items() if "failed" not in rows[name]}, args.rests).items():
+            rows[name]["rested_ms"] = ms
     of_states, of_weight = exact(student, teacher)
     for name, row in rows.items():
         if "failed" in row or name == "gemms" or any(name == f"ours, {kind}" for kind in kinds):
@@ -260,16 +300,18 @@ def main() -> None:
     }  # fmt: skip
     if cuda and "failed" not in rows["ours"]:
         document["profiles"] = profiled(calls, args.repeats)
-        document["row_ms"] = tiled(calls["ours"], [tile for tile in args.tiles.split(",") if tile], args.repeats)
+        both = {name: partial(graded, student, partial(ours, student, teacher, labels, Loss(), executor=executor)) for name, executor in KERNELS.items()}
+        document["row_ms"] = tuned(both, *([name for name in given.split(",") if name] for given in (args.tiles, args.tunings)))
     write(args.out, document)
-    keys = ["ms", "min_ms", "host_ms", "asked", "extra_gib", "loss", "error"]
+    keys = ["ms", "min_ms", "rested_ms", "host_ms", "asked", "extra_gib", "loss", "error"]
     table([[name, *(row["failed"] if k == "ms" and "failed" in row else str(row.get(k, "")) for k in keys)] for name, row in rows.items()], ["", *keys])
     for name, row in document.get("profiles", {}).items():
         print(f"{name}: {row['busy_ms']} ms of kernels a call, {row['first_busy_ms']} of a first one")
         for kernel, ms in row["kernels_ms"].items():
             print(f"{ms:9.3f} ms  {kernel}")
-    for tile, ms in document.get("row_ms", {}).items():
-        print(f"{ms:9.3f} ms  _row, tiles {tile}")
+    for kernel, times in document.get("row_ms", {}).items():
+        for name, ms in times.items():
+            print(f"{ms:>9} ms  {kernel}, {name}")
     if "failed" in rows["ours"]:
         raise SystemExit(1)
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from angelslim_core.errors import UsageError
 
-from .kernels.gradient import LOSS_GRADIENT, Finish, Task
+from .kernels.gradient import LOSS_GRADIENT, Finish, Losses, Task
 from .kernels.scaling import SCALE
 from .kinds import Loss
 from .losses import check_positions, check_vocabulary, chosen, labels_missing
@@ -159,16 +159,17 @@ class _HeadLoss(torch.autograd.Function):
         return *found, None
 
 
-def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needs: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-    """[2], losses and cross entropies, and the gradients of states, weight and bias, as far as they are needed."""
+def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, needs: list[bool]) -> tuple[tuple[Tensor, Tensor], list[Tensor | None]]:
+    """Losses and cross entropies, and the gradients of states, weight and bias, as far as they are needed."""
     count, vocabulary = work.count, len(weight)
     rows, part = work.chunk(vocabulary, states.dtype)
     found = _Rows(weight, bias, work, part)
-    sums = torch.zeros(2, dtype=torch.promote_types(work.dtype, torch.float32), device=states.device)
+    dtype = torch.promote_types(work.dtype, torch.float32)
+    sums: list[Losses] = []  # added up at the end: launches of so few numbers take longer than their work
     # rows that do not count are asked nothing; where nothing counts no row is
     of_states = (torch.empty_like if work.places is None else torch.zeros_like)(states) if needs[0] else None
     of_weight = (torch.empty_like if count else torch.zeros_like)(weight) if needs[1] else None
-    of_bias = torch.zeros_like(bias, dtype=sums.dtype) if bias is not None and needs[2] else None
+    of_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[2] else None
     memory = _memory(rows, vocabulary, states) if any(needs) else None
     for start in range(0, count, rows):
         stop = min(start + rows, count)
@@ -177,7 +178,7 @@ def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, need
         for first in range(start, stop, part):
             last = min(first + part, stop)
             piece = slice(first - start, last - start)
-            sums += found(own[piece], work.at(first, last), None if asked is None else asked[piece])
+            sums.append(found(own[piece], work.at(first, last), None if asked is None else asked[piece]))
         if asked is None:
             continue
         if of_states is not None and isinstance(at, slice):
@@ -189,8 +190,10 @@ def _sums(states: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, need
         elif of_weight is not None:
             of_weight.addmm_(asked.T, own)
         if of_bias is not None:
-            of_bias += asked.sum(0, dtype=sums.dtype)
-    return sums, [of_states, of_weight, None if of_bias is None or bias is None else of_bias.to(bias.dtype)]
+            of_bias += asked.sum(0, dtype=dtype)
+    nothing = torch.zeros(0, dtype=dtype, device=states.device)
+    kd, ce = (torch.cat(parts).sum() for parts in zip((nothing, nothing), *sums, strict=True))
+    return (kd, ce), [of_states, of_weight, None if of_bias is None or bias is None else of_bias.to(bias.dtype)]
 
 
 class _Rows:
@@ -207,8 +210,8 @@ class _Rows:
         to = Finish(teacher.bias, teacher.softcap, teacher.scale) if isinstance(teacher, Hidden) else Finish()
         self._task = Task(work.loss, work.kd_weight, work.ce_weight, Finish(bias, *work.finish), to)
 
-    def __call__(self, states: Tensor, at: slice | Tensor, into: Tensor | None) -> Tensor:
-        """[2], sums of losses and cross entropies.
+    def __call__(self, states: Tensor, at: slice | Tensor, into: Tensor | None) -> Losses:
+        """Losses and cross entropies.
 
         Args:
             states: [R, H], the student's.
@@ -222,8 +225,8 @@ class _Rows:
         elif teacher is not None:
             towards = chosen(teacher, at)
         labels = None if work.labels is None else work.labels[at]
-        kd, ce = LOSS_GRADIENT(_product(states, self._weight, self._memory[0]), towards, labels, self._task, into, executor=work.executor)
-        return torch.stack((kd.sum(), ce.sum()))
+        found: Losses = LOSS_GRADIENT(_product(states, self._weight, self._memory[0]), towards, labels, self._task, into, executor=work.executor)
+        return found
 
 
 def _memory(rows: int, vocabulary: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
