@@ -74,13 +74,16 @@ class Joined(Group):
         self._store = dist.PrefixStore("angelslim", store)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
+        # only we hold this one, so that its threads end with us: the default one stays in defaults of functions that torch imports late, and in meshes
+        self._own: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._dist, self._torch = dist, torch
         self._over = False
 
     def reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
         tensor = tensor.contiguous()
         with self._exchange():
-            self._dist.all_reduce(tensor, self._dist.ReduceOp.SUM if op == "sum" else self._dist.ReduceOp.MAX)
+            group = self._own if tensor.device.type == "cpu" else None
+            self._dist.all_reduce(tensor, self._dist.ReduceOp.SUM if op == "sum" else self._dist.ReduceOp.MAX, group)
         return tensor
 
     def share(self, value: Any) -> Any:
@@ -108,14 +111,14 @@ class Joined(Group):
         torch = self._torch
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(data)
-        self._dist.all_reduce(lengths)
+        self._dist.all_reduce(lengths, group=self._own)
         found = []
         for rank, length in enumerate(lengths.tolist()):
             part = torch.zeros(length, dtype=torch.uint8)
             if rank == self.rank and data:
                 part = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             if length:
-                self._dist.broadcast(part, rank)
+                self._dist.broadcast(part, rank, self._own)
             found.append(bytes(part.numpy().tobytes()))
         return found
 
@@ -148,14 +151,19 @@ class Joined(Group):
             raise
 
     def leave(self, together: bool) -> None:
-        """End the connection.
+        """End the connection, and the threads that carried what was exchanged.
+
+        One that still held a tensor when the interpreter ends could not give it back, and would abort the process.
 
         Args:
             together: once all have come here; torchrun ends the others as soon as one process has failed.
         """
-        with suppress(RuntimeError):
-            if together:
+        if together:
+            with suppress(RuntimeError):
                 self._bytes(b"")
+        self._dist.destroy_process_group(self._own)
+        self._own = None  # the last reference: waits for its threads
+        with suppress(RuntimeError):
             self._dist.destroy_process_group()
 
 
