@@ -214,10 +214,12 @@ def start(processes, model, out, **options):
     return [process.wait(timeout=240) for process in running]
 
 
-@pytest.mark.parametrize("options", [{}, {"train_weights": True, "shard": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"train_weights": True, "shard": True}, {"train_weights": True, "shard": True, "teacher": True}], ids=str)
 def test_two_processes_give_the_scales_of_one(tiny, tmp_path, options):
-    """Also where the model that computes is a copy whose weights lie in parts."""
+    """Also where the model that computes is a copy whose weights lie in parts, as a teacher's do."""
     model = tiny(dtype="float32")
+    if "teacher" in options:
+        options = {**options, "teacher": str(tiny(dtype="float32", num_hidden_layers=3))}
     assert start(2, model, tmp_path / "two", **options) == [0, 0]
     train(model, tmp_path / "one", **options)
     first, second = (torch.load(tmp_path / f"two.{rank}", weights_only=True) for rank in range(2))
@@ -236,12 +238,13 @@ def test_a_killed_training_goes_on_to_the_same_scales(tiny, tmp_path):
     assert (tmp_path / "o/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def train(model, out, shard=False, **options):
+def train(model, out, shard=False, teacher=None, **options):
     """A run in this process; the scales that it sees lie beside the output."""
     rank, threads = os.environ.get("RANK", "0"), torch.get_num_threads()
     text = out.parent / f"chats{rank}.jsonl"
     torch.set_num_threads(1)
-    run(model, out, lsq(**options), qad(text if text.is_file() else chats(text), quantizer_lr=0.05, shard=shard, checkpointing=shard, keep="last"))
+    text = text if text.is_file() else chats(text)
+    run(model, out, lsq(**options), qad(text, quantizer_lr=0.05, shard=shard, checkpointing=shard, keep="last", **({"teacher": teacher} if teacher else {})))
     torch.set_num_threads(threads)
     torch.save(seen["scales"], f"{out}.{rank}")
 

@@ -12,6 +12,7 @@ from torch import nn
 from angelslim_core import fake_quant
 from angelslim_core.errors import ModelError
 from angelslim_core.fake_cache import placed_caches
+from angelslim_core.model import decoder_layers
 
 from .fingerprints import vocabulary_hash
 from .heads import Reader
@@ -19,6 +20,9 @@ from .targets import Batch, Hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from angelslim_core.parallel import Group
+    from angelslim_core.sharded import Spread
 
 
 class ModelTeacher:
@@ -33,15 +37,31 @@ class ModelTeacher:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.reader = model, Reader(model)
+        self._parts: Spread | None = None
 
     @property
     def can_pack(self) -> bool:
         """Whether documents can share a row."""
         return self.reader.can_pack
 
+    def divide(self, group: Group, device: torch.device) -> None:
+        """Lay the model in parts over processes, on a device. From now on all of them call it equally often, and a call's head is there until `release`."""
+        from angelslim_core.sharded import Spread
+
+        if self._parts is None:
+            layers = decoder_layers(self.model, self.model.config.get_text_config().num_hidden_layers)[1]
+            self._parts = Spread(self.model, group, device, layers)
+
+    def release(self) -> None:
+        """Let go of the head of the last call, which nothing reads from now on; of a model that is whole nothing is let go."""
+        if self._parts is not None:
+            self._parts.release()
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Hidden:
         """Distributions of all positions of a batch."""
+        if self._parts is not None:
+            self._parts.meet()
         was = self.model.training
         try:
             if was:  # to ask each module takes the host some time

@@ -31,6 +31,7 @@ from .history import History, best_of, read_best, write_best
 from .objective import Objective, Sums
 from .parameters import QUANTIZER
 from .targets import Batch, Teacher
+from .teacher import ModelTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -72,7 +73,8 @@ class DistillTraining:
         ways: how steps may be computed; a training that goes on may do otherwise.
         tell: told, a line each, what of `ways` was to be tried and cannot be done.
         in_parts: fp32 weights and moments, and the weights that are computed with, lie in parts over the processes, each layer gathered
-            while it computes; `model` has its weights only at looks and at the end. A training that goes on may do otherwise.
+            while it computes, and so does a teacher that is a model, which may come on the CPU; `model` has its weights only at looks and at
+            the end. A training that goes on may do otherwise.
 
     Raises:
         RecipeError: no weights are trained that could lie in parts.
@@ -151,6 +153,11 @@ class DistillTraining:
         if len(quantizers) == len(self.parameters):
             raise RecipeError(918, "shard", "there are no weights to lie in parts, since only quantizers are trained", "leave it out")
 
+        if isinstance(self.teacher, ModelTeacher):
+            if self.teacher.model is self.model:
+                raise RecipeError(1110, "shard", "the model is its own teacher, and has no weights while they lie in parts", "give a copy of it as teacher")
+            self.teacher.divide(self.group, self.model.device)
+
         def call(part: Any, batch: Batch, target: Any) -> tuple[Tensor, Sums]:
             sums = self.objective.sums(self._reader(batch), target, batch)
             return sums.total, sums
@@ -204,6 +211,7 @@ class DistillTraining:
         while not training.is_done:
             fake_quant.set_progress(self._computing, training.step / steps)
             training.advance(self._terms)
+            self._release()  # and not before: some losses read heads on the way back
             now = time.perf_counter()
             is_look = training.step % self.looks.every == 0 or training.is_done
             is_point = training.step % interval == 0 or training.is_done
@@ -256,6 +264,10 @@ class DistillTraining:
             self.history.point(self.training.step)
         return "" if seen is None else f"loss {seen.loss:.4f}"
 
+    def _release(self) -> None:
+        if isinstance(self.teacher, ModelTeacher):
+            self.teacher.release()
+
     def _look(self, states: Path) -> str:
         step, looks = self.training.step, self.looks
         if self._parts is not None:
@@ -268,6 +280,7 @@ class DistillTraining:
             if best is None or held.kl < best[1]:
                 write_best(states, step, held.kl, self.parameters)
         self.group.share(None)
+        self._release()
         if self._parts is not None:
             self._parts.release()
         return f"KL {held.kl:.4f}, ppl {held.perplexity:.2f}"
