@@ -35,6 +35,8 @@ JOINT = 1 << 27
 class FakeQuantizer(nn.Module):
     """How one linear rounds. What is learnt of it, scales for instance, are its parameters (fp32).
 
+    What it makes of the first input that it sees in training, it makes alike in all processes: whoever trains shows it the same one in each first.
+
     Args:
         scheme: what `quantized` will give.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from angelslim_core import fake_quant
 from angelslim_core.calibration.packing import Row
@@ -134,15 +135,16 @@ class DistillTraining:
 
     @torch.no_grad()
     def _show(self) -> None:
-        """Let quantizers that learn of their inputs see the same ones in all processes, before anything else is run."""
+        """Let quantizers that learn of their inputs see the same ones in all processes, the whole first batch, before anything else is run."""
         if not fake_quant.quantizers(self.model):
             return
-        first = self.source.batch(0, 0)
-        rows, positions = self.group.share([first.input_ids.tolist(), None if first.positions is None else first.positions.tolist()])
-        ids = torch.tensor(rows)
-        given = Batch(ids, ids >= 0, ids, ids >= 0, [], None if positions is None else torch.tensor(positions))
+        own = self.source.batch(0, 0)
+        positions = torch.arange(own.input_ids.shape[1]).expand_as(own.input_ids) if own.positions is None else own.positions
+        shares = self.group.gather([own.input_ids.tolist(), positions.tolist(), own.positions is not None])
+        ids, positions = (pad_sequence([torch.tensor(row) for share in shares for row in share[i]], batch_first=True) for i in range(2))
+        is_shared = any(share[2] for share in shares)
         self.model.train()
-        self._reader(moved(given, self.model.device))
+        self._reader(moved(Batch(ids, ids >= 0, ids, ids >= 0, [], positions if is_shared else None), self.model.device))
         self.model.eval()
 
     def _divided(self) -> Sharded:
