@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from angelslim_core.errors import ModelError
 from angelslim_core.fake_cache import placed_caches
 from angelslim_core.model import decoder_layers
 
-from .fingerprints import vocabulary_hash
+from .fingerprints import vocabulary_hash, vocabulary_size
 from .heads import Reader
 from .targets import Batch, Hidden
 
@@ -30,13 +31,14 @@ class ModelTeacher:
 
     Args:
         model: nothing of it rounds while it teaches, so that a student whose weights are frozen can be its own teacher.
+        tokens: that the tokenizer knows, where a student's head may be padded otherwise; None: they are not known.
 
     Attributes:
         reader: what runs it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.reader = model, Reader(model)
+    def __init__(self, model: PreTrainedModel, tokens: int | None = None) -> None:
+        self.model, self.reader, self._tokens = model, Reader(model), tokens
         self._parts: Spread | None = None
 
     @property
@@ -67,7 +69,7 @@ class ModelTeacher:
             if was:  # to ask each module takes the host some time
                 self.model.eval()
             with fake_quant.rounding_off(self.model):
-                return self.reader(batch)
+                return replace(self.reader(batch), tokens=self._tokens)
         finally:
             if was:
                 self.model.train()
@@ -103,7 +105,7 @@ def teacher_from(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str) 
     from angelslim_core.loading import load_model
 
     check_tokenizer(folder, tokenizer)
-    return ModelTeacher(load_model(folder, device, packed=False).model.requires_grad_(False))
+    return ModelTeacher(load_model(folder, device, packed=False).model.requires_grad_(False), vocabulary_size(tokenizer))
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
