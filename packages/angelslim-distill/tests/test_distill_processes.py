@@ -46,6 +46,20 @@ class Silent(Supervised):
         return batch
 
 
+class Seeing(toys.Int3Along):
+    """Keeps the mean of what it is shown first."""
+
+    def __init__(self, weight):
+        super().__init__(weight)
+        self.mean = torch.nn.Parameter(torch.zeros(()))
+
+    def inputs(self, x):
+        if self.training and not self.mean:
+            with torch.no_grad():
+                self.mean.copy_(x.mean())
+        return x
+
+
 SOURCES = {"rows": Supervised, "uneven": Uneven, "silent": Silent}
 
 
@@ -57,7 +71,7 @@ def numbers_in(model):
 def trained(group, model, data, out, kind="Int3Along", source="rows", train="auto", shard="", stop="0", teacher="", top_k="0", held_out="0.2"):
     """Parameters, measures and losses of a training; `held`: the teacher's numbers that are in memory while its layers run, and at the end."""
     student = load_model(model, "cpu").model
-    toys.rounded(student, getattr(toys, kind))
+    toys.rounded(student, Seeing if kind == "Seeing" else getattr(toys, kind))
     choose_parameters(student, train)
     rows = prepare(Path(data), load_tokenizer(Path(model)), "model", length=64, packed=False, held_out=float(held_out))
     options = TrainingOptions(steps=4, lr=1e-3, rates={".quantizer.": 1e-2}, accumulate=2, clip=1.0)
@@ -200,6 +214,15 @@ def alike(found, wanted):
     assert found.keys() == wanted.keys()
     for name in wanted.keys() - {"held"}:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_quantizers_are_shown_what_one_process_would_show_them(two, given, tmp_path):
+    wanted = trained(Group(), **given, out=tmp_path / "one", kind="Seeing")
+    assert two(**given, out=tmp_path, kind="Seeing") == [0, 0]
+    found = load_file(tmp_path / "0.safetensors")
+    alike(found, wanted)
+    means = [name for name in wanted if name.endswith("quantizer.mean")]
+    assert len(means) == 14 and all(wanted[name] for name in means)
 
 
 def test_scales_alone_have_no_parts(two, given, tmp_path):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Keep = Literal["best", "last"]
 _POINTS = 200  # of the curve of losses
+SHOWN = 1 << 15  # tokens of the first batch that quantizers see before training, at most
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,16 @@ class DistillTraining:
 
     @torch.no_grad()
     def _show(self) -> None:
-        """Let quantizers that learn of their inputs see the same ones in all processes, the whole first batch, before anything else is run."""
+        """Let quantizers that learn of their inputs see the same ones in all processes, of the whole first batch, before anything else is run."""
         if not fake_quant.quantizers(self.model):
             return
         own = self.source.batch(0, 0)
         positions = torch.arange(own.input_ids.shape[1]).expand_as(own.input_ids) if own.positions is None else own.positions
         shares = self.group.gather([own.input_ids.tolist(), positions.tolist(), own.positions is not None])
-        ids, positions = (pad_sequence([torch.tensor(row) for share in shares for row in share[i]], batch_first=True) for i in range(2))
+        # row j of process r is row j * size + r of the batch
+        order = [(share, j) for j in range(max(len(share[0]) for share in shares)) for share in shares if j < len(share[0])]
+        ids, positions = (pad_sequence([torch.tensor(share[i][j]) for share, j in order], batch_first=True) for i in range(2))
+        ids, positions = (tensor[: max(1, SHOWN // ids.shape[1])] for tensor in (ids, positions))
         is_shared = any(share[2] for share in shares)
         self.model.train()
         self._reader(moved(Batch(ids, ids >= 0, ids, ids >= 0, [], positions if is_shared else None), self.model.device))
