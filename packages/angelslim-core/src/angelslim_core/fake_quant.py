@@ -35,7 +35,7 @@ JOINT = 1 << 27
 class FakeQuantizer(nn.Module):
     """How one linear rounds. What is learnt of it, scales for instance, are its parameters (fp32).
 
-    What it makes of the first input that it sees in training, it makes alike in all processes: whoever trains shows it the same one in each first.
+    Some learn of the first input that they see in training what they begin with: whoever trains shows it to them first, the same one in all processes.
 
     Args:
         scheme: what `quantized` will give.
