@@ -214,10 +214,12 @@ def start(processes, model, out, **options):
     return [process.wait(timeout=240) for process in running]
 
 
-@pytest.mark.parametrize("options", [{}, {"train_weights": True, "shard": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"train_weights": True, "shard": True}, {"train_weights": True, "shard": True, "teacher": True}], ids=str)
 def test_two_processes_give_the_scales_of_one(tiny, tmp_path, options):
-    """Also where the model that computes is a copy whose weights lie in parts."""
+    """Also where the model that computes is a copy whose weights lie in parts, as a teacher's do."""
     model = tiny(dtype="float32")
+    if "teacher" in options:
+        options = {**options, "teacher": str(tiny(dtype="float32", num_hidden_layers=3))}
     assert start(2, model, tmp_path / "two", **options) == [0, 0]
     train(model, tmp_path / "one", **options)
     first, second = (torch.load(tmp_path / f"two.{rank}", weights_only=True) for rank in range(2))
@@ -228,6 +230,39 @@ def test_two_processes_give_the_scales_of_one(tiny, tmp_path, options):
     assert torch.allclose(logits(tmp_path / "one"), logits(tmp_path / "two"), atol=1e-3) and validate(tmp_path / "two", model)["ok"]
 
 
+INT8 = {"bits": 8, "group_size": None, "activations": "int8"}
+
+
+def block_by_block(model, folder, **options):
+    """What one process and two leave: scales of caches, of all that is stored, and numbers of blocks; those of two, which agree, second."""
+    assert start(2, model, folder / "two", **options) == [0, 0]
+    train(model, folder / "one", **options)
+    caches = [torch.load(folder / name, weights_only=True) for name in ("one.0", "two.0", "two.1")]
+    assert all(caches[1][name].equal(caches[2][name]) for name in caches[0])
+    stored = [{n: t for n, t in load_file(folder / name / "model.safetensors").items() if "scale" in n} for name in ("one", "two")]
+    assert validate(folder / "two", model)["ok"]
+    return caches[:2], stored, [json.loads((folder / name / "angelslim/metrics.json").read_text())["passes"][1]["metrics"] for name in ("one", "two")]
+
+
+@pytest.mark.parametrize("options", [{"kv": "fp8"}, {"kv": "fp8_head", "train_weights": True}, INT8], ids=str)
+def test_two_processes_train_blocks_as_one(tiny, tmp_path, options):
+    """All samples are one step. FP8 codes of the second block are on either side of ties, by rounding in the first, and Adam's steps are of one size."""
+    block = {"epochs": 3, "batch": 6, "held_out": 0.0, "quantizer_lr": 5e-3, "lr": 1e-3}
+    (one, two), _, (alone, together) = block_by_block(tiny(dtype="float32", initializer_range=0.2), tmp_path, block=block, **options)
+    torch.testing.assert_close(two["model.layers.0.self_attn"], one["model.layers.0.self_attn"], rtol=1e-3, atol=0)
+    assert together["start_errors"] == pytest.approx(alone["start_errors"], rel=1e-3) and together["errors"] == pytest.approx(alone["errors"], rel=0.02)
+    assert all(end < first for first, end in zip(together["start_errors"], together["errors"], strict=True))
+
+
+def test_blocks_begin_with_the_scales_of_one_sample_whatever_share_of_them_a_process_has(tiny, tmp_path):
+    """Of three batches one process has two, which are other rows than those that one process begins with."""
+    block = {"epochs": 1, "batch": 2, "held_out": 0.0, "quantizer_lr": 1e-9}
+    (one, two), stored, (alone, together) = block_by_block(tiny(dtype="float32", initializer_range=0.2), tmp_path, block=block, batch_size=2, **INT8)
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
+    torch.testing.assert_close(stored[1], stored[0], rtol=1e-5, atol=0)
+    assert together["start_errors"] == pytest.approx(alone["start_errors"], rel=1e-3)
+
+
 def test_a_killed_training_goes_on_to_the_same_scales(tiny, tmp_path):
     model = tiny(dtype="float32")
     assert start(1, model, tmp_path / "o", kill_at=3) == [-signal.SIGKILL]
@@ -236,12 +271,18 @@ def test_a_killed_training_goes_on_to_the_same_scales(tiny, tmp_path):
     assert (tmp_path / "o/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-def train(model, out, shard=False, **options):
+def train(model, out, shard=False, teacher=None, block=None, batch_size=1, **options):
     """A run in this process; the scales that it sees lie beside the output."""
     rank, threads = os.environ.get("RANK", "0"), torch.get_num_threads()
     text = out.parent / f"chats{rank}.jsonl"
     torch.set_num_threads(1)
-    run(model, out, lsq(**options), qad(text if text.is_file() else chats(text), quantizer_lr=0.05, shard=shard, checkpointing=shard, keep="last"))
+    text = text if text.is_file() else chats(text)
+    if block is None:
+        given = {"quantizer_lr": 0.05, "shard": shard, "checkpointing": shard, "keep": "last", **({"teacher": teacher} if teacher else {})}
+        run(model, out, lsq(**options), qad(text, **given))
+    else:
+        calibration = {"data": str(text), "samples": 6, "tokens": 32, "batch_size": batch_size}
+        run(model, out, lsq(**options), {"use": "distill.blockwise", "with": block}, calibration=calibration)
     torch.set_num_threads(threads)
     torch.save(seen["scales"], f"{out}.{rank}")
 

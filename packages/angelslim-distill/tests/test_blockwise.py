@@ -230,6 +230,21 @@ def test_blocks_with_nothing_to_train_are_passed_through(opened):
     assert found[0] == {"start_error": 0.0, "error": 0.0, "epoch": 0} and found[1]["error"] < found[1]["start_error"]
 
 
+def test_what_quantizers_share_is_stepped_once(opened):
+    """Adam's first step is of one size, whatever the gradient; three quantizers with one parameter take it once."""
+    model, context = opened(places=("self_attn",))
+    for layer in model.model.layers:
+        linears = list(placed(layer).values())
+        for linear in linears:
+            linear.quantizer.scale = (
+                nn.Parameter(linears[0].quantizer.scale.detach().mean().reshape(1, 1)) if linear is linears[0] else linears[0].quantizer.scale
+            )
+    before = values(model)
+    found = train_blocks(model, context, BlockOptions(epochs=1, batch=6, train="quantizers", quantizer_lr=1e-3, final_lr=1.0, held_out=0.0))
+    moved = [(p - before[name]).abs().item() for name, p in values(model).items() if name.endswith("scale")]
+    assert [block["epoch"] for block in found] == [1, 1] and moved == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
 class Cut(FakeCache):
     """Keys and values are cut off at a number that is learnt."""
 
@@ -264,6 +279,9 @@ def test_processes_must_share_a_batch_evenly(opened):
     model, context = opened(group=Two())
     with pytest.raises(UsageError, match="3 samples a step"):
         train_blocks(model, context, BlockOptions(batch=3))
+    model, context = opened(group=Two(), batch_size=6)
+    with pytest.raises(UsageError, match="1 batches of samples leave some of 2 processes"):
+        train_blocks(model, context, BlockOptions(batch=2))
 
 
 def test_other_architectures(opened):

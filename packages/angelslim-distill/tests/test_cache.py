@@ -218,12 +218,13 @@ def test_a_cache_of_something_else_is_refused(folder, loaded, tiny):
     refused = [
         ("tokenizer", {"tokenizer": Other(tokenizer, more=True)}),
         ("chat template", {"tokenizer": Other(tokenizer, chat_template="{{ 'other' }}")}),
-        ("vocabulary size", {"vocab_size": 300}),
         ("teacher", {"teacher": tiny(dtype="float32", tie_word_embeddings=True)}),
     ]
     for name, changes in refused:
         with pytest.raises(ModelError, match=f"another {name}"):
             open_cache(**{"folder": folder, "tokenizer": tokenizer, "vocab_size": 256, **changes})
+    with pytest.raises(ModelError, match="over 256 tokens, and the student's head has 255"):
+        open_cache(folder, tokenizer, 255)
     with pytest.raises(ModelError, match="keeps 16 tokens a position, and 17 are wanted"):
         open_cache(folder, tokenizer, 256, top_k=17)
     assert open_cache(folder, tokenizer, 256, teacher=tiny(dtype="float32"))

@@ -273,6 +273,16 @@ def test_a_step_without_any_token_that_counts_is_an_error_and_one_of_its_parts_i
         training(student(folder), rows, accumulate=2, source=Silent({0, 1})).run(tmp_path / "none")
 
 
+@pytest.mark.parametrize(("most", "shown"), [(1, 1), (10**6, 4)])
+def test_of_a_large_first_batch_some_rows_are_shown_to_quantizers(folder, rows, monkeypatch, most, shown):
+    monkeypatch.setattr("angelslim_distill.trainer.SHOWN", most)
+    model, seen = student(folder), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    made = training(model, rows)
+    first = made.source.batch(0, 0).input_ids
+    assert len(seen) == 1 and torch.equal(seen[0], first[:shown])
+
+
 def test_another_tokenizer_is_refused(folder, tiny_copy):
     other = tiny_copy("llama", dtype="float32")
     document = json.loads((other / "tokenizer.json").read_text())

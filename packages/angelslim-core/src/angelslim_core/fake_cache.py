@@ -24,7 +24,7 @@ from .schemes import CACHE_SCALES, CacheScheme
 class FakeCache(nn.Module):
     """How the keys and values of one attention round. What is learnt of it, scales for instance, are its parameters (fp32).
 
-    It is a tap that goes along where its attention is copied.
+    It is a tap that goes along where its attention is copied. What it learns of the first batch is as of a `fake_quant.FakeQuantizer`.
 
     Attributes:
         rounds: False: keys and values stay as they are.

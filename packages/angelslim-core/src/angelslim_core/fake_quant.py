@@ -35,6 +35,8 @@ JOINT = 1 << 27
 class FakeQuantizer(nn.Module):
     """How one linear rounds. What is learnt of it, scales for instance, are its parameters (fp32).
 
+    Some learn of the first input that they see in training what they begin with: whoever trains shows it to them first, the same one in all processes.
+
     Args:
         scheme: what `quantized` will give.
 

@@ -69,8 +69,8 @@ def joined(rows: Iterable[tuple[LayerBatch, int | None]], device: str) -> list[L
     import torch
 
     sets: dict[tuple[int, ...], list[tuple[LayerBatch, slice]]] = {}
-    for batch, row in rows:
-        key = (id(batch),) if row is None else (batch.mask.shape[1], *map(id, _tensors(batch.kwargs)))
+    for number, (batch, row) in enumerate(rows):  # a batch that is whole may come twice
+        key = (id(batch), number) if row is None else (batch.mask.shape[1], *map(id, _tensors(batch.kwargs)))
         sets.setdefault(key, []).append((batch, slice(None) if row is None else slice(row, row + 1)))
     found = []
     for parts in sets.values():

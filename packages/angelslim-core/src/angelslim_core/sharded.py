@@ -42,8 +42,7 @@ class Sharded:
         self, module: nn.Module, call: Callable[..., tuple[Tensor, Any]], group: Group, *, whole: Collection[str] = (),
         units: Callable[[nn.Module], Iterable[nn.Module]] = lambda copy: (),
     ) -> None:  # fmt: skip
-        if single := [name for name, p in module.named_parameters() if p.ndim == 0 and name not in whole]:
-            raise ModelError(424, single[0], "is a single number, which has no rows to share", "make it a vector of one")
+        _check_rows(module, whole)
         (dtype,) = {p.dtype for name, p in module.named_parameters() if name not in whole}
         self.group, self.whole, self._original = group, frozenset(whole), module
         part = self.module = copy.deepcopy(module).train()
@@ -102,6 +101,45 @@ class Sharded:
         """Number of this process's first row; all have equally many but the last ones, which may have fewer, or none."""
         all_rows = len(self._parameters[name])
         return min(-(-all_rows // self.group.size) * self.group.rank, all_rows)
+
+
+class Spread:
+    """A frozen module that lies in parts, and runs without gradients: it stays the same module, with its names.
+
+    Args:
+        module: alike in all processes; on the device, or on the CPU, from which only the parts go there, unit by unit.
+        units: modules of it whose parameters are gathered when they are called, and let go of at once.
+
+    Raises:
+        ModelError: a parameter is a single number.
+    """
+
+    def __init__(self, module: nn.Module, group: Group, device: torch.device, units: Iterable[nn.Module] = ()) -> None:
+        _check_rows(module)
+        module.requires_grad_(False)
+        mesh = init_device_mesh(device.type, (group.size,))
+        for unit in units:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        # what reads the rest of it, a head for instance, may do so after the call
+        self._rest = fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        self._group = group
+
+    def meet(self) -> None:
+        """To be called before the module is, which all processes must do equally often."""
+        self._group.meet()
+
+    def release(self) -> None:
+        """Let go of what lies outside of `units`, which a call gathers and leaves."""
+        self._rest.reshard()
+
+
+def _check_rows(module: nn.Module, whole: Collection[str] = ()) -> None:
+    """
+    Raises:
+        ModelError: a parameter that is to lie in parts has no rows.
+    """
+    if single := [name for name, p in module.named_parameters() if p.ndim == 0 and name not in whole]:
+        raise ModelError(424, single[0], "is a single number, which has no rows to share", "make it a vector of one")
 
 
 class _Call(nn.Module):

@@ -76,7 +76,7 @@ def train_blocks(model: PreTrainedModel, context: Context, options: BlockOptions
 
     Raises:
         RecipeError: no linear of the model's blocks rounds.
-        UsageError: the processes cannot share a batch evenly.
+        UsageError: the processes cannot share a batch evenly, or some of them have no sample.
         NumericError: a loss is not finite; blocks that were finished are kept.
         StoppedError: it was asked to stop.
     """
@@ -88,6 +88,11 @@ def train_blocks(model: PreTrainedModel, context: Context, options: BlockOptions
     if options.batch % context.group.size:
         what = f"{options.batch} samples a step cannot be shared by {context.group.size} processes"
         raise UsageError(933, "batch", what, "give a multiple of their number")
+    assert context.samples is not None
+    found_batches = -(-len(context.samples.ids) // context.batch_size)
+    if found_batches < context.group.size:
+        what = f"{found_batches} batches of samples leave some of {context.group.size} processes without any"
+        raise UsageError(1111, "calibration", what, "give more samples, or a smaller batch_size")
     folder = context.workdir / "measured" / context.group.share(f"blockwise-{_digest(options, layers)}")
     captured = capture(_Whole(model.get_submodule(path.rpartition(".")[0]), layers), context)
     for batch in captured[0]:
@@ -110,9 +115,9 @@ class _Block:
         self.layer, self.options, self.group = layer, options, layer.context.group
         self.module = layer.module.eval()
         linears = placed(self.module)
-        self.parameters: dict[str, nn.Parameter] = {
-            f"{name}.quantizer.{inner}": p for name, quantizer in quantizers(self.module).items() for inner, p in quantizer.named_parameters()
-        }
+        # what several quantizers share, the scale of one input for instance, is one parameter
+        learnt = {p for quantizer in quantizers(self.module).values() for p in quantizer.parameters()}
+        self.parameters: dict[str, nn.Parameter] = {name: p for name, p in self.module.named_parameters() if p in learnt}
         if options.train == "auto":
             self.parameters |= {f"{name}.weight": cast("nn.Parameter", linear.weight) for name, linear in linears.items() if linear.quantizer.trains_weight}
         with torch.no_grad(), rounding_off(self.module):

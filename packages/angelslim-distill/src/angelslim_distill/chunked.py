@@ -67,8 +67,8 @@ def head_loss(
     """
     others = teacher.states if isinstance(teacher, Hidden) else student.states if teacher is None else teacher.ids
     check_positions(student.states.shape[:-1], others.shape[:-1], mask, labels)
-    if isinstance(teacher, Hidden):
-        check_vocabulary(len(student.weight), len(teacher.weight))
+    if teacher is not None:
+        check_vocabulary(len(student.weight), len(teacher.weight) if isinstance(teacher, Hidden) else teacher.tokens)
     if labels is None and (ce_weight or (loss.rule.confidence and isinstance(teacher, Hidden))):
         raise labels_missing()
     if rows is not None and rows < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +55,11 @@ def evaluate(model: PreTrainedModel, teacher: Teacher, rows: Sequence[Row], batc
     totals = torch.zeros(5, dtype=torch.float64, device=model.device)
     try:
         model.eval()
-        for numbers in chunks(range(group.rank, len(rows), group.size), batch):
-            part = moved(collate([rows[i] for i in numbers], multiple), model.device)
+        own = list(chunks(range(group.rank, len(rows), group.size), batch))
+        for at in range(len(list(chunks(range(0, len(rows), group.size), batch)))):
+            # all processes run both equally often, as those must that hold parts of them
+            part = collate([rows[i] for i in (own[at] if at < len(own) else [0])], multiple)
+            part = moved(part if at < len(own) else replace(part, counted=torch.zeros_like(part.counted)), model.device)
             totals += measures(reader(part), teacher(part), part)
     finally:
         model.train(was)

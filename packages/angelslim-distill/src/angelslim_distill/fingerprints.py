@@ -29,6 +29,11 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return _of_json(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens it knows, up to the last; rows of a head beyond them only pad it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hex sha256 of the chat template, also where there is none."""
     return _of_json(template_of(tokenizer))

@@ -9,7 +9,7 @@ Shapes: N positions that count, V vocabulary, K kept tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def first_k(teacher: TopK, k: int | None) -> TopK:
     if k is None or k == teacher.ids.shape[-1]:
         return teacher
     _check_k(k, teacher.ids.shape[-1])
-    return TopK(teacher.ids[..., :k], teacher.logp[..., :k], teacher.label_logp)
+    return replace(teacher, ids=teacher.ids[..., :k], logp=teacher.logp[..., :k])
 
 
 def _check_k(k: int, tokens: int) -> None:
@@ -154,8 +154,7 @@ def kd_sums(
     """
     teacher_has = (teacher_logits if isinstance(teacher_logits, Tensor) else teacher_logits.ids).shape
     check_positions(student_logits.shape[:-1], teacher_has[:-1], mask, labels)
-    if isinstance(teacher_logits, Tensor):
-        check_vocabulary(student_logits.shape[-1], teacher_has[-1])
+    check_vocabulary(student_logits.shape[-1], teacher_has[-1] if isinstance(teacher_logits, Tensor) else teacher_logits.tokens)
     mask = mask.bool()
     student = wide(student_logits[mask])
     teacher = teacher_logits[mask] if isinstance(teacher_logits, Tensor) else chosen(teacher_logits, mask)
@@ -210,7 +209,7 @@ def uld_loss(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Te
 
 def chosen(kept: TopK, mask: Tensor | slice) -> TopK:
     """The distributions of some positions, in one row."""
-    return TopK(kept.ids[mask], kept.logp[mask], kept.label_logp[mask])
+    return replace(kept, ids=kept.ids[mask], logp=kept.logp[mask], label_logp=kept.label_logp[mask])
 
 
 def check_positions(student: Sequence[int], teacher: Sequence[int], mask: Tensor, labels: Tensor | None) -> None:
@@ -227,12 +226,15 @@ def check_positions(student: Sequence[int], teacher: Sequence[int], mask: Tensor
         raise UsageError(903, "mask", f"{[*mask.shape]}, student {[*student]}, teacher {[*teacher]}{told}", "all are of the same positions")
 
 
-def check_vocabulary(student: int, teacher: int) -> None:
+def check_vocabulary(student: int, teacher: int | None) -> None:
     """Refuse another vocabulary.
+
+    Args:
+        teacher: None: it is said to be the student's.
 
     Raises:
         UsageError: the numbers of tokens differ.
     """
-    if student != teacher:
+    if teacher is not None and student != teacher:
         hint = "cut what pads them if the tokenizer is the same; uld_loss compares different ones"
         raise UsageError(904, "logits", f"the student's vocabulary is of {student} tokens, the teacher's of {teacher}", hint)

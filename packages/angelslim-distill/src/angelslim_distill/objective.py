@@ -66,7 +66,7 @@ class Objective:
         Args:
             teacher: None: there is only cross-entropy.
         """
-        if isinstance(teacher, Hidden):
+        if teacher is not None:
             student, teacher = alike(student, teacher)
         if self.top_k is None or not isinstance(teacher, Hidden):
             kept = first_k(teacher, self.top_k) if isinstance(teacher, TopK) else teacher
@@ -90,13 +90,13 @@ class Objective:
         return kd, cross_entropy(logits, labels, reduction="sum") if self.lm_weight else logits.new_zeros(())
 
 
-def alike(student: Hidden, teacher: Hidden) -> tuple[Hidden, Hidden]:
-    """Heads without the rows that only one of them has, which pad the same vocabulary."""
-    if len(student.weight) == len(teacher.weight):
-        return student, teacher
-    size = min(len(student.weight), len(teacher.weight))
-    cut = [replace(h, weight=h.weight[:size], bias=None if h.bias is None else h.bias[:size]) for h in (student, teacher)]
-    return cut[0], cut[1]
+def alike(student: Hidden, teacher: Hidden | TopK) -> tuple[Hidden, Hidden | TopK]:
+    """Both over one vocabulary. Heads of one width are as they are, padding included; of others only tokens that the tokenizer knows are left."""
+    if isinstance(teacher, TopK):
+        return student.of_first(teacher.tokens or len(student.weight)), teacher
+    sizes = len(student.weight), len(teacher.weight)
+    size = max(sizes) if sizes[0] == sizes[1] else min(*sizes, teacher.tokens or sizes[1])
+    return student.of_first(size), teacher.of_first(size)
 
 
 def chunks(student: Hidden, teacher: Hidden | TopK, batch: Batch) -> Iterator[tuple[Tensor, Hidden | TopK, Tensor]]:
@@ -119,8 +119,7 @@ def chunks(student: Hidden, teacher: Hidden | TopK, batch: Batch) -> Iterator[tu
 def measures(student: Hidden, teacher: Hidden | TopK, batch: Batch) -> Tensor:
     """[5], fp64: sums over the positions that count of KL(teacher, student), of the negative log-likelihood of student and of teacher, of equal first
     choices, and their number. What is kept of a distribution counts its remainder as one token."""
-    if isinstance(teacher, Hidden):
-        student, teacher = alike(student, teacher)
+    student, teacher = alike(student, teacher)
     loss, totals = Loss(), student.states.new_zeros(5, dtype=torch.float64)
     for states, target, labels in chunks(student, teacher, batch):
         logits, wanted = logits_of(student, states), logits_of(target, target.states) if isinstance(target, Hidden) else target

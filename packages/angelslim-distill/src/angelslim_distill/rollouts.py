@@ -34,6 +34,7 @@ class Sampled:
         temperature: logits are divided by it.
         top_p: tokens are drawn of the most likely ones that together have this probability.
         stop_ids: tokens that end an answer.
+        tokens: that the tokenizer knows: what pads the head is not drawn; None: all of the head are.
     """
 
     model: PreTrainedModel
@@ -41,6 +42,7 @@ class Sampled:
     stop_ids: Sequence[int]
     temperature: float = 1.0
     top_p: float = 1.0
+    tokens: int | None = None
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
@@ -53,10 +55,10 @@ class Sampled:
         mask = torch.zeros_like(ids)
         for i, prompt in enumerate(prompts):
             ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
-        stops = list(self.stop_ids)
+        stops, width_of_head = list(self.stop_ids), model.get_output_embeddings().weight.shape[0]
         wanted = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0, num_beams=1, use_cache=True,
-            eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0,
+            suppress_tokens=list(range(self.tokens or width_of_head, width_of_head)) or None, eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0,
             remove_invalid_values=True,  # of a training that diverges, which its loss says; to sample of NaN ends a GPU's context
         )  # fmt: skip
         with sampling(model, wanted), torch.random.fork_rng([device] if device.type == "cuda" else []):

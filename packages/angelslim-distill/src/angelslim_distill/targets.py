@@ -6,7 +6,7 @@ Shapes: B rows, T positions, H hidden size, V vocabulary, K kept tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -45,6 +45,7 @@ class Hidden:
         states: [B, T, H].
         weight: [V, H]; bias: [V], or None.
         softcap: logits become softcap * tanh(logits / softcap); scale: logits are multiplied by it first.
+        tokens: how many rows of the head, the first ones, are of tokens that the tokenizer knows; None: that is not known.
     """
 
     states: Tensor
@@ -52,6 +53,13 @@ class Hidden:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    tokens: int | None = None
+
+    def of_first(self, tokens: int) -> Hidden:
+        """The distribution over the first tokens alone; nothing is copied."""
+        if tokens >= len(self.weight):
+            return self
+        return replace(self, weight=self.weight[:tokens], bias=None if self.bias is None else self.bias[:tokens])
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,13 @@ class TopK:
         ids: [B, T, K] int64, by falling probability.
         logp: [B, T, K] log-probabilities, normalized over the whole vocabulary.
         label_logp: [B, T] log-probability of the label.
+        tokens: of how many tokens, the first ones, that vocabulary is; None: of as many as the student's.
     """
 
     ids: Tensor
     logp: Tensor
     label_logp: Tensor
+    tokens: int | None = None
 
 
 class Teacher(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +13,17 @@ from torch import nn
 from angelslim_core import fake_quant
 from angelslim_core.errors import ModelError
 from angelslim_core.fake_cache import placed_caches
+from angelslim_core.model import decoder_layers
 
-from .fingerprints import vocabulary_hash
+from .fingerprints import vocabulary_hash, vocabulary_size
 from .heads import Reader
 from .targets import Batch, Hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from angelslim_core.parallel import Group
+    from angelslim_core.sharded import Spread
 
 
 class ModelTeacher:
@@ -26,28 +31,45 @@ class ModelTeacher:
 
     Args:
         model: nothing of it rounds while it teaches, so that a student whose weights are frozen can be its own teacher.
+        tokens: that the tokenizer knows, where a student's head may be padded otherwise; None: they are not known.
 
     Attributes:
         reader: what runs it.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.reader = model, Reader(model)
+    def __init__(self, model: PreTrainedModel, tokens: int | None = None) -> None:
+        self.model, self.reader, self._tokens = model, Reader(model), tokens
+        self._parts: Spread | None = None
 
     @property
     def can_pack(self) -> bool:
         """Whether documents can share a row."""
         return self.reader.can_pack
 
+    def divide(self, group: Group, device: torch.device) -> None:
+        """Lay the model in parts over processes, on a device. From now on all of them call it equally often, and a call's head is there until `release`."""
+        from angelslim_core.sharded import Spread
+
+        if self._parts is None:
+            layers = decoder_layers(self.model, self.model.config.get_text_config().num_hidden_layers)[1]
+            self._parts = Spread(self.model, group, device, layers)
+
+    def release(self) -> None:
+        """Let go of the head of the last call, which nothing reads from now on; of a model that is whole nothing is let go."""
+        if self._parts is not None:
+            self._parts.release()
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Hidden:
         """Distributions of all positions of a batch."""
+        if self._parts is not None:
+            self._parts.meet()
         was = self.model.training
         try:
             if was:  # to ask each module takes the host some time
                 self.model.eval()
             with fake_quant.rounding_off(self.model):
-                return self.reader(batch)
+                return replace(self.reader(batch), tokens=self._tokens)
         finally:
             if was:
                 self.model.train()
@@ -83,7 +105,7 @@ def teacher_from(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str) 
     from angelslim_core.loading import load_model
 
     check_tokenizer(folder, tokenizer)
-    return ModelTeacher(load_model(folder, device, packed=False).model.requires_grad_(False))
+    return ModelTeacher(load_model(folder, device, packed=False).model.requires_grad_(False), vocabulary_size(tokenizer))
 
 
 def check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from angelslim_core import fake_quant
 from angelslim_core.calibration.packing import Row
@@ -31,6 +32,7 @@ from .history import History, best_of, read_best, write_best
 from .objective import Objective, Sums
 from .parameters import QUANTIZER
 from .targets import Batch, Teacher
+from .teacher import ModelTeacher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 Keep = Literal["best", "last"]
 _POINTS = 200  # of the curve of losses
+SHOWN = 1 << 15  # tokens of the first batch that quantizers see before training, at most
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class DistillTraining:
         ways: how steps may be computed; a training that goes on may do otherwise.
         tell: told, a line each, what of `ways` was to be tried and cannot be done.
         in_parts: fp32 weights and moments, and the weights that are computed with, lie in parts over the processes, each layer gathered
-            while it computes; `model` has its weights only at looks and at the end. A training that goes on may do otherwise.
+            while it computes, and so does a teacher that is a model, which may come on the CPU; `model` has its weights only at looks and at
+            the end. A training that goes on may do otherwise.
 
     Raises:
         RecipeError: no weights are trained that could lie in parts.
@@ -133,15 +137,19 @@ class DistillTraining:
 
     @torch.no_grad()
     def _show(self) -> None:
-        """Let quantizers that learn of their inputs see the same ones in all processes, before anything else is run."""
+        """Let quantizers that learn of their inputs see the same ones in all processes, of the whole first batch, before anything else is run."""
         if not fake_quant.quantizers(self.model):
             return
-        first = self.source.batch(0, 0)
-        rows, positions = self.group.share([first.input_ids.tolist(), None if first.positions is None else first.positions.tolist()])
-        ids = torch.tensor(rows)
-        given = Batch(ids, ids >= 0, ids, ids >= 0, [], None if positions is None else torch.tensor(positions))
+        own = self.source.batch(0, 0)
+        positions = torch.arange(own.input_ids.shape[1]).expand_as(own.input_ids) if own.positions is None else own.positions
+        shares = self.group.gather([own.input_ids.tolist(), positions.tolist(), own.positions is not None])
+        # row j of process r is row j * size + r of the batch
+        order = [(share, j) for j in range(max(len(share[0]) for share in shares)) for share in shares if j < len(share[0])]
+        ids, positions = (pad_sequence([torch.tensor(share[i][j]) for share, j in order], batch_first=True) for i in range(2))
+        ids, positions = (tensor[: max(1, SHOWN // ids.shape[1])] for tensor in (ids, positions))
+        is_shared = any(share[2] for share in shares)
         self.model.train()
-        self._reader(moved(given, self.model.device))
+        self._reader(moved(Batch(ids, ids >= 0, ids, ids >= 0, [], positions if is_shared else None), self.model.device))
         self.model.eval()
 
     def _divided(self) -> Sharded:
@@ -151,6 +159,11 @@ class DistillTraining:
         quantizers = [name for name in self.parameters if QUANTIZER in name]
         if len(quantizers) == len(self.parameters):
             raise RecipeError(918, "shard", "there are no weights to lie in parts, since only quantizers are trained", "leave it out")
+
+        if isinstance(self.teacher, ModelTeacher):
+            if self.teacher.model is self.model:
+                raise RecipeError(1110, "shard", "the model is its own teacher, and has no weights while they lie in parts", "give a copy of it as teacher")
+            self.teacher.divide(self.group, self.model.device)
 
         def call(part: Any, batch: Batch, target: Any) -> tuple[Tensor, Sums]:
             sums = self.objective.sums(self._reader(batch), target, batch)
@@ -205,6 +218,7 @@ class DistillTraining:
         while not training.is_done:
             fake_quant.set_progress(self._computing, training.step / steps)
             training.advance(self._terms)
+            self._release()  # and not before: some losses read heads on the way back
             now = time.perf_counter()
             is_look = training.step % self.looks.every == 0 or training.is_done
             is_point = training.step % interval == 0 or training.is_done
@@ -257,6 +271,10 @@ class DistillTraining:
             self.history.point(self.training.step)
         return "" if seen is None else f"loss {seen.loss:.4f}"
 
+    def _release(self) -> None:
+        if isinstance(self.teacher, ModelTeacher):
+            self.teacher.release()
+
     def _look(self, states: Path) -> str:
         step, looks = self.training.step, self.looks
         if self._parts is not None:
@@ -269,6 +287,7 @@ class DistillTraining:
             if best is None or held.kl < best[1]:
                 write_best(states, step, held.kl, self.parameters)
         self.group.share(None)
+        self._release()
         if self._parts is not None:
             self._parts.release()
         return f"KL {held.kl:.4f}, ppl {held.perplexity:.2f}"

@@ -31,7 +31,7 @@ def keeping(teacher: Teacher, top_k: int) -> Callable[[Batch], TopK]:
 
 @torch.no_grad()
 def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int) -> TopK:
-    """The most likely tokens, of temperature 1: losses divide by theirs; normalized in fp32, over the whole vocabulary.
+    """The most likely tokens, of temperature 1: losses divide by theirs; normalized in fp32, over the whole vocabulary, without what pads it.
 
     Args:
         labels_BT: tokens whose log-probability is kept; 0 is kept of what is none.
@@ -40,6 +40,7 @@ def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int) -> TopK:
         UsageError: `top_k` is larger than the vocabulary.
         NumericError: a log-probability is not finite.
     """
+    hidden = hidden.of_first(hidden.tokens or len(hidden.weight))
     vocabulary = len(hidden.weight)
     if not 1 <= top_k <= vocabulary:
         raise UsageError(930, "top_k", f"{top_k} tokens are to be kept of a vocabulary of {vocabulary}", f"give 1 to {vocabulary}")
@@ -54,7 +55,7 @@ def top_k_of(hidden: Hidden, labels_BT: Tensor, top_k: int) -> TopK:
         logp.append(most)
         label_logp.append(every.gather(-1, labels[start : start + _ROWS, None])[:, 0])
     shape = labels_BT.shape
-    found = TopK(torch.cat(ids).view(*shape, top_k), torch.cat(logp).view(*shape, top_k), torch.cat(label_logp).view(shape) * known)
+    found = TopK(torch.cat(ids).view(*shape, top_k), torch.cat(logp).view(*shape, top_k), torch.cat(label_logp).view(shape) * known, vocabulary)
     if not bool(found.logp.isfinite().all() & found.label_logp.isfinite().all()):
         raise NumericError(930, "teacher", "its log-probabilities are not finite", "evaluate the teacher: angelslim eval")
     return found

@@ -13,7 +13,7 @@ from angelslim_core.products import products
 
 from ..data.documents import Count
 from ..data.rows import collate, moved, prepare
-from ..fingerprints import model_fingerprint, template_hash, vocabulary_hash
+from ..fingerprints import model_fingerprint, template_hash, vocabulary_hash, vocabulary_size
 from ..targets import Batch
 from ..teacher import ModelTeacher
 from .capture import keeping
@@ -76,14 +76,15 @@ def make_cache(
     if loaded.tokenizer is None:
         raise ModelError(943, str(folder), "has no tokenizer, so no data can be read for it", "copy the tokenizer files into the model folder")
     model = loaded.model.requires_grad_(False)
-    teacher = ModelTeacher(model)
+    tokens = min(vocabulary_size(loaded.tokenizer), len(model.get_output_embeddings().weight))
+    teacher = ModelTeacher(model, tokens)
     read: dict[str, Any] = {"length": options.length, "count": options.count, "turns": options.turns, "held_out": options.held_out, "seed": options.seed}
     found = prepare(data, loaded.tokenizer, str(folder), packed=options.pack and teacher.can_pack, **read)
     rows = sorted([*found.train, *found.held_out], key=len)
     kept = keeping(teacher, options.top_k)
     manifest = Manifest(
         teacher=folder.name, fingerprint=model_fingerprint(folder), vocabulary=vocabulary_hash(loaded.tokenizer), template=template_hash(loaded.tokenizer),
-        vocab_size=len(model.get_output_embeddings().weight), top_k=options.top_k, temperature=1.0, dtype=options.dtype,
+        vocab_size=tokens, top_k=options.top_k, temperature=1.0, dtype=options.dtype,
         data=sha256(data), reading=options.reading, length=options.length,
     )  # fmt: skip
 

@@ -44,7 +44,7 @@ class Manifest(BaseModel):
     Args:
         teacher: name of its folder, for people; `fingerprint`: of its weights.
         vocabulary, template: of the tokenizer and of its chat template.
-        vocab_size: width of the teacher's logits.
+        vocab_size: how many tokens the distributions are over: those that the tokenizer knows, without what pads the teacher's head.
         top_k: tokens kept of each position.
         temperature: by which logits were divided; losses know what to do with 1 alone.
         dtype: of log-probabilities.

@@ -33,19 +33,22 @@ def open_cache(
         top_k: tokens to use of those kept; None: all.
 
     Raises:
-        ModelError: it is of another tokenizer, chat template, vocabulary size or teacher, of another temperature than 1, has fewer tokens, or is broken.
+        ModelError: it is of another tokenizer, chat template or teacher, of tokens that the student has not, of another temperature than 1, has fewer
+            tokens, or is broken.
     """
     manifest = read_manifest(folder)
     wanted: dict[str, tuple[Any, Any]] = {
         "tokenizer": (manifest.vocabulary, vocabulary_hash(tokenizer)),
         "chat template": (manifest.template, template_hash(tokenizer)),
-        "vocabulary size": (manifest.vocab_size, vocab_size),
         "temperature": (manifest.temperature, 1.0),
         "teacher": (manifest.fingerprint, model_fingerprint(teacher) if teacher is not None else manifest.fingerprint),
     }
     for name, (found, asked) in wanted.items():
         if found != asked:
             raise ModelError(932, str(folder), f"is of another {name}: {found!r:.24}, and {asked!r:.24} is wanted", _HINT)
+    if manifest.vocab_size > vocab_size:  # a wider head is cut to them
+        what = f"is of distributions over {manifest.vocab_size} tokens, and the student's head has {vocab_size}"
+        raise ModelError(1112, str(folder), what, f"{_HINT}, which leaves out what pads the teacher's head")
     if top_k is not None and not 1 <= top_k <= manifest.top_k:
         raise ModelError(933, str(folder), f"keeps {manifest.top_k} tokens a position, and {top_k} are wanted", "lower top_k, or make the cache anew with more")
     return Cache(folder, manifest, top_k)
@@ -100,7 +103,7 @@ class Cache:
             logp[i, :length] = found["logp"][:, : self.top_k].float()
             label_logp[i, :length] = found["label_logp"]
         device = batch.input_ids.device
-        return TopK(ids.to(device), logp.to(device), label_logp.to(device))
+        return TopK(ids.to(device), logp.to(device), label_logp.to(device), self.manifest.vocab_size)
 
     def _read(self, sample: str) -> dict[str, Tensor]:
         key = _key(sample)

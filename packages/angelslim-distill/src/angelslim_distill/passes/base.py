@@ -70,7 +70,9 @@ class Options(PassConfig):
     final_lr: float = Field(0.0, ge=0, le=1, description="share of the rates at the end of the cosine")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, of weights; what quantizers learn has none")
     clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
-    shard: bool = Field(False, description="weights, their fp32 copies and moments lie in parts over the processes of torchrun (FSDP2)")
+    shard: bool = Field(
+        False, description="weights, their fp32 copies and moments, and a teacher's weights, lie in parts over the processes of torchrun (FSDP2)"
+    )
     checkpointing: bool = Field(False, description="compute the layers' activations anew on the way back: less memory, a third more time")
     compile: bool | Literal["auto"] = Field(
         "auto", description="compile decoder layers, for which rows are padded to one length; `auto`: on a GPU, where it works and pads little"
@@ -173,7 +175,8 @@ class Distilling(ModelPass):
             return self._opened(tokenizer, model.get_output_embeddings().weight.shape[0], folder)
         if config.teacher is None and not self.drifted:
             return teacher_of(model)
-        return teacher_from(config.teacher or folder, tokenizer, context.device)
+        # one that is to lie in parts need not be whole on any device
+        return teacher_from(config.teacher or folder, tokenizer, "cpu" if config.shard and context.group.size > 1 else context.device)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context, multiple: int) -> Source:
         """Where the batches come from, of rows that are padded to a multiple of some length."""

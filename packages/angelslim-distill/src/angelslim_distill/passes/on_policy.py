@@ -64,11 +64,15 @@ class OnPolicy(Distilling):
         return False if self.config.lmbda else super().is_compiled(lengths, multiple, device)
 
     def source(self, model: PreTrainedModel, rows: Rows, context: Context, multiple: int) -> Source:
+        from angelslim_core.loading import load_tokenizer
+
+        from ..fingerprints import vocabulary_size
         from ..on_policy import OnPolicy as Mixed
         from ..rollouts import Sampled
 
         config, stops = self.config, _stop_ids(model)
-        sampled = Sampled(model, config.max_new_tokens, stops, config.sampling_temperature, config.top_p)
+        known = vocabulary_size(load_tokenizer(context.source.checkpoint.folder))
+        sampled = Sampled(model, config.max_new_tokens, stops, config.sampling_temperature, config.top_p, known)
         return Mixed(
             super().source(model, rows, context, multiple), self._prompts(rows, context), sampled, stops, batch=config.batch, lmbda=config.lmbda,
             accumulate=config.accumulate, seed=context.seed, group=context.group, multiple=multiple,

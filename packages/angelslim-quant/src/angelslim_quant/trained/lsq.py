@@ -70,13 +70,11 @@ class LSQQuantizer(ScaledQuantizer):
 
     @torch.no_grad()
     def _has_seen(self, x: Tensor) -> bool:
-        """Whether the scale of inputs is known; the first batch that is trained on tells it, all processes' shares of it."""
+        """Whether the scale of inputs is known; the first batch that it is shown in training tells it, the same one in all processes."""
         assert self.input_log is not None and self.scheme.input_activations is not None
         if not self._seen:
             if self.training and float(self.input_log) <= UNSEEN:
                 largest = x.abs().amax().float().reshape(1) / ((1 << (self.scheme.input_activations.bits - 1)) - 1)
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
                 self.input_log.copy_(largest.clamp_(min=1e-8).log_())
             self._seen = float(self.input_log) > UNSEEN
         return self._seen

@@ -44,8 +44,8 @@ class RoundedHeads(torch.autograd.Function):
 class LSQCache(FakeCache):
     """x' = code s, code = E4M3(x / s) cut off at 448, of keys after RoPE under one scale (or one a head), of values under another.
 
-    What is learnt is the logarithm of s, since nothing is known of keys and values when training begins: the first batch that is
-    trained on, all processes' shares of it, sets s to the largest magnitude / 448, where `quant.kv_fp8` leaves it.
+    What is learnt is the logarithm of s, since nothing is known of keys and values when training begins: the first batch that it
+    is shown in training, the same one in all processes, sets s to the largest magnitude / 448, where `quant.kv_fp8` leaves it.
 
     Gradients: dx = dy inside the range, else 0; ds = dy (code - x / s) inside, dy code outside, over the square root of how many
     numbers of a token share s times 448.
@@ -78,13 +78,11 @@ class LSQCache(FakeCache):
 
     @torch.no_grad()
     def _has_seen(self, key_BHTD: Tensor, value_BHTD: Tensor) -> bool:
-        """Whether the scales are known; the first batch that is trained on tells them."""
+        """Whether the scales are known; the first batch that it is shown in training tells them."""
         if not self._seen:
             if self.training and float(self.k_log.min()) <= UNSEEN:
                 largest = torch.stack([x.abs().amax((0, 2, 3)).float() for x in (key_BHTD, value_BHTD)])
                 largest = largest if len(self.k_log) > 1 else largest.amax(1, keepdim=True)
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
                 for log_S, amax_S in zip((self.k_log, self.v_log), largest, strict=True):
                     log_S.copy_(scale_of(amax_S, GRID).log_())
             self._seen = float(self.k_log.min()) > UNSEEN
