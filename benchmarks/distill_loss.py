@@ -18,8 +18,7 @@ A GPU that is hot or at its limit of power lowers its clock and takes longer for
 one after the other, and `rested_ms` of calls each after a second in which the device had nothing to do, medians too, between events on the device.
 
 `kernels_ms` are means over as many calls, one straight after the other, and `busy_ms` their sum: what `ms` has beyond it is no kernel. `first_busy_ms`
-is that of a first call after a pause. `row_ms` is the loss kernel alone, in calls one after the other: `_row`, which reads logits twice, with other
-tiles, and `_row_once`, which does once, with other tunings.
+is that of a first call after a pause. `row_ms` is the loss kernel alone with other tiles, in calls one after the other.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ from angelslim_distill import KINDS, Hidden, Loss, head_loss
 Call = Callable[[], tuple[Tensor, ...]]
 PEER = "liger_kernel"
 WARM = 2  # turns
-KERNELS = {"_row": "triton", "_row_once": "triton_once"}
 
 
 def made(tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype) -> tuple[Hidden, Hidden, Tensor]:
@@ -229,33 +227,18 @@ def profiled(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def tuned(calls: dict[str, Call], tiles: list[str], tunings: list[str]) -> dict[str, dict[str, float | str]]:
-    """Milliseconds of both loss kernels in a call, by tokens and warps of a tile, or by a tuning."""
-    from triton.runtime.errors import OutOfResources
+def tiled(call: Call, tiles: list[str], repeats: int) -> dict[str, float]:
+    """Milliseconds of the loss kernel in a call, by tokens and warps of a tile."""
+    from angelslim_distill.kernels.triton import whole
 
-    from angelslim_distill.kernels.triton import once, whole
-
-    found: dict[str, dict[str, float | str]] = {"_row": {}, "_row_once": {}}
-
-    def note(kernel: str, name: str) -> None:
-        try:
-            calls[kernel]()
-            found[kernel][name or "own"] = round(by_kernel(calls[kernel], 3)[kernel], 3)
-        except OutOfResources as failure:
-            found[kernel][name] = str(failure).splitlines()[0][:200]
-
-    own_tile, own_tuning = whole.tile, once.TUNING
-    for name in ["", *tiles]:
-        if name:
-            block, warps = (int(n) for n in name.split("x"))
+    own, found = whole.tile, {}
+    for tile in ["", *tiles]:
+        if tile:
+            block, warps = (int(n) for n in tile.split("x"))
             whole.tile = lambda vocabulary, block=block, warps=warps: {"BLOCK": block, "num_warps": warps}
-        note("_row", name)
-    for name in ["", *tunings]:
-        if name:
-            block, warps, programs, ahead = name.split("x")
-            once.TUNING = (int(block), int(warps), int(programs), float(ahead))
-        note("_row_once", name)
-    whole.tile, once.TUNING = own_tile, own_tuning
+        call()
+        found[tile or "own"] = round(by_kernel(call, repeats)["_row"], 3)
+    whole.tile = own
     return found
 
 
@@ -270,7 +253,6 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="other sizes of chunks, such as 1024,4096")
     parser.add_argument("--kinds", default="kl", help=f"kinds of ours, of {','.join(KINDS)}, or all")
     parser.add_argument("--tiles", default="", help="other tiles of the loss kernel, tokens x warps, such as 4096x16,8192x32")
-    parser.add_argument("--tunings", default="", help="other tunings of the kernel that reads once: tokens x warps x programs x ahead, such as 2048x4x6x1.5")
     parser.add_argument("--rests", type=int, default=5, help="calls of each after a second's pause; 0: none")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
@@ -300,8 +282,7 @@ def main() -> None:
     }  # fmt: skip
     if cuda and "failed" not in rows["ours"]:
         document["profiles"] = profiled(calls, args.repeats)
-        both = {name: partial(graded, student, partial(ours, student, teacher, labels, Loss(), executor=executor)) for name, executor in KERNELS.items()}
-        document["row_ms"] = tuned(both, *([name for name in given.split(",") if name] for given in (args.tiles, args.tunings)))
+        document["row_ms"] = tiled(calls["ours"], [tile for tile in args.tiles.split(",") if tile], args.repeats)
     write(args.out, document)
     keys = ["ms", "min_ms", "rested_ms", "host_ms", "asked", "extra_gib", "loss", "error"]
     table([[name, *(row["failed"] if k == "ms" and "failed" in row else str(row.get(k, "")) for k in keys)] for name, row in rows.items()], ["", *keys])
@@ -309,9 +290,8 @@ def main() -> None:
         print(f"{name}: {row['busy_ms']} ms of kernels a call, {row['first_busy_ms']} of a first one")
         for kernel, ms in row["kernels_ms"].items():
             print(f"{ms:9.3f} ms  {kernel}")
-    for kernel, times in document.get("row_ms", {}).items():
-        for name, ms in times.items():
-            print(f"{ms:>9} ms  {kernel}, {name}")
+    for tile, ms in document.get("row_ms", {}).items():
+        print(f"{ms:9.3f} ms  _row, tiles {tile}")
     if "failed" in rows["ours"]:
         raise SystemExit(1)
 

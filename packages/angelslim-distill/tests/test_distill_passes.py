@@ -115,7 +115,7 @@ def test_what_is_to_be_trained_along_must_be_there(tiny, data, tmp_path):
     with pytest.raises(RecipeError, match="'nrom' in its name"):
         choose_parameters(model, "auto", ("norm", "nrom"))
     rounded(frozen := load_model(tiny("llama"), "cpu", emulate=False).model, Int3)
-    with pytest.raises(RecipeError, match="'proj.weight' in its name"):  # its quantizers say that they are frozen
+    with pytest.raises(RecipeError, match=r"'proj\.weight' in its name"):  # its quantizers say that they are frozen
         choose_parameters(frozen, "auto", ("proj.weight",))
 
 

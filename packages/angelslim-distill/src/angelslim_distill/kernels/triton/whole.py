@@ -15,25 +15,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...kinds import Loss
 from ...losses import labels_missing
 from ..gradient import Finish, Losses, Task
 
 NOTHING = tl.constexpr(-1e30)
-SCALED_TOO = tl.constexpr(True)
 
 
 @triton.jit
-def logits(x, bias, j, has, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr, SCALED: tl.constexpr = SCALED_TOO):
+def logits(x, bias, j, has, scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
     # of a tile; -inf beyond the vocabulary
-    y = tl.load(x + j, has, float("-inf")).to(tl.float32)
+    y = tl.load(x + j, has, 0.0).to(tl.float32)
     if BIAS:
         y += tl.load(bias + j, has, 0.0).to(tl.float32)
-    if SCALED:
-        y *= scale
+    y *= scale
     if CAP:
         y = cap * (1 - 2 / (tl.exp(2 * (y / cap)) + 1))
-    return tl.where(has, y, float("-inf")) if SCALED or CAP else y
+    return tl.where(has, y, float("-inf"))
 
 
 @triton.jit
@@ -185,6 +182,8 @@ def towards_whole(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task,
     if loss.rule.confidence and labels is None:
         raise labels_missing()
     kd, ce = torch.empty(rows, device=x.device), torch.zeros(rows, device=x.device)
+    ends = {0.0: "kl", 1.0: "rkl"}
+    kind = "kl" if loss.kind == "kd" else ends.get(loss.beta, "jsd") if loss.kind == "jsd" else loss.kind
     g = x if into is None else into
     with torch.cuda.device_of(x):
         _row[(rows,)](
@@ -192,17 +191,11 @@ def towards_whole(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task,
             vocabulary, x.stride(0), teacher.stride(0), g.stride(0),
             float(student.scale), float(student.softcap or 0), float(towards.scale), float(towards.softcap or 0),
             float(loss.temperature), float(loss.beta), float(task.kd_weight), float(task.ce_weight),
-            KIND=kind_of(loss), TEMPERED=loss.temperature != 1, LABELS=labels is not None, GRADIENT=into is not None,
+            KIND=kind, TEMPERED=loss.temperature != 1, LABELS=labels is not None, GRADIENT=into is not None,
             X_BIAS=student.bias is not None, X_CAP=student.softcap is not None, T_BIAS=towards.bias is not None, T_CAP=towards.softcap is not None,
             **tile(vocabulary),
         )  # fmt: skip
     return Losses(kd, ce)
-
-
-def kind_of(loss: Loss) -> str:
-    """The kind that the kernels know: kd is kl, and so is one end of jsd."""
-    ends = {0.0: "kl", 1.0: "rkl"}
-    return "kl" if loss.kind == "kd" else ends.get(loss.beta, "jsd") if loss.kind == "jsd" else loss.kind
 
 
 def pointer(finish: Finish, other: Tensor) -> Tensor:
