@@ -4,12 +4,12 @@
 
 Each way is a recipe, run as `angelslim run` would, and its saved folder is scored by `angelslim eval`'s own function: windows from the start of TEXT.
 Methods after training calibrate on the second half of TEXT. Trained ones see what `angelslim specdec regen` made the model itself say (--answers);
-with --mix also the second half of TEXT, in pieces; with --continued also what the model makes of that half's beginnings:
+the second half of TEXT, in pieces (--mix 0: not); with --continued also what the model makes of that half's pieces:
 
     python -c "t = open('TEXT', encoding='utf-8').read(); open('half.txt', 'w', encoding='utf-8').write(t[len(t) // 2 :])"
-    angelslim specdec invent --model OFFGRID --text half.txt --count 8000 --out continued.jsonl
+    angelslim specdec invent --model OFFGRID --text half.txt --prefix 16 128 --max-new-tokens 448 --count 45000 --out continued.jsonl
 
-Either needs --count all, and the share of each is reported. Peers' rounded models are folders (--peer NAME=FOLDER), scored alike.
+The share of each is reported. `norms trained along` of the results is --training '{"also": ["norm"]}' --lr 2.1e-3. Peers' rounded models are folders (--peer NAME=FOLDER), scored alike.
 The file is written after every way; what it has is not measured again unless it is named by --only.
 """
 
@@ -157,14 +157,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--quantizer-lr", type=float, default=1.5e-3)
-    parser.add_argument("--every", type=int, default=400)
+    parser.add_argument("--every", type=int, default=1700)
     parser.add_argument("--count", default="all", choices=["answers", "all"])
-    parser.add_argument("--mix", type=int, default=0, help="how often the second half of the text is among the data")
+    parser.add_argument("--mix", type=int, default=4, help="how often the second half of the text is among the data")
     parser.add_argument("--piece", type=int, default=4000, help="characters of a piece of it")
     parser.add_argument("--scheme", default="{}", help="further options of the trained scheme, JSON")
     parser.add_argument("--training", default="{}", help="further options of distill.qad, JSON")
