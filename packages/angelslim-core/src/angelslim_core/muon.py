@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here evaluates a loss
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
