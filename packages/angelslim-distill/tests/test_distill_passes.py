@@ -119,6 +119,17 @@ def test_what_is_to_be_trained_along_must_be_there(tiny, data, tmp_path):
         choose_parameters(frozen, "auto", ("proj.weight",))
 
 
+@pytest.mark.parametrize("given", [{}, {"checkpointing": True}], ids=str)
+def test_rows_are_padded_for_compiled_layers_only_where_these_can_be(tiny, data, tmp_path, monkeypatch, given):
+    folder, widths = tiny("llama"), []
+    rounded(model := load_model(folder, "cpu", emulate=False).model, Int3Along)
+    monkeypatch.setattr(Qad, "is_compiled", lambda *_: "auto")
+    source = Qad.source
+    monkeypatch.setattr(Qad, "source", lambda *args: (widths.append(args[-1]), source(*args))[1])
+    Qad(Qad.Config.model_validate({**OPTIONS, "data": data, "steps": 1, **given})).run(model, context_of(folder, tmp_path))
+    assert (widths[0] == 1) == bool(given)
+
+
 def test_muon_needs_matrices_that_are_trained(tiny, data, tmp_path):
     folder = tiny("llama")
     for train, quantizer in (("quantizers", Int3Along), ("auto", Int3)):

@@ -81,6 +81,7 @@ class DistillTraining:
 
     Raises:
         RecipeError: no weights are trained that could lie in parts.
+        UsageError: Muon is to step what lies in parts.
     """
 
     def __init__(

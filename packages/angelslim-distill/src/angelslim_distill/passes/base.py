@@ -70,7 +70,7 @@ class Options(PassConfig):
     quantizer_lr: float = Field(1e-4, gt=0, le=1, description="highest learning rate of what quantizers learn")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rates rise")
     final_lr: float = Field(0.0, ge=0, le=1, description="share of the rates at the end of the cosine")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, of weights; what quantizers learn has none")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled from gradients, of weights; what quantizers learn has none")
     clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
     shard: bool = Field(
         False, description="weights, their fp32 copies and moments, and a teacher's weights, lie in parts over the processes of torchrun (FSDP2)"
@@ -235,7 +235,10 @@ class Distilling(ModelPass):
             weight_decay=config.weight_decay, undecayed=(QUANTIZER,), clip=config.clip, accumulate=config.accumulate, seed=context.seed,
         )  # fmt: skip
         multiple = _multiple(context)
-        ways = Ways(self.is_compiled([len(row) for row in rows.train], multiple, context.device), config.attention)
+        compiled = self.is_compiled([len(row) for row in rows.train], multiple, context.device)
+        if compiled == "auto" and (config.checkpointing or (config.shard and group.size > 1)):
+            compiled = False  # it will not be done, and rows need no padding for it
+        ways = Ways(compiled, config.attention)
         width = _rounded_up(max(map(len, rows.train)), multiple) if ways.compile else multiple
         fingerprint = model_fingerprint(config.teacher) if config.teacher else ""
         inputs = {"data": rows.data, "teacher": fingerprint, "options": config.model_dump(mode="json", exclude=_HOW)}
