@@ -37,9 +37,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing here evaluates a loss
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
@@ -49,7 +47,6 @@ class Muon(torch.optim.Optimizer):
                 most = max(1, TOGETHER // alike[0].numel())
                 for start in range(0, len(alike), most):
                     self._step(group, alike[start : start + most])
-        return loss
 
     def _step(self, group: Mapping[str, Any], alike: list[Tensor]) -> None:
         gradients = [p.grad for p in alike if p.grad is not None]
