@@ -9,7 +9,8 @@ the second half of TEXT, in pieces (--mix 0: not); with --continued also what th
     python -c "t = open('TEXT', encoding='utf-8').read(); open('half.txt', 'w', encoding='utf-8').write(t[len(t) // 2 :])"
     angelslim specdec invent --model OFFGRID --text half.txt --prefix 16 128 --max-new-tokens 448 --count 45000 --out continued.jsonl
 
-The share of each is reported. `norms trained along` of the results is --training '{"also": ["norm"]}' --lr 2.1e-3. Peers' rounded models are folders (--peer NAME=FOLDER), scored alike.
+The share of each is reported. The results are of --training '{"held_out": 0.004}', those of `norms trained along` of '{"held_out": 0.004, "also": ["norm"]}'
+and --lr 2.1e-3. Peers' rounded models are folders (--peer NAME=FOLDER), scored alike.
 The file is written after every way; what it has is not measured again unless it is named by --only.
 """
 

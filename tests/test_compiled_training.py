@@ -19,6 +19,7 @@ def test_together_and_compiled_is_what_one_by_one_is(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(Kernel, "__call__", lambda self, *args, **given: (calls.append(self.op), run(self, *args, **given))[1])
     data = chats(tmp_path / "chats.jsonl")
     given = {"data": str(data), "steps": 4, "batch": 4, "length": 160, "every": 4, "held_out": 0.0, "lr": 1e-3, "quantizer_lr": 1e-2, "keep": "last"}
+    given["also"] = ["norm"]
     sizes = {} if "format" in options else {"group_size": 32}
     left = {}
     for compiled in (False, True):
@@ -29,6 +30,9 @@ def test_together_and_compiled_is_what_one_by_one_is(tiny, tmp_path, monkeypatch
                 alone.setattr(fake_quant, "can_hold", lambda linear: False)
             result = compress(tiny("llama", dtype="float32"), out=tmp_path / str(compiled), recipe={"steps": steps})
         left[compiled] = (load(tmp_path / str(compiled))[0].state_dict(), result.passes[-1]["metrics"], list(calls))
+    assert not torch.equal(
+        left[True][0]["model.layers.0.input_layernorm.weight"], load(tiny("llama", dtype="float32"))[0].model.layers[0].input_layernorm.weight
+    )
     assert left[True][1]["way"] == "compiled layers" and left[True][1]["graphs"] == 2
     for name, wanted in left[False][0].items():
         torch.testing.assert_close(left[True][0][name], wanted, rtol=1e-4, atol=1e-5, msg=name)

@@ -41,6 +41,11 @@ def test_what_is_trained_along_is_counted_and_no_more(tiny, data):
     assert everything == 26 * sum(numbers.values())
     (_, scales), _ = takes(model, seq2, qad(data, train="quantizers"))
     assert scales == 0
+    norms = sum(n for name, n in numbers.items() if "norm" in name)
+    (_, with_norms), _ = takes(model, seq2, qad(data, also=["norm"]))
+    (_, norms_alone), _ = takes(model, seq2, qad(data, train="quantizers", also=["norm"]))
+    (_, frozen), _ = takes(model, {"use": "quant.lsq", "with": {"group_size": 32}}, qad(data, also=["norm", "proj"]))
+    assert with_norms == 26 * (along + norms) and norms_alone == frozen == 26 * norms and norms
 
 
 def test_states_that_will_not_fit_the_disk_are_said_at_once(tiny, data, tmp_path, monkeypatch):

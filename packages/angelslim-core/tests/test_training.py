@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from angelslim_core import muon
 from angelslim_core.errors import ModelError, NumericError
 from angelslim_core.muon import Muon, orthogonal
 from angelslim_core.parallel import Group
@@ -77,7 +78,11 @@ def test_a_step_of_matrices_may_be_muons_and_of_the_rest_is_adamw():
     torch.testing.assert_close(model.bias, other.bias)
 
 
-def test_matrices_of_one_shape_step_together_as_torchs_muon_steps_each():
+@pytest.mark.parametrize("together", [1, 71, 1 << 26])
+def test_matrices_of_one_shape_step_together_as_torchs_muon_steps_each(monkeypatch, together):
+    made = []
+    monkeypatch.setattr(muon, "TOGETHER", together)
+    monkeypatch.setattr(muon, "orthogonal", lambda x: (made.append(x.numel()), orthogonal(x))[1])
     torch.manual_seed(0)
     shapes = [(6, 6), (12, 5), (6, 6), (5, 12), (6, 6)]
     ones, others = ([nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i))) for i, shape in enumerate(shapes)] for _ in range(2))
@@ -92,6 +97,7 @@ def test_matrices_of_one_shape_step_together_as_torchs_muon_steps_each():
             optimizer.step()
     for one, other in zip(ones, others, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-3)
+    assert max(made) == (72 if together > 72 else 60), "as many matrices of one shape as have so few numbers, or one"
     singular = torch.linalg.svdvals(orthogonal(torch.randn(3, 40, 24)).float())
     assert float(singular.min()) > 0.5 and float(singular.max()) < 1.4
 

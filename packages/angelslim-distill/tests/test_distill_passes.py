@@ -119,6 +119,28 @@ def test_what_is_to_be_trained_along_must_be_there(tiny, data, tmp_path):
         choose_parameters(frozen, "auto", ("proj.weight",))
 
 
+@pytest.mark.parametrize("given", [{}, {"checkpointing": True}], ids=str)
+def test_rows_are_padded_for_compiled_layers_only_where_these_can_be(tiny, data, tmp_path, monkeypatch, given):
+    folder, widths = tiny("llama"), []
+    rounded(model := load_model(folder, "cpu", emulate=False).model, Int3Along)
+    monkeypatch.setattr(Qad, "is_compiled", lambda *_: "auto")
+    source = Qad.source
+    monkeypatch.setattr(Qad, "source", lambda *args: (widths.append(args[-1]), source(*args))[1])
+    Qad(Qad.Config.model_validate({**OPTIONS, "data": data, "steps": 1, **given})).run(model, context_of(folder, tmp_path))
+    assert (widths[0] == 1) == bool(given)
+
+
+def test_muon_needs_matrices_that_are_trained(tiny, data, tmp_path):
+    folder = tiny("llama")
+    for train, quantizer in (("quantizers", Int3Along), ("auto", Int3)):
+        rounded(model := load_model(folder, "cpu", emulate=False).model, quantizer)
+        pass_ = Qad(Qad.Config.model_validate({**OPTIONS, "data": data, "optimizer": "muon", "train": train, "also": ["norm", "embed"]}))
+        with pytest.raises(RecipeError, match="none of them is trained"):
+            pass_.run(model, context_of(folder, tmp_path))
+    with pytest.raises(ValueError, match="at least 1 character"):
+        Qad.Config.model_validate({"data": data, "also": [""]})
+
+
 def test_quantization_aware_distillation_needs_linears_that_round(tiny, data, tmp_path):
     folder = tiny("llama")
     with pytest.raises(PlanError, match="no step before it says how"):

@@ -22,7 +22,7 @@ from angelslim_core.testing import training as toys
 from angelslim_core.training import TrainingOptions
 from angelslim_distill.data.rows import Supervised, prepare
 from angelslim_distill.objective import Objective
-from angelslim_distill.parameters import choose_parameters
+from angelslim_distill.parameters import choose_parameters, matrices_of
 from angelslim_distill.teacher import ModelTeacher, teacher_from, teacher_of
 from angelslim_distill.trainer import DistillTraining, Looks
 
@@ -68,7 +68,7 @@ def numbers_in(model):
     return sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() // p.element_size() for p in model.parameters())
 
 
-def trained(group, model, data, out, kind="Int3Along", source="rows", train="auto", shard="", stop="0", teacher="", top_k="0", held_out="0.2"):
+def trained(group, model, data, out, kind="Int3Along", source="rows", train="auto", shard="", stop="0", teacher="", top_k="0", held_out="0.2", muon=""):
     """Parameters, measures and losses of a training; `held`: the teacher's numbers that are in memory while its layers run, and at the end."""
     student = load_model(model, "cpu").model
     toys.rounded(student, Seeing if kind == "Seeing" else getattr(toys, kind))
@@ -89,6 +89,7 @@ def trained(group, model, data, out, kind="Int3Along", source="rows", train="aut
         Objective(lm_weight=0.3, top_k=int(top_k) or None),
         options,
         Looks(rows.held_out, 2, 2, "last"),
+        matrices=matrices_of(student) if muon else (),
         group=group,
         in_parts=bool(shard),
         checkpointing=bool(shard),
@@ -197,6 +198,11 @@ def test_no_process_holds_a_whole_teacher_of_weights_in_parts(two, given, tiny, 
 def test_a_model_whose_weights_lie_in_parts_is_not_its_own_teacher(two, given, tmp_path):
     assert two(**given, out=tmp_path, shard="yes", teacher="itself") == [3, 3]
     assert "its own teacher" in (tmp_path / "0.error").read_text()
+
+
+def test_muon_does_not_step_matrices_that_lie_in_parts(two, given, tmp_path):
+    assert two(**given, out=tmp_path, shard="yes", muon="yes") == [2, 2]
+    assert "lies in parts" in (tmp_path / "0.error").read_text()
 
 
 def test_processes_with_unequal_numbers_of_rows_measure_as_one(two, given, tiny, tmp_path):

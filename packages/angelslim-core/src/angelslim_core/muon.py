@@ -8,7 +8,7 @@ AdamW's is, so that one learning rate serves both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 # root mean square of an update, in learning rates
 SIZE = 0.2
+# numbers in matrices that are stepped together, of which a step makes several copies: of all matrices these would be larger than the fp32 weights
+TOGETHER = 1 << 26
 
 
 class Muon(torch.optim.Optimizer):
@@ -41,15 +43,20 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(tuple(p.shape), []).append(p)
-            for shape, alike in shapes.items():
-                gradients = [p.grad for p in alike if p.grad is not None]
-                means = [self._mean(p) for p in alike]
-                torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-                ahead = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))
-                update = orthogonal(ahead).to(ahead.dtype)
-                if group["weight_decay"]:
-                    torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(alike, list(update.unbind()), alpha=-group["lr"] * SIZE * max(shape) ** 0.5)
+            for alike in shapes.values():
+                most = max(1, TOGETHER // alike[0].numel())
+                for start in range(0, len(alike), most):
+                    self._step(group, alike[start : start + most])
+
+    def _step(self, group: Mapping[str, Any], alike: list[Tensor]) -> None:
+        gradients = [p.grad for p in alike if p.grad is not None]
+        means = [self._mean(p) for p in alike]
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        ahead = torch.stack(torch._foreach_lerp(gradients, means, group["momentum"]))
+        update = orthogonal(ahead).to(ahead.dtype)
+        if group["weight_decay"]:
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(alike, list(update.unbind()), alpha=-group["lr"] * SIZE * max(alike[0].shape) ** 0.5)
 
     def _mean(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -83,14 +83,14 @@ def training_bytes(steps: Sequence[Step], source: Source) -> tuple[int, int]:
     Weights and a teacher as stored; of what is trained gradients, and in fp32 gradients, masters and two moments. On the disk two states of a
     training, one of them being written, and the best weights.
     """
-    total = sum(math.prod(source.shapes[name]) for name in source.trained)
+    weights = {name: math.prod(source.shapes[name]) for name in source.trained}
     trained = 0
     for i, step in enumerate(steps):
         if isinstance(step.pass_, ModelPass):
             rounded = [(s.pass_, s.sites) for s in steps[:i] if isinstance(s.pass_, TrainedPass)]
-            trained = max(trained, step.pass_.trained_weights(rounded, total))
+            trained = max(trained, step.pass_.trained_weights(rounded, weights))
     stored = sum(map(source.nbytes, source.trained))
-    width = -(-stored // max(1, total))
+    width = -(-stored // max(1, sum(weights.values())))
     return stored * (2 if trained else 1) + (width + 16) * trained, (2 * 12 + width) * trained
 
 

@@ -275,14 +275,14 @@ class ModelPass(Pass):
 
     kind = Kind.MODEL
 
-    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], total: int) -> int:
+    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], weights: Mapping[str, int]) -> int:
         """How many weights of the model are trained at a time, by which memory and disk are estimated.
 
         Args:
             rounded: the earlier steps that say how linears round, each with its linears.
-            total: weights that the model has.
+            weights: how many numbers each tensor of the model has, by its name.
         """
-        return total
+        return sum(weights.values())
 
     @abstractmethod
     def run(self, model: Module, context: Context) -> Mapping[str, Any]:

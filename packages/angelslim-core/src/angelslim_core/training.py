@@ -26,7 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .errors import ModelError, NumericError
+from .errors import ModelError, NumericError, UsageError
 from .io.checkpoint import TensorSpec, dtype_name, read_bytes, read_header, torch_dtype
 from .io.strict_json import read_json
 from .io.writer import ShardWriter, disk_errors, fsync_folder, spec_bytes, write_json
@@ -118,7 +118,10 @@ class Training:
     Args:
         parameters: name -> parameter, of any floating dtype, or those of a `Sharded`; what is computed with them is theirs to say.
         group: the processes; each brings its own rows, all keep the whole state unless the parameters lie in parts.
-        matrices: names of [O, I] that Muon steps, the others being AdamW's; they cannot lie in parts.
+        matrices: names of [O, I] that Muon steps, the others being AdamW's.
+
+    Raises:
+        UsageError: one of the matrices lies in parts, where no process sees it whole.
     """
 
     def __init__(
@@ -129,6 +132,8 @@ class Training:
         named = parameters if isinstance(parameters, Mapping) else parameters.named_parameters()
         self._parameters: dict[str, Tensor] = {name: p for name, p in named.items() if p.requires_grad}
         self._divided = frozenset() if self._parts is None else self._parameters.keys() - self._parts.whole
+        if apart := sorted(self._divided & frozenset(matrices)):
+            raise UsageError(1121, "matrices", f"{apart[0]} lies in parts, and Muon steps whole matrices", "leave it to AdamW, or keep it whole")
         self._masters = {name: self._master(name, p) for name, p in self._parameters.items()}
         self._optimizers = Optimizers(self._masters, options, matrices)
         self._seen: list[Tensor] = []

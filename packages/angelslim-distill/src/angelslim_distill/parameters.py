@@ -49,6 +49,16 @@ def choose_parameters(model: nn.Module, train: Train, also: Sequence[str] = ()) 
 
 
 def matrices_of(model: PreTrainedModel) -> list[str]:
-    """Names of matrices that are trained and that inputs are multiplied by in decoder layers: what Muon is for. Scales of groups are none of them."""
+    """Names of matrices that are trained and that inputs are multiplied by in decoder layers: what Muon is for.
+
+    Scales of groups are none of them, nor are routed experts, which are one tensor of three dimensions.
+
+    Raises:
+        RecipeError: there is none.
+    """
     path, layers = decoder_layers(model, model.config.get_text_config().num_hidden_layers)
-    return [f"{path}.{n}" for n, p in layers.named_parameters() if p.ndim == 2 and p.requires_grad and n.endswith(".weight") and QUANTIZER not in f".{n}"]
+    trained = [name for name, p in layers.named_parameters() if p.ndim == 2 and p.requires_grad and name.endswith(".weight")]
+    found = [f"{path}.{name}" for name in trained if QUANTIZER not in f".{name}"]
+    if not found:
+        raise RecipeError(1120, "optimizer", "muon steps the layers' matrices, and none of them is trained", "give optimizer: adamw, or train: all")
+    return found

@@ -81,12 +81,13 @@ class DistillTraining:
 
     Raises:
         RecipeError: no weights are trained that could lie in parts.
+        UsageError: Muon is to step what lies in parts.
     """
 
     def __init__(
         self, model: PreTrainedModel, source: Source, teacher: Teacher, objective: Objective, options: TrainingOptions, looks: Looks, *,
-        matrices: Collection[str] = (), group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False, in_parts: bool = False,
-        ways: Ways | None = None, tell: Callable[[str], None] = lambda line: None,
+        matrices: Collection[str] = (), group: Group | None = None, inputs: Mapping[str, Any] | None = None, checkpointing: bool = False,
+        in_parts: bool = False, ways: Ways | None = None, tell: Callable[[str], None] = lambda line: None,
     ) -> None:  # fmt: skip
         self.model, self.source, self.teacher, self.objective, self.looks = model, source, teacher, objective, looks
         self.group, self.inputs = group or Group(), dict(inputs or {})

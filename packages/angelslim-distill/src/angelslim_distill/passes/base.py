@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field
 
@@ -50,7 +50,9 @@ class Options(PassConfig):
     train: Literal["auto", "all", "quantizers", "weights"] = Field(
         "auto", description="`quantizers`, `weights` (all but those), `all`, or `auto`: quantizers and the weights that they are trained with; without any, all"
     )
-    also: tuple[str, ...] = Field((), description="parameters whose names contain one of these texts are trained, too, `norm` for instance")
+    also: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="parameters whose names contain one of these texts are trained, too, `norm` for instance"
+    )
     steps: int = Field(1000, ge=1, description="steps of the optimizer")
     batch: int = Field(8, ge=1, description="rows a batch, over all processes; more than there are become as many")
     accumulate: int = Field(1, ge=1, description="batches a step")
@@ -68,7 +70,7 @@ class Options(PassConfig):
     quantizer_lr: float = Field(1e-4, gt=0, le=1, description="highest learning rate of what quantizers learn")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rates rise")
     final_lr: float = Field(0.0, ge=0, le=1, description="share of the rates at the end of the cosine")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, of weights; what quantizers learn has none")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled from gradients, of weights; what quantizers learn has none")
     clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
     shard: bool = Field(
         False, description="weights, their fp32 copies and moments, and a teacher's weights, lie in parts over the processes of torchrun (FSDP2)"
@@ -136,11 +138,16 @@ class Distilling(ModelPass):
         except AngelslimError as error:
             raise PlanError(910, where, f"{error.where}: {error.what}", error.hint) from error
 
-    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], total: int) -> int:
-        along, frozen = (sum(math.prod(s.shape) for p, sites in rounded if p.trains_weight == is_along for s in sites) for is_along in (True, False))
+    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], weights: Mapping[str, int]) -> int:
+        along, frozen = (
+            {f"{site.name}.weight": math.prod(site.shape) for pass_, sites in rounded if pass_.trains_weight == is_along for site in sites}
+            for is_along in (True, False)
+        )
         train = "all" if self.config.train == "auto" and not rounded else self.config.train
-        known = {} if self.config.also else {"auto": along, "quantizers": 0}
-        return known.get(train, total - frozen)
+        if train in ("all", "weights"):
+            return sum(weights.values()) - sum(frozen.values())
+        named = {name: n for name, n in weights.items() if name not in frozen and any(text in name for text in self.config.also)}
+        return sum((named | (along if train == "auto" else {})).values())
 
     def _check_cache(self, source: Stored) -> None:
         from angelslim_core.loading import load_tokenizer
@@ -221,19 +228,25 @@ class Distilling(ModelPass):
             seed=context.seed,
         )  # fmt: skip
         trained = choose_parameters(student, config.train, config.also)
+        matrices = matrices_of(student) if config.optimizer == "muon" else ()
         teacher = self.teacher(student, tokenizer, context)
         options = TrainingOptions(
             steps=config.steps, lr=config.lr, rates={QUANTIZER: config.quantizer_lr}, warmup=config.warmup, final_lr=config.final_lr,
             weight_decay=config.weight_decay, undecayed=(QUANTIZER,), clip=config.clip, accumulate=config.accumulate, seed=context.seed,
         )  # fmt: skip
         multiple = _multiple(context)
-        ways = Ways(self.is_compiled([len(row) for row in rows.train], multiple, context.device), config.attention)
+        compiled = self.is_compiled([len(row) for row in rows.train], multiple, context.device)
+        if compiled == "auto" and (config.checkpointing or (config.shard and group.size > 1)):
+            compiled = False  # it will not be done, and rows need no padding for it
+        ways = Ways(compiled, config.attention)
         width = _rounded_up(max(map(len, rows.train)), multiple) if ways.compile else multiple
+        fingerprint = model_fingerprint(config.teacher) if config.teacher else ""
+        inputs = {"data": rows.data, "teacher": fingerprint, "options": config.model_dump(mode="json", exclude=_HOW)}
         training = DistillTraining(
             student, self.source(student, rows, context, width), teacher, self.objective(), options,
             Looks(rows.held_out, config.every, max(1, config.batch // group.size), config.keep, _multiple(context)),
-            matrices=matrices_of(student) if config.optimizer == "muon" else (), group=group, checkpointing=config.checkpointing, in_parts=config.shard, ways=ways, tell=lambda line: context.fallbacks.append(f"{self.id}: {line}"),
-            inputs={"data": rows.data, "teacher": model_fingerprint(config.teacher) if config.teacher else "", "options": config.model_dump(mode="json", exclude=_HOW)},
+            matrices=matrices, group=group, checkpointing=config.checkpointing, in_parts=config.shard, ways=ways,
+            tell=lambda line: context.fallbacks.append(f"{self.id}: {line}"), inputs=inputs,
         )  # fmt: skip
         history = training.run(context.workdir / "measured" / f"{self.index}-{self.id}", context.progress, context.stop_requested)
         student.requires_grad_(False)

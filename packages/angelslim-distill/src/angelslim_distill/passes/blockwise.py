@@ -45,7 +45,7 @@ class Blockwise(ModelPass):
     def needs_calibration(self) -> bool:
         return True
 
-    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], total: int) -> int:
+    def trained_weights(self, rounded: Sequence[tuple[TrainedPass, Sequence[Site]]], weights: Mapping[str, int]) -> int:
         layers: Counter[int | None] = Counter()
         for pass_, sites in rounded if self.config.train == "auto" else ():
             for site in sites if pass_.trains_weight else ():
