@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from angelslim_core import fake_quant
-from angelslim_core.errors import AngelslimError, EngineError
+from angelslim_core.errors import EngineError
 from angelslim_core.fake_quant import FakeQuantizedLinear, FakeQuantizer
 from angelslim_core.model import decoder_layers
 
@@ -125,7 +125,7 @@ class Computing:
             why = ""
             try:
                 why = _difference(self._tried(way, batch), wanted)
-            except (RuntimeError, AngelslimError) as error:  # too little memory among them: two ways' gradients are held at once
+            except Exception as error:  # compilers raise all sorts; too little memory among them: two ways' gradients are held at once
                 why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             failed = bool(group.reduce(torch.tensor(float(bool(why))), "max"))
             if not failed:
@@ -165,9 +165,9 @@ class Computing:
         some = batch.attention_mask[..., None]
         torch.manual_seed(0)
         slope = torch.randn_like(student.states) * some
-        gradients = torch.autograd.grad(student.states, parameters, slope, allow_unused=True)
+        gradients = torch.autograd.grad(student.states, parameters, slope, allow_unused=True, materialize_grads=True)
         theirs = [(target.states * some).detach()] if isinstance(target, Hidden) else []
-        return [*theirs, (student.states * some).detach()], [g for g in gradients if g is not None]
+        return [*theirs, (student.states * some).detach()], list(gradients)
 
     @contextmanager
     def _in(self, way: Way) -> Iterator[None]:
