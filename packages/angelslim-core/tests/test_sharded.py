@@ -46,9 +46,11 @@ def rows(step, part, group):
     return x[cut], y[cut]
 
 
-def train(group, folder, stop=None, shard=False, dtype="float32", options=None):
+def train(group, folder, stop=None, shard=False, dtype="float32", options=None, accurate=False):
     """Losses, norms and, of the first process, the parameters at the end; a state is kept where it stops."""
     model = Model(getattr(torch, dtype))
+    if accurate:
+        model.unused.data = model.unused.data.float()
     sharded = None
     if shard:
         from angelslim_core.sharded import Sharded
@@ -59,7 +61,7 @@ def train(group, folder, stop=None, shard=False, dtype="float32", options=None):
 
         divided = {} if shard is True else {"whole": ["gain"], "units": in_turn}
         sharded = Sharded(model, lambda m, x, y: ((t := m.loss(x, y)).sums, t), group, **divided)
-        assert all(p.untyped_storage().nbytes() <= 4 for p in model.parameters())
+        assert all(p.untyped_storage().nbytes() <= 4 for p in model.parameters() if p is not model.unused or not accurate)
     training = Training(sharded or dict(model.named_parameters()), TrainingOptions(**{**OPTIONS, **(options or {})}), group)
     training.resume(folder)
     seen = []
@@ -161,6 +163,16 @@ def test_parts_are_fp32_where_the_computation_is_not(two, tmp_path):
     master = load_file(tmp_path / "step-00000008/state.safetensors")["first.weight.master"]
     assert found["first.weight"].dtype == torch.bfloat16 and torch.equal(found["first.weight"], master.to(torch.bfloat16))
     assert (master - before.first.weight.float()).abs().min() > 1e-5, "small updates are lost"
+    same(found, wanted, rtol=0.02, atol=0.01)
+
+
+def test_parameters_of_a_dtype_of_their_own_stay_whole(two, tmp_path):
+    given = {"dtype": "bfloat16", "options": {"lr": 1e-3}, "accurate": True}
+    wanted = train(Group(), tmp_path / "one", **given)
+    found, other = two(tmp_path, shard=True, **given)
+    assert found["unused"].dtype == torch.float32 and not torch.equal(found["unused"], torch.ones(2, 2)), "weight decay moves it"
+    assert int(found["held"]) + int(other["held"]) == int(wanted["held"]) + 4
+    assert torch.equal(found["unused"], wanted["unused"]) and torch.equal(other["unused"], wanted["unused"])
     same(found, wanted, rtol=0.02, atol=0.01)
 
 

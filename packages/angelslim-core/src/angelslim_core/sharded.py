@@ -6,6 +6,7 @@ Nothing else changes: losses are sums and counts as ever, states are whole, and 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -25,14 +26,15 @@ class Sharded:
     Its parameters are one unit, gathered for a call and the way back: a call may use any of them at any time, but for those of `units`.
 
     Args:
-        module: on the device, its parameters but those of `whole` of one dtype, in which is computed, and alike in all processes.
+        module: on the device, alike in all processes. Parameters lie in parts that have the dtype of most numbers.
         call: call(copy, *arguments) -> tensors through which the way back begins, and anything else.
         group: of several processes.
-        whole: names of parameters that every process keeps as they are; their gradients are its own.
+        whole: names of further parameters that every process keeps as they are.
         units: units(copy) -> modules of it whose parameters are gathered when they are called, and let go of until the way back.
 
     Attributes:
         module: the copy, which computes.
+        whole: names of all parameters that every process keeps as they are; their gradients are its own.
 
     Raises:
         ModelError: a parameter is a single number.
@@ -42,9 +44,13 @@ class Sharded:
         self, module: nn.Module, call: Callable[..., tuple[Tensor, Any]], group: Group, *, whole: Collection[str] = (),
         units: Callable[[nn.Module], Iterable[nn.Module]] = lambda copy: (),
     ) -> None:  # fmt: skip
-        _check_rows(module, whole)
-        (dtype,) = {p.dtype for name, p in module.named_parameters() if name not in whole}
-        self.group, self.whole, self._original = group, frozenset(whole), module
+        sizes = Counter[torch.dtype]()
+        for name, p in module.named_parameters():
+            sizes[p.dtype] += p.numel() if name not in whole else 0
+        dtype = max(sizes, key=lambda found: sizes[found])  # of which alone FSDP2 makes a unit
+        others = {name for name, p in module.named_parameters() if p.dtype != dtype}
+        self.group, self.whole, self._original = group, frozenset(whole) | others, module
+        _check_rows(module, self.whole)
         part = self.module = copy.deepcopy(module).train()
         self.release()
         mesh = init_device_mesh(next(part.parameters()).device.type, (group.size,))
