@@ -14,11 +14,13 @@ ends, `host_ms` those until the call returned, and `asked` is how often the allo
 a warm one. `extra_gib` is what a call adds to the peak of memory, its gradients included; none on a CPU. `error` is the relative norm of what differs
 from gradients in FP32 of the same inputs, found in chunks, of the states' and of the head's.
 
-A GPU that is hot or at its limit of power lowers its clock and takes longer for the same kernels, so that there are times of two regimes: `ms` of calls
-one after the other, and `rested_ms` of calls each after a second in which the device had nothing to do, medians too, between events on the device.
+A GPU that is hot or at its limit of power lowers its clock and takes longer for the same kernels, so that there are times of several regimes: `ms` of
+calls one after the other, and `rested_ms` of calls each after some seconds in which the device had nothing to do, medians too, between events on the
+device.
 
 `kernels_ms` are means over as many calls, one straight after the other, and `busy_ms` their sum: what `ms` has beyond it is no kernel. `first_busy_ms`
-is that of a first call after a pause. `row_ms` is the loss kernel alone with other tiles, in calls one after the other.
+is that of a first call after a pause. `row_ms` is the loss kernel alone, in calls one after the other: `_row_held`, which reads logits once, with
+other tunings, and `_row`, which reads them twice and does what that one cannot.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from angelslim_distill import KINDS, Hidden, Loss, head_loss
 Call = Callable[[], tuple[Tensor, ...]]
 PEER = "liger_kernel"
 WARM = 2  # turns
+KERNELS = {"_row_held": "triton_held", "_row": "triton"}
 
 
 def made(tokens: int, vocabulary: int, width: int, device: str, dtype: torch.dtype) -> tuple[Hidden, Hidden, Tensor]:
@@ -110,6 +113,8 @@ def contenders(student: Hidden, teacher: Hidden, labels: Tensor, rows: list[int]
     if student.states.dtype == torch.bfloat16:
         losses["ours, bf16 logits"] = mine(Loss(), logits_dtype=torch.bfloat16)
     losses |= {f"ours, {kind}": mine(Loss(kind)) for kind in kinds if kind not in ("kl", "kd")}
+    if student.states.is_cuda:
+        losses["ours, logits read twice"] = mine(Loss(), executor="triton")
     losses["ours, weight 1/N"] = lambda: head_loss(student, teacher, torch.ones(labels.shape), Loss(), kd_weight=1 / len(labels)).total
     frozen = Hidden(student.states, student.weight.detach())
     if importlib.util.find_spec(PEER) is None:
@@ -180,7 +185,7 @@ def measured(calls: dict[str, Call], repeats: int, cuda: bool) -> dict[str, dict
     return rows
 
 
-def rested(calls: dict[str, Call], repeats: int, pause: float = 1.0) -> dict[str, float]:
+def rested(calls: dict[str, Call], repeats: int, pause: float) -> dict[str, float]:
     """Milliseconds of each on the GPU, a median of calls before each of which it had nothing to do for a while."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
@@ -227,18 +232,23 @@ def profiled(calls: dict[str, Call], repeats: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def tiled(call: Call, tiles: list[str], repeats: int) -> dict[str, float]:
-    """Milliseconds of the loss kernel in a call, by tokens and warps of a tile."""
-    from angelslim_distill.kernels.triton import whole
+def tuned(calls: dict[str, Call], tunings: list[str], repeats: int) -> dict[str, dict[str, float | str]]:
+    """Milliseconds of both loss kernels in a call, of the one that holds rows by tokens of a slice, warps of a program and registers of a thread."""
+    from triton.runtime.errors import OutOfResources
 
-    own, found = whole.tile, {}
-    for tile in ["", *tiles]:
-        if tile:
-            block, warps = (int(n) for n in tile.split("x"))
-            whole.tile = lambda vocabulary, block=block, warps=warps: {"BLOCK": block, "num_warps": warps}
-        call()
-        found[tile or "own"] = round(by_kernel(call, repeats)["_row"], 3)
-    whole.tile = own
+    from angelslim_distill.kernels.triton import held
+
+    found: dict[str, dict[str, float | str]] = {kernel: {} for kernel in KERNELS}
+    own = held.TUNING
+    for kernel, name in [*((kernel, "own") for kernel in KERNELS), *(("_row_held", name) for name in tunings)]:
+        block, warps, registers = own if name == "own" else (int(n) for n in name.split("x"))
+        held.TUNING = block, warps, registers
+        try:
+            calls[kernel]()
+            found[kernel][name] = round(by_kernel(calls[kernel], repeats)[kernel], 3)
+        except OutOfResources as failure:
+            found[kernel][name] = str(failure).splitlines()[0][:200]
+    held.TUNING = own
     return found
 
 
@@ -252,8 +262,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rows", default="", help="other sizes of chunks, such as 1024,4096")
     parser.add_argument("--kinds", default="kl", help=f"kinds of ours, of {','.join(KINDS)}, or all")
-    parser.add_argument("--tiles", default="", help="other tiles of the loss kernel, tokens x warps, such as 4096x16,8192x32")
-    parser.add_argument("--rests", type=int, default=5, help="calls of each after a second's pause; 0: none")
+    parser.add_argument("--tunings", default="", help="others of the loss kernel: tokens x warps x registers, such as 4096x4x128,2048x1x168")
+    parser.add_argument("--rests", type=int, default=5, help="calls of each after a pause; 0: none")
+    parser.add_argument("--pauses", default="0.1,1", help="seconds")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -265,8 +276,9 @@ def main() -> None:
     calls = contenders(student, teacher, labels, [int(n) for n in args.rows.split(",") if n], kinds)
     rows = measured(calls, args.repeats, cuda)
     if cuda:
-        for name, ms in rested({name: call for name, call in calls.items() if "failed" not in rows[name]}, args.rests).items():
-            rows[name]["rested_ms"] = ms
+        for pause in args.pauses.split(",") if args.rests else ():
+            for name, ms in rested({name: call for name, call in calls.items() if "failed" not in rows[name]}, args.rests, float(pause)).items():
+                rows[name].setdefault("rested_ms", {})[pause] = ms
     of_states, of_weight = exact(student, teacher)
     for name, row in rows.items():
         if "failed" in row or name == "gemms" or any(name == f"ours, {kind}" for kind in kinds):
@@ -282,7 +294,10 @@ def main() -> None:
     }  # fmt: skip
     if cuda and "failed" not in rows["ours"]:
         document["profiles"] = profiled(calls, args.repeats)
-        document["row_ms"] = tiled(calls["ours"], [tile for tile in args.tiles.split(",") if tile], args.repeats)
+        both: dict[str, Call] = {
+            name: partial(graded, student, partial(ours, student, teacher, labels, Loss(), executor=executor)) for name, executor in KERNELS.items()
+        }
+        document["row_ms"] = tuned(both, [name for name in args.tunings.split(",") if name], args.repeats)
     write(args.out, document)
     keys = ["ms", "min_ms", "rested_ms", "host_ms", "asked", "extra_gib", "loss", "error"]
     table([[name, *(row["failed"] if k == "ms" and "failed" in row else str(row.get(k, "")) for k in keys)] for name, row in rows.items()], ["", *keys])
@@ -290,8 +305,9 @@ def main() -> None:
         print(f"{name}: {row['busy_ms']} ms of kernels a call, {row['first_busy_ms']} of a first one")
         for kernel, ms in row["kernels_ms"].items():
             print(f"{ms:9.3f} ms  {kernel}")
-    for tile, ms in document.get("row_ms", {}).items():
-        print(f"{ms:9.3f} ms  _row, tiles {tile}")
+    for kernel, times in document.get("row_ms", {}).items():
+        for name, ms in times.items():
+            print(f"{ms:>9} ms  {kernel}, {name}")
     if "failed" in rows["ours"]:
         raise SystemExit(1)
 

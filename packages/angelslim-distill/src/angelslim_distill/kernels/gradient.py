@@ -103,6 +103,12 @@ def _triton(x: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, tas
     return towards_kept(x, teacher, labels, task, into)
 
 
+def _held(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task, into: Tensor) -> Losses:
+    from .triton.held import towards_whole_held
+
+    return towards_whole_held(x, teacher, labels, task, into)
+
+
 def _has_no_faster(x: Tensor, *_: object) -> tuple[bool, str]:
     return not x.is_cuda or x.dtype == torch.float64 or not triton_runs()[0], "tensors on the CPU, fp64, or no Triton"
 
@@ -116,6 +122,21 @@ def _fits(x: Tensor, teacher: Tensor | TopK | None, _labels: Tensor | None, _tas
     return all(r.dtype in DTYPES and r.stride(1) == 1 for r in rows), "fp32, bf16 or fp16, each row together in memory"
 
 
+def _fits_held(x: Tensor, teacher: Tensor | TopK | None, labels: Tensor | None, task: Task, into: Tensor | None) -> tuple[bool, str]:
+    if not isinstance(teacher, Tensor):
+        return False, "whole distributions"
+    from .triton.held import supports
+
+    ok, why = _fits(x, teacher, labels, task, into)
+    return supports(x, task, labels is not None, into is not None) if ok else (ok, why)
+
+
 LOSS_GRADIENT = Kernel(
-    "distill.loss_gradient", reference, (Implementation("torch", reference, _has_no_faster), Implementation("triton", _triton, _fits, triton_runs))
+    "distill.loss_gradient",
+    reference,
+    (
+        Implementation("torch", reference, _has_no_faster),
+        Implementation("triton_held", _held, _fits_held, triton_runs),
+        Implementation("triton", _triton, _fits, triton_runs),
+    ),
 )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...kinds import Loss
 from ...losses import labels_missing
 from ..gradient import Finish, Losses, Task
 
@@ -182,8 +183,6 @@ def towards_whole(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task,
     if loss.rule.confidence and labels is None:
         raise labels_missing()
     kd, ce = torch.empty(rows, device=x.device), torch.zeros(rows, device=x.device)
-    ends = {0.0: "kl", 1.0: "rkl"}
-    kind = "kl" if loss.kind == "kd" else ends.get(loss.beta, "jsd") if loss.kind == "jsd" else loss.kind
     g = x if into is None else into
     with torch.cuda.device_of(x):
         _row[(rows,)](
@@ -191,11 +190,17 @@ def towards_whole(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task,
             vocabulary, x.stride(0), teacher.stride(0), g.stride(0),
             float(student.scale), float(student.softcap or 0), float(towards.scale), float(towards.softcap or 0),
             float(loss.temperature), float(loss.beta), float(task.kd_weight), float(task.ce_weight),
-            KIND=kind, TEMPERED=loss.temperature != 1, LABELS=labels is not None, GRADIENT=into is not None,
+            KIND=kind_of(loss), TEMPERED=loss.temperature != 1, LABELS=labels is not None, GRADIENT=into is not None,
             X_BIAS=student.bias is not None, X_CAP=student.softcap is not None, T_BIAS=towards.bias is not None, T_CAP=towards.softcap is not None,
             **tile(vocabulary),
         )  # fmt: skip
     return Losses(kd, ce)
+
+
+def kind_of(loss: Loss) -> str:
+    """The kind that the kernels know: kd is kl, and so is one end of jsd."""
+    ends = {0.0: "kl", 1.0: "rkl"}
+    return "kl" if loss.kind == "kd" else ends.get(loss.beta, "jsd") if loss.kind == "jsd" else loss.kind
 
 
 def pointer(finish: Finish, other: Tensor) -> Tensor:
