@@ -146,7 +146,8 @@ def programs(x: Tensor) -> int:
     if not x.is_cuda:
         return 1 << 30
     device, (_, warps, registers) = torch.cuda.get_device_properties(x.device), TUNING
-    return device.multi_processor_count * (device.regs_per_multiprocessor // (32 * warps * registers))
+    held = device.regs_per_multiprocessor  # type: ignore[attr-defined]  # torch's stubs lack it
+    return device.multi_processor_count * (held // (32 * warps * registers))
 
 
 def towards_whole_held(x: Tensor, teacher: Tensor, labels: Tensor | None, task: Task, into: Tensor) -> Losses:
