@@ -41,6 +41,7 @@ from measure import median, table, versions, write
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
+from angelslim_core.errors import EngineError
 from angelslim_distill import KINDS, Hidden, Loss, head_loss
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -246,9 +247,10 @@ def tuned(calls: dict[str, Call], tunings: list[str], repeats: int) -> dict[str,
         try:
             calls[kernel]()
             found[kernel][name] = round(by_kernel(calls[kernel], repeats)[kernel], 3)
-        except OutOfResources as failure:
+        except (OutOfResources, EngineError) as failure:
             found[kernel][name] = str(failure).splitlines()[0][:200]
-    held.TUNING = own
+        finally:
+            held.TUNING = own
     return found
 
 

@@ -62,7 +62,7 @@ def test_losses_and_gradients_are_the_references(name, given, temperature, finis
     agrees(padded(made(R, V)), padded(made(R, V, seed=1)), labels() if given else None, Task(loss, 0.7, 0.4 if given else 0.0, *finish))
 
 
-@pytest.mark.parametrize("programs", [10, 17, 100])
+@pytest.mark.parametrize("programs", [40, 57, 400])
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 300), (2, 64), (7, 129), (16, 30)])
 def test_any_number_of_programs_rows_and_slices(programs, rows, vocabulary, short_slices):
     """Groups of one row and of many, and places that are left over."""
@@ -123,9 +123,32 @@ def test_what_the_student_excludes_costs_without_end_but_is_a_number(name):
     assert got.kd.isfinite().all() and (got.kd > 1e20).all() and into.isfinite().all()
 
 
-def test_a_label_that_is_no_token_costs_without_end():
+@pytest.mark.parametrize("name", ["kl", "rkl"])
+@pytest.mark.parametrize("vocabulary", [256, 300])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_a_row_without_any_token_is_no_number(side, vocabulary, name):
+    """Whatever the number of slices is beside a power of 2."""
+    x, t, into = made(3, vocabulary), made(3, vocabulary, seed=1), torch.empty(3, vocabulary, device=DEVICE)
+    for given in {"student": [x], "teacher": [t], "both": [x, t]}[side]:
+        given[1] = -torch.inf
+    got = LOSS_GRADIENT(x, t, labels(3) % vocabulary, Task(LOSSES[name], 0.7, 0.4), into, executor="triton_held")
+    assert got.kd.isnan().tolist() == [False, True, False] and into[1].isnan().any() and into[[0, 2]].isfinite().all()
+    assert got.ce.isnan().tolist() == [False, side != "teacher", False]
+
+
+@pytest.mark.parametrize("low", [-torch.inf, -1e9, -6e8, -1e5])
+@pytest.mark.parametrize(("temperature", "scale"), [(1.0, 1.0), (0.25, 1.0), (1.0, 16.0)])
+def test_slices_far_below_the_others_change_nothing(temperature, scale, low):
+    """On GPUs a product and a difference are one operation, of which the product is not rounded."""
+    x, t, finish = made(R, V), made(R, V, seed=1), Finish(scale=scale)
+    x[:, 60:200] = t[:, 60:200] = low
+    agrees(x, t, None, Task(Loss(temperature=temperature), 0.7, 0.0, finish, finish))
+
+
+@pytest.mark.parametrize("label", [V, -1, -100])
+def test_a_label_that_is_no_token_costs_without_end(label):
     given = labels()
-    given[2] = V
+    given[2] = label
     got = LOSS_GRADIENT(made(R, V), made(R, V, seed=1), given, Task(Loss(), 0.7, 0.4), torch.empty(R, V, device=DEVICE), executor="triton_held")
     assert got.ce.isinf().tolist() == [False, False, True, False, False]
 
@@ -154,12 +177,19 @@ def test_what_it_cannot_do_is_left_to_the_other_kernel(short_slices):
     refused(t, Task(Loss(temperature=2.0), 0.7, 0.4), into)
     refused(t, Task(Loss(), student=Finish(softcap=9.0)), into)
     refused(t, Task(Loss(), teacher=Finish(scale=-1.0)), into)
+    refused(t, Task(Loss(), student=Finish(scale=0.0)), into)
     refused(t, Task(Loss()), None)
     refused(top_k_of(t, 7), Task(Loss()), into)
-    short_slices.setattr(held, "programs", lambda x: 9)
+    short_slices.setattr(held, "programs", lambda x: 39)
     refused(t, Task(Loss()), into)
-    short_slices.undo()
-    refused(t, Task(Loss()), into)
+    short_slices.setattr(held, "programs", lambda x: 40)
+    assert LOSS_GRADIENT.choose(x, t, None, Task(Loss()), into, executor="triton_held").name == "triton_held"
+    for limit, value in (("FEWEST", R * V + 1), ("SHORTEST", 6)):
+        with short_slices.context() as one:
+            one.setattr(held, limit, value)
+            refused(t, Task(Loss()), into)
+            one.setattr(held, limit, value - 1)
+            assert LOSS_GRADIENT.choose(x, t, None, Task(Loss()), into, executor="triton_held").name == "triton_held"
 
 
 @pytest.mark.gpu

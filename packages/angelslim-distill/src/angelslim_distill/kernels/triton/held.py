@@ -5,7 +5,8 @@ waits for theirs and writes gradients. Groups take rows in turn, and while some 
 for which few warps with many tokens each are best.
 
 Programs take places in the order in which they start, a group's places one after the other. So those that wait wait for programs that have
-started or are next to start, and a GPU that holds as many programs as a row has slices comes to an end, whatever else it has to do.
+started or are next to start. n launches at the same time come to an end where the GPU holds more than n (slices - 1) programs; `supports` asks for
+eight rows' slices.
 
 With p, q the student's and the teacher's probabilities, s, t their logits over the temperature and d = s - t, kl is the difference of the logarithms of
 both sums less the mean of d by q, and rkl the mean by p less that difference. They ask p - q of a logit, and p (d - mean of d by p). Logits, sums and
@@ -26,7 +27,8 @@ from .whole import NOTHING, kind_of, logits, pointer
 TUNING: tuple[int, int, int] = (4096, 2, 168)
 KINDS = ("kl", "rkl")
 FEWEST, SHORTEST = 1 << 24, 8  # logits of either side that a cache still holds, and slices of a row below which the other kernel is faster
-LOWEST = tl.constexpr(-1e9)  # a slice of which nothing is above has no part in its row
+LOWEST = tl.constexpr(-1e9)  # a slice of which nothing is above, as an exponent of 2, has no part in its row
+NONE = tl.constexpr(float("-inf"))  # so that a row without any logit is no number
 NUMBERS = tl.constexpr(3)  # that a slice tells
 
 
@@ -59,7 +61,7 @@ def _added(a, b, c, d, e, f):
 
 @triton.jit
 def _tell(to, x):
-    # as bits of which none are 0, which says that a number is not there yet: who reads it needs no other sign. Zero goes as -0
+    # as bits of which none are 0, which says that a number is not there yet: who reads it needs no other sign, and no order. Zero goes as -0
     bits = x.to(tl.int32, bitcast=True)
     tl.atomic_xchg(to, tl.where(bits == 0, -2147483648, bits), sem="relaxed", scope="gpu")
 
@@ -91,7 +93,7 @@ def _row_held(
         y, u = _product(x + row * x_stride, x_bias, j, vocabulary, X_BIAS), _product(t + row * t_stride, t_bias, j, vocabulary, T_BIAS)
         s_most, t_most = tl.reduce((y, u), 0, _higher)  # numbers together, for which warps wait but once
         # far lower, what a product is rounded by would be a large power below
-        s_most, t_most = tl.maximum(s_most, LOWEST) * x_unit, tl.maximum(t_most, LOWEST) * t_unit
+        s_most, t_most = tl.maximum(s_most * x_unit, LOWEST), tl.maximum(t_most * t_unit, LOWEST)
         p, q, d = _power(y * x_unit - s_most, PTX), _power(u * t_unit - t_most, PTX), y - u * ratio  # d in units of y
         if TELLS:
             s_sum, t_sum, more = tl.reduce((p, q, d * (q if KIND == "kl" else p)), 0, _added)
@@ -103,7 +105,7 @@ def _row_held(
             n0, n1, n2 = _hear(own, splits, k, others)
             while _missing(n0, n1, n2) > 0:
                 n0, n1, n2 = _hear(own, splits, k, others)
-            s_logs, t_logs = tl.where(others, n0.to(tl.float32, bitcast=True), NOTHING), tl.where(others, n1.to(tl.float32, bitcast=True), NOTHING)
+            s_logs, t_logs = tl.where(others, n0.to(tl.float32, bitcast=True), NONE), tl.where(others, n1.to(tl.float32, bitcast=True), NONE)
             s_high, t_high = tl.reduce((s_logs, t_logs), 0, _higher)
             s_by, t_by = _power(s_logs - s_high, PTX), _power(t_logs - t_high, PTX)
             s_sum, t_sum, mean = tl.reduce((s_by, t_by, n2.to(tl.float32, bitcast=True) * (t_by if KIND == "kl" else s_by)), 0, _added)
@@ -123,6 +125,8 @@ def _row_held(
                     tl.store(ce + row, s_log * 0.6931471805599453 - logits(x + row * x_stride, x_bias, label, named, x_scale, 1.0, X_BIAS, False))
             if part == 0:
                 tl.store(kd + row, loss * kd_scale)
+                if not LABELS:
+                    tl.store(ce + row, 0.0)
             # four beside each other, or lanes would read eight, in two goes of half of each sector
             to = tl.max_contiguous(j, 4)
             tl.store(g + row * g_stride + to, asked.to(g.dtype.element_ty), to < vocabulary)
@@ -134,16 +138,21 @@ def supports(x: Tensor, task: Task, labels: bool, gradient: bool) -> tuple[bool,
     rows, vocabulary = x.shape
     plain = all(finish.softcap is None and finish.scale > 0 for finish in (task.student, task.teacher)) and not (labels and task.loss.temperature != 1)
     splits = triton.cdiv(vocabulary, TUNING[0])
-    many = rows * vocabulary >= FEWEST and splits >= SHORTEST and 2 * splits <= programs(x)
+    many = rows * vocabulary >= FEWEST and splits >= SHORTEST and 8 * splits <= programs(x)
     return gradient and plain and kind_of(task.loss) in KINDS and many and torch.version.hip is None, (
         f"gradients of {' and '.join(KINDS)} without softcaps, labels only at temperature 1, {FEWEST} logits and {SHORTEST} slices of {TUNING[0]} or more, "
-        "and an NVIDIA GPU that holds two rows"
+        "and an NVIDIA GPU that holds eight rows"
     )
 
 
+def together(x: Tensor) -> bool:
+    """Whether programs run at the same time: the interpreter runs one after the other."""
+    return x.is_cuda and not triton.knobs.runtime.interpret
+
+
 def programs(x: Tensor) -> int:
-    """How many run at the same time, and without a GPU one after the other."""
-    if not x.is_cuda:
+    """How many the GPU holds; in the interpreter there is no limit."""
+    if not together(x):
         return 1 << 30
     device, (_, warps, registers) = torch.cuda.get_device_properties(x.device), TUNING
     held = device.regs_per_multiprocessor  # type: ignore[attr-defined]  # torch's stubs lack it
@@ -157,20 +166,21 @@ def towards_whole_held(x: Tensor, teacher: Tensor, labels: Tensor | None, task: 
     block, warps, registers = TUNING
     splits = triton.cdiv(vocabulary, block)
     groups = min(rows, programs(x) // splits)
-    # in one piece, made in one launch: places taken, cross entropies, 0 without labels, and what slices tell
-    state = torch.zeros(32 + rows * (1 + NUMBERS.value * splits), dtype=torch.int32, device=x.device)
-    taken, ce, told = state.split((32, rows, rows * NUMBERS.value * splits))
-    kd, unit = torch.empty(rows, device=x.device), math.log2(math.e) / loss.temperature
-    options = {"BLOCK": block, "num_warps": warps, **({"maxnreg": registers} if x.is_cuda else {})}
+    # made in one launch: places taken, one number a phase in a line of its own, and what slices tell
+    state = torch.zeros(32 + rows * NUMBERS.value * splits, dtype=torch.int32, device=x.device)
+    taken, told = state[:32], state[32:]
+    kd, ce = torch.empty(rows, device=x.device), torch.empty(rows, device=x.device)
+    unit, at_once = math.log2(math.e) / loss.temperature, together(x)
+    options = {"BLOCK": block, "num_warps": warps, **({"maxnreg": registers} if at_once else {})}
     with torch.cuda.device_of(x):
         # programs that run one after the other cannot wait for each other: they tell first, and then hear
-        for phase, (tells, hears) in enumerate([(True, True)] if x.is_cuda else [(True, False), (False, True)]):
+        for phase, (tells, hears) in enumerate([(True, True)] if at_once else [(True, False), (False, True)]):
             _row_held[(groups * splits,)](
-                x, teacher, into, pointer(student, x), pointer(towards, x), x if labels is None else labels, kd, ce.view(torch.float32), taken[phase:], told,
+                x, teacher, into, pointer(student, x), pointer(towards, x), x if labels is None else labels, kd, ce, taken[phase:], told,
                 rows, vocabulary, splits, groups, x.stride(0), teacher.stride(0), into.stride(0), float(student.scale * unit), float(towards.scale * unit),
                 float(towards.scale / student.scale), float(student.scale), float(loss.temperature**2 * math.log(2)),
                 float(task.kd_weight * loss.temperature * student.scale), float(task.ce_weight * student.scale if labels is not None else 0),
                 KIND=kind_of(loss), LABELS=labels is not None, X_BIAS=student.bias is not None, T_BIAS=towards.bias is not None, TELLS=tells, HEARS=hears,
-                PTX=x.is_cuda, SPLITS=triton.next_power_of_2(splits), **options,
+                PTX=at_once, SPLITS=triton.next_power_of_2(splits), **options,
             )  # fmt: skip
-    return Losses(kd, ce.view(torch.float32))
+    return Losses(kd, ce)
