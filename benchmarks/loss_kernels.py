@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import table, versions, write
+from measure import gpu_ms, table, versions, write
 from torch import Tensor
 
 from angelslim_distill import Loss
@@ -33,19 +32,6 @@ def empty(rows: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, -(-vocabulary // 64) * 64, dtype=dtype, device="cuda")[:, :vocabulary]
 
 
-def timed(call: Callable[[], Any], repeats: int) -> float:
-    for _ in range(2):
-        call()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    stop.record()
-    stop.synchronize()
-    return round(1e3 * start.elapsed_time(stop) / repeats, 1)
-
-
 def compared(rows: int, vocabulary: int, dtype: torch.dtype, kind: str, repeats: int) -> dict[str, Any]:
     from angelslim_distill.kernels.triton.held import towards_whole_held
     from angelslim_distill.kernels.triton.whole import towards_whole
@@ -59,7 +45,8 @@ def compared(rows: int, vocabulary: int, dtype: torch.dtype, kind: str, repeats:
         call = partial(kernel, x, teacher, None, Task(Loss(kind)), into.fill_(torch.nan))
         losses = call()
         found[name] = into.float(), losses
-        times[name] = timed(call, repeats)
+        call()
+        times[name] = round(1e3 * gpu_ms(call, repeats), 1)
     (old, was), (new, is_now) = found["twice"], found["once"]
     apart, kd_apart = float((new - old).norm() / old.norm()), float((is_now.kd - was.kd).abs().max())
     return times | {"ratio": round(times["twice"] / times["once"], 2), "apart": float(f"{apart:.1e}"), "kd_apart": float(f"{kd_apart:.1e}")}

@@ -161,6 +161,20 @@ def table(rows: list[list[str]], head: list[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def gpu_ms(call: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds between events of calls one straight after the other, a call's mean."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
 def waits(call: Callable[[], Any]) -> str | None:
     """Where the host waited for the GPU, or None."""
     import torch

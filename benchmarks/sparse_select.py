@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, table, versions, waits, write
+from measure import gpu_ms, median, table, versions, waits, write
 from torch import Tensor
 
 from angelslim_sparseattn import BlockIndex, make_policy, select, sparse_attention
@@ -60,13 +60,7 @@ def timed(call: Callable[[], Any], budget_s: float) -> dict[str, float]:
 def on_gpu(call: Callable[[], Any], runs: int = 20) -> float:
     """Milliseconds between events, a call."""
     call()
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(runs):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return round(begin.elapsed_time(end) / runs, 4)
+    return round(gpu_ms(call, runs), 4)
 
 
 def one(name: str, tokens: int, budget_s: float) -> dict[str, Any]:

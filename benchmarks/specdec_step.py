@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, table, write
+from measure import gpu_ms, median, table, write
 
 from angelslim_specdec import Engine, Target, engine
 from angelslim_specdec.adaptive import Round
@@ -93,14 +93,7 @@ def milliseconds(function: Callable[[], Any], replays: int) -> float:
         for _ in range(replays):
             function()
         return 1e3 * (time.perf_counter() - start) / replays
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(replays):
-        function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / replays
+    return gpu_ms(function, replays)
 
 
 def kernels(function: Callable[[], Any]) -> int | None:

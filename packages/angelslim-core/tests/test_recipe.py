@@ -147,6 +147,11 @@ def test_shipped_recipes_load():
         assert load_recipe(name).steps
 
 
+def test_two_bits_rotated_are_two_bits_but_for_the_rotation():
+    plain, rotated = (load_recipe(name).steps for name in ("two_bit", "two_bit_rotated"))
+    assert rotated[0].use == "quant.rotate" and rotated[1:] == plain
+
+
 def test_schema_knows_the_options():
     schema = recipe_schema([Toy])
     assert schema["type"] == "object" and json.dumps(schema)

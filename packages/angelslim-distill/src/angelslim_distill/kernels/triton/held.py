@@ -29,6 +29,7 @@ KINDS = ("kl", "rkl")
 FEWEST, SHORTEST = 1 << 24, 8  # logits of either side that a cache still holds, and slices of a row below which the other kernel is faster
 LOWEST = tl.constexpr(-1e9)  # a slice of which nothing is above, as an exponent of 2, has no part in its row
 NONE = tl.constexpr(float("-inf"))  # so that a row without any logit is no number
+LN_2 = tl.constexpr(math.log(2))
 NUMBERS = tl.constexpr(3)  # that a slice tells
 
 
@@ -116,13 +117,13 @@ def _row_held(
                 asked = p * (student * (kd_weight + ce_weight)) - q * (_power(t_most - t_log, PTX) * kd_weight)
             else:
                 loss = mean / s_sum - apart
-                asked = p * student * ((d * x_unit - apart - loss) * (kd_weight * 0.6931471805599453) + ce_weight)
+                asked = p * student * ((d * x_unit - apart - loss) * (kd_weight * LN_2) + ce_weight)
             if LABELS:
                 label = tl.load(labels + row).to(tl.int32)
                 asked -= tl.where(j == label, ce_weight, 0.0)
                 if part == 0:
                     named = (label >= 0) & (label < vocabulary)  # of one that is no token the cross entropy is infinite
-                    tl.store(ce + row, s_log * 0.6931471805599453 - logits(x + row * x_stride, x_bias, label, named, x_scale, 1.0, X_BIAS, False))
+                    tl.store(ce + row, s_log * LN_2 - logits(x + row * x_stride, x_bias, label, named, x_scale, 1.0, X_BIAS, False))
             if part == 0:
                 tl.store(kd + row, loss * kd_scale)
                 if not LABELS:
