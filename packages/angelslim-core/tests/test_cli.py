@@ -89,7 +89,7 @@ def test_run_eval_inspect_validate_report_chat(capsys, tiny, tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
     code, found = document(capsys, "run", "--model", tiny(), "--out", out, "--plugins", "quant")
     assert code == 0 and found["passes"][0]["id"] == "quant.int8_dynamic" and found["fallbacks"] == 0 and found["resumed_layers"] == 0
-    assert {"path", "passes", "bytes_before", "bytes_after", "warnings", "peak_ram_bytes", "seconds"} <= found.keys()
+    assert {"path", "passes", "bytes_before", "bytes_after", "warnings", "peak_ram_bytes", "peak_gpu_bytes", "seconds"} <= found.keys()
     code, found = document(capsys, "eval", out, "--base", tiny(), "--text", text, "--windows", 4, "--length", 32)
     assert code == 0 and 0 <= found["kl"] < 0.1 and found["tokens"] == 4 * 31
     code, found = document(capsys, "inspect", out)

@@ -50,6 +50,13 @@ def peak_ram_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def peak_gpu_bytes() -> int:
+    """Most memory of the GPU that this process's tensors have had so far; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+
+
 def release_ram() -> None:
     """Give freed memory back to the system, which glibc keeps otherwise."""
     with contextlib.suppress(OSError, AttributeError):

@@ -13,7 +13,7 @@ from .adapters.base import Description
 from .analysis import merged_reports, summarized, summary, warnings_of
 from .artifact import Artifact, complete, fingerprint, write_records
 from .context import Context, Progress, never, silent
-from .device import device_name, free_ram_bytes, peak_ram_bytes, pick_device, release_ram
+from .device import device_name, free_ram_bytes, peak_gpu_bytes, peak_ram_bytes, pick_device, release_ram
 from .errors import ModelError, NumericError, UsageError
 from .evaluation import check_evaluation
 from .guards import check_disk, check_gates, check_ram, memory_errors, verify_written
@@ -52,6 +52,7 @@ class Result:
     plan: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
     peak_ram_bytes: int = 0  # of the process that took most
+    peak_gpu_bytes: int = 0  # likewise, of its GPU; 0 without one
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -66,6 +67,7 @@ class Result:
             "fallbacks": len(self.fallbacks),
             "resumed_layers": self.resumed_layers,
             "peak_ram_bytes": self.peak_ram_bytes,
+            "peak_gpu_bytes": self.peak_gpu_bytes,
             "processes": self.processes,
             "seconds": round(self.seconds, 3),
             "metrics": self.metrics,
@@ -246,6 +248,7 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
     return Result(
         prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, sweep.resumed_layers,
         {**summary(metrics), **evaluation}, plan.as_dict(), group.size, max(written.peak_ram_bytes, peak_ram_bytes()),
+        max(written.peak_gpu_bytes, peak_gpu_bytes()),
     )  # fmt: skip
 
 

@@ -63,9 +63,8 @@ def run(
         show_evaluation(done["metrics"])
     ratio = done["bytes_after"] / done["bytes_before"]
     of = f" in the largest of {done['processes']} processes" if done["processes"] > 1 else ""
-    click.echo(
-        f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {size(done['peak_ram_bytes'])}{of}"
-    )
+    peak = size(done["peak_ram_bytes"]) + (f" and {size(done['peak_gpu_bytes'])} of the GPU" if done["peak_gpu_bytes"] else "")
+    click.echo(f"{size(done['bytes_before'])} -> {size(done['bytes_after'])} ({ratio:.2f}), {done['seconds']:.1f} s, peak memory {peak}{of}")
     click.echo(f"{done['path']}   next: angelslim eval {done['path']} --base {model or 'MODEL'} --text FILE")
 
 

@@ -205,6 +205,7 @@ class Distilling(ModelPass):
         return found
 
     def run(self, model: Module, context: Context) -> Mapping[str, Any]:
+        from angelslim_core.device import peak_gpu_bytes
         from angelslim_core.loading import load_tokenizer
         from angelslim_core.training import TrainingOptions
 
@@ -257,7 +258,8 @@ class Distilling(ModelPass):
             **({"kl_before": first["kl"], "perplexity_before": first["perplexity"]} if first else {}), **training.kept, "trained": trained,
             "documents": rows.documents, "dropped": rows.dropped, "rows": len(rows.train), "trained_tokens": history.tokens,
             "way": str(training.computing.way), "graphs": training.computing.graphs, "settling_seconds": training.computing.seconds,
-            "tokens_per_second": history.tokens / max(history.seconds, 1e-9), "seconds": time.perf_counter() - began, "curves": history.curves(),
+            "tokens_per_second": history.tokens / max(history.seconds, 1e-9), "seconds": time.perf_counter() - began,
+            "peak_gpu_bytes": peak_gpu_bytes(), "curves": history.curves(),
         }  # fmt: skip
 
 

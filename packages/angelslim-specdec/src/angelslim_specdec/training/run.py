@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from angelslim_core.context import Progress, never, silent
+from angelslim_core.device import peak_gpu_bytes
 from angelslim_core.io.writer import write_json
 from angelslim_core.parallel import Group
 from angelslim_core.training import TrainingOptions
@@ -98,7 +99,7 @@ def train(
         last = history.entries[-1] if history.entries else {}
         document = {
             "steps": training.training.step, "tokens_per_second": history.tokens_per_second, "seconds": time.perf_counter() - began,
-            "parameters": sum(p.numel() for p in plan.draft.parameters()), **{k: v for k, v in last.items() if k != "step"},
+            "peak_gpu_bytes": peak_gpu_bytes(), "parameters": sum(p.numel() for p in plan.draft.parameters()), **{k: v for k, v in last.items() if k != "step"},
         }  # fmt: skip
         if work is not None:
             write_draft(plan.draft, work.stage)
