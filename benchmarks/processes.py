@@ -47,7 +47,8 @@ def command(job: str, way: str, given: argparse.Namespace, out: Path) -> list[st
     words += [*WAYS[job][way].split(), "--model", given.model, "--out", str(out), "--device", given.device, "--replace"]
     words += ["--json"]
     if job == "qad":
-        with_ = {"data": given.data, "steps": given.steps, "every": given.steps, "batch": given.batch, "length": given.length, "held_out": 0.01}
+        with_ = {"data": given.data, "steps": given.steps, "batch": given.batch, "length": given.length, "held_out": 0.02}
+        with_ |= {"lr": given.lr, "quantizer_lr": given.lr, "every": given.steps}
         words += [part for key, value in with_.items() for part in ("--set", f"steps[1].with.{key}={value}")]
     if job == "eagle3":
         words += ["--data", given.data, "--steps", str(given.steps), "--every", str(given.steps), "--batch", str(given.batch), "--length", str(given.length)]
@@ -122,8 +123,10 @@ def main() -> None:
     parser.add_argument("--work", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(RUN), choices=list(RUN))
+    parser.add_argument("--ways", nargs="+", help="only these; what the file has of others stays")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=2e-4, help="of qad; at rates that are right for long trainings, short ones are chaos")
     parser.add_argument("--batch", type=int, default=32, help="rows a step, of all processes")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=128, help="that calibrate")
@@ -143,9 +146,13 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu", "versions": versions(sys.executable, ["torch", "triton", "transformers"]),
         "processes": given.processes, "steps": given.steps, "batch": given.batch, "length": given.length, "samples": given.samples, "jobs": {},
     }  # fmt: skip
+    if given.out.exists():
+        document["jobs"] = json.loads(given.out.read_text())["jobs"]
     for job in given.only:
-        rows = document["jobs"][job] = {}
-        for way in WAYS[job]:
+        rows = document["jobs"].setdefault(job, {})
+        for way in given.ways or WAYS[job]:
+            if way not in WAYS[job]:
+                continue
             rows[way] = measured(job, way, given)
             print(job, way, {key: value for key, value in rows[way].items() if key != "log"}, flush=True)
             write(given.out, document)

@@ -117,10 +117,11 @@ def self_samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num
 
     ids: list[list[int]] = []
     first = _first_tokens(tokenizer, num, seed)
-    devices = list(range(torch.cuda.device_count())) if model.device.type == "cuda" else []
+    at = model.device
+    devices = [torch.cuda.current_device() if at.index is None else at.index] if at.type == "cuda" else []
     padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     with torch.random.fork_rng(devices), torch.no_grad():
-        # the plain seed call would reach devices that are not forked
+        # the plain seed call would reach devices that are not forked, and those of other processes
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
