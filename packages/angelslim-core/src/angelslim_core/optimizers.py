@@ -41,7 +41,8 @@ class Optimizers:
         found: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, master in self._masters.items():
             if name in names:
-                decay = 0.0 if any(text in name for text in self._options.undecayed) else self._options.weight_decay
+                is_decayed = master.ndim > 1 and not any(text in name for text in self._options.undecayed)
+                decay = self._options.weight_decay if is_decayed else 0.0
                 found.setdefault((self._options.highest(name), decay), []).append(master)
         return [{"params": masters, "highest": highest, "weight_decay": decay} for (highest, decay), masters in found.items()]
 

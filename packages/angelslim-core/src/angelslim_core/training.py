@@ -51,7 +51,7 @@ class TrainingOptions(BaseModel):
     rates: dict[str, float] = Field(default_factory=dict, description="highest learning rate of parameters whose names contain a text, the first that does")
     warmup: float = Field(default=0.015, ge=0, le=1, description="share of the steps in which the rate rises to it; the first is above zero")
     final_lr: float = Field(default=0.0, ge=0, le=1, description="share of the rate at the end of the cosine")
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of matrices; norms and biases have none")
     undecayed: tuple[str, ...] = Field(default=(), description="parameters whose names contain one of these texts have no weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)

@@ -70,7 +70,7 @@ class Options(PassConfig):
     quantizer_lr: float = Field(1e-4, gt=0, le=1, description="highest learning rate of what quantizers learn")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps in which the rates rise")
     final_lr: float = Field(0.0, ge=0, le=1, description="share of the rates at the end of the cosine")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled from gradients, of weights; what quantizers learn has none")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled from gradients, of matrices; norms, biases and what quantizers learn have none")
     clip: float = Field(1.0, gt=0, description="most that the gradients' norm may be")
     shard: bool = Field(
         False, description="weights, their fp32 copies and moments, and a teacher's weights, lie in parts over the processes of torchrun (FSDP2)"

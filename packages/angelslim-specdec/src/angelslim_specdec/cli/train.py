@@ -29,7 +29,7 @@ from .opening import device_option, dtype_option, open_target
 @click.option("--batch", type=click.IntRange(min=1), help="Rows a step, over all processes; 4 on a GPU, 1 on a CPU if not given.")
 @click.option("--lr", default=5e-4, show_default=True, type=click.FloatRange(0, min_open=True), help="Highest learning rate.")
 @click.option("--warmup", default=0.015, show_default=True, type=click.FloatRange(0, 1), help="Share of the steps in which the rate rises.")
-@click.option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0), help="AdamW's.")
+@click.option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0), help="AdamW's, of matrices.")
 @click.option("--clip", default=0.5, show_default=True, type=click.FloatRange(0, min_open=True), help="Most that the gradients' norm may be.")
 @click.option("--accumulate", default=1, show_default=True, type=click.IntRange(min=1), help="Batches a step.")
 @click.option("--validation", type=click.FloatRange(0, 0.5), help="Share of conversations held out; .02 from 500 conversations on, else 0, if not given.")

@@ -40,7 +40,7 @@ class Training(Drafting):
     batch: int | None = Field(None, ge=1, description="rows a step; none: 4 on a GPU, 1 on a CPU")
     lr: float = Field(5e-4, gt=0, le=1, description="highest learning rate")
     warmup: float = Field(0.015, ge=0, le=1, description="share of the steps in which the rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, of matrices")
     clip: float = Field(0.5, gt=0, description="most that the gradients' norm may be")
     accumulate: int = Field(1, ge=1, description="batches a step")
     validation: float | None = Field(None, ge=0, le=0.5, description="share of conversations held out; none: 0.02 from 500 conversations on, else 0")
