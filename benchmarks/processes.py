@@ -43,12 +43,13 @@ SHOWN = (
 
 def command(job: str, way: str, given: argparse.Namespace, out: Path) -> list[str]:
     """The whole command line of a job in a way."""
-    words = RUN[job].format(work=given.work).split()
-    words += [*WAYS[job][way].split(), "--model", given.model, "--out", str(out), "--device", given.device, "--replace"]
-    words += ["--json"]
+    words = [word.format(work=given.work) for word in RUN[job].split()]
+    words += [*WAYS[job][way].split(), "--model", given.model, "--out", str(out), "--device", given.device, "--replace", "--json"]
     if job == "qad":
-        with_ = {"data": given.data, "steps": given.steps, "batch": given.batch, "length": given.length, "held_out": 0.02}
-        with_ |= {"lr": given.lr, "quantizer_lr": given.lr, "every": given.steps}
+        with_ = {
+            "data": given.data, "steps": given.steps, "batch": given.batch, "length": given.length, "held_out": 0.02, "lr": given.lr,
+            "quantizer_lr": given.lr, "every": given.steps,
+        }  # fmt: skip
         words += [part for key, value in with_.items() for part in ("--set", f"steps[1].with.{key}={value}")]
     if job == "eagle3":
         words += ["--data", given.data, "--steps", str(given.steps), "--every", str(given.steps), "--batch", str(given.batch), "--length", str(given.length)]
