@@ -57,6 +57,11 @@ def peak_gpu_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
 
 
+def peaks() -> tuple[int, int]:
+    """Both of them."""
+    return peak_ram_bytes(), peak_gpu_bytes()
+
+
 def release_ram() -> None:
     """Give freed memory back to the system, which glibc keeps otherwise."""
     with contextlib.suppress(OSError, AttributeError):

@@ -13,7 +13,7 @@ from .adapters.base import Description
 from .analysis import merged_reports, summarized, summary, warnings_of
 from .artifact import Artifact, complete, fingerprint, write_records
 from .context import Context, Progress, never, silent
-from .device import device_name, free_ram_bytes, peak_gpu_bytes, peak_ram_bytes, pick_device, release_ram
+from .device import device_name, free_ram_bytes, peaks, pick_device, release_ram
 from .errors import ModelError, NumericError, UsageError
 from .evaluation import check_evaluation
 from .guards import check_disk, check_gates, check_ram, memory_errors, verify_written
@@ -247,8 +247,7 @@ def _write(prepared: Prepared, group: Group, replace: bool, progress: Progress, 
     host.hook.angelslim_run_finished(artifact=artifact)
     return Result(
         prepared.out, passes, before, after, time.perf_counter() - start, context.warnings, context.fallbacks, sweep.resumed_layers,
-        {**summary(metrics), **evaluation}, plan.as_dict(), group.size, max(written.peak_ram_bytes, peak_ram_bytes()),
-        max(written.peak_gpu_bytes, peak_gpu_bytes()),
+        {**summary(metrics), **evaluation}, plan.as_dict(), group.size, *map(max, written.peaks, peaks()),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .analysis import weight_numbers
-from .device import Worker, peak_gpu_bytes, peak_ram_bytes, take_over
+from .device import Worker, peaks, take_over
 from .errors import NumericError, ResourceError
 from .exporters import Exporter
 from .io.checkpoint import Checkpoint, read_header
@@ -52,13 +52,12 @@ class Written:
     Args:
         digests: file name -> SHA-256.
         metrics: `weight_numbers` of each quantized linear.
-        peak_ram_bytes: of the process that took most; likewise `peak_gpu_bytes`.
+        peaks: most bytes of RAM and of a GPU that a process took.
     """
 
     digests: dict[str, str]
     metrics: dict[str, Any] = field(default_factory=dict)
-    peak_ram_bytes: int = 0
-    peak_gpu_bytes: int = 0
+    peaks: Sequence[int] = (0, 0)
 
 
 def write_shards(plan: Plan, context: Context, journal: Iterable[Mapping[str, Any]], layers: Iterable[Path]) -> Written:
@@ -82,9 +81,8 @@ def write_shards(plan: Plan, context: Context, journal: Iterable[Mapping[str, An
             known.setdefault(entry["shard"], []).append(entry["sha256"])
     known, files = group.share([known, [str(path.relative_to(context.workdir)) for path in layers]])
     digests = _write_share(plan, context, known, _LayerStore(context.workdir / name for name in files))
-    found = group.gather([digests, peak_ram_bytes(), peak_gpu_bytes()])  # raises what ended another process
-    complete = {name: digest for own, _, _ in found for name, digest in own.items()}
-    written = Written(complete, {}, max(peak for _, peak, _ in found), max(peak for _, _, peak in found))
+    found = group.gather([digests, peaks()])  # raises what ended another process
+    written = Written({n: digest for own, _ in found for n, digest in own.items()}, {}, [*map(max, zip(*(peak for _, peak in found), strict=True))])
     if len(written.digests) < len(plan.shards):  # processes that no longer hear of each other stop
         raise ResourceError(464, "torchrun", "the processes of this run lost their connection", "run the same command again to go on")
     if group.rank == 0:
