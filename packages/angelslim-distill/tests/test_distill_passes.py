@@ -170,6 +170,12 @@ def test_what_cannot_be_is_refused_before_any_work(tiny, data, options, why):
     assert caught.value.exit_code == 3
 
 
+def test_a_text_that_no_tensor_has_in_its_name_is_in_the_plan(tiny, data):
+    given = {"teacher": str(tiny("llama", seed=1)), "also": ["norm", "nrom"]}
+    (line,) = prepare(tiny("llama"), recipe=recipe(data, **given)).plan.warnings
+    assert "steps[0].with.also: no tensor of the checkpoint has 'nrom'" in line
+
+
 def test_text_has_no_answers_which_is_said_before_any_work(tiny, data, tmp_path):
     (tmp_path / "t.txt").write_text("ab cd " * 400)
     given = {"teacher": str(tiny("llama", seed=1))}
