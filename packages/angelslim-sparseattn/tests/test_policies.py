@@ -398,6 +398,19 @@ def test_vecattention_takes_little_memory(monkeypatch):
     assert peak.bytes < 0.75 * 2**30 / 256
 
 
+@pytest.mark.parametrize(("heads", "looks"), [(4, 1), (3, 2), (2, 2), (1, 4), (0.5, 8), (0.01, 4 * 30)], ids=str)
+def test_vecattention_looks_at_as_many_heads_at_a_time_as_memory_is_for(monkeypatch, heads, looks):
+    s = prefill(*qkv(470))
+    policy, made, rows = make_policy("vecattention", theta=0.8), [], vecattention.VecAttention._rows
+    wanted = policy.keep(s)
+    monkeypatch.setattr(vecattention, "MEMORY", int(heads * policy.scratch_bytes(s)))
+    monkeypatch.setattr(vecattention.VecAttention, "_rows", lambda *given: (made.append(given), rows(*given))[1])
+    found = policy.keep(s)
+    assert len(made) == looks and s.rows == 30
+    assert torch.equal(found.cells, wanted.cells)
+    assert torch.equal(found.tokens.ptr, wanted.tokens.ptr) and torch.equal(found.tokens.col, wanted.tokens.col)
+
+
 def test_options_are_checked():
     calls = [
         ("no policy", lambda: make_policy("steam")),

@@ -34,8 +34,9 @@ class VecAttention(Policy):
         return 16 * s.rows * s.kv_len
 
     def keep(self, s: Prefill) -> Kept:
-        step = max(1, MEMORY // (self.scratch_bytes(s) // s.rows * len(s.q)))
-        found = [self._rows(part, slice(at, at + step)) for part in s.parts(len(s.q) if step >= s.rows else 1) for at in range(0, s.rows, step)]
+        head = self.scratch_bytes(s)
+        step = max(1, MEMORY * s.rows // head)  # rows of one head; as many heads as fit have all of theirs looked at at once
+        found = [self._rows(part, slice(at, at + step)) for part in s.parts(MEMORY // head) for at in range(0, s.rows, step)]
         cells, counts, singles = zip(*found, strict=True)
         ends = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
         return Kept(torch.cat(cells).view(len(s.q), s.rows, s.columns), tokens=Lists(ends, torch.cat(singles)))
