@@ -124,7 +124,8 @@ def main() -> None:
     parser.add_argument("--work", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(RUN), choices=list(RUN))
-    parser.add_argument("--ways", nargs="+", help="only these; what the file has of others stays")
+    known = list(dict.fromkeys(way for ways in WAYS.values() for way in ways))
+    parser.add_argument("--ways", nargs="+", choices=known, default=known, help="only these; what the file has of others, at the same settings, stays")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=2e-4, help="of qad; at rates that are right for long trainings, short ones are chaos")
@@ -143,17 +144,19 @@ def main() -> None:
     calibration = {"data": str(work / "calibration.txt"), "samples": given.samples, "tokens": given.length}
     recipe = {"version": 1, "steps": [{"use": "quant.gptq", "with": {"group_size": 64}}], "calibration": calibration}
     (work / "gptq.json").write_text(json.dumps(recipe), encoding="utf-8")
+    settings = {key: getattr(given, key) for key in ("processes", "steps", "lr", "batch", "length", "samples")}
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu", "versions": versions(sys.executable, ["torch", "triton", "transformers"]),
-        "processes": given.processes, "steps": given.steps, "batch": given.batch, "length": given.length, "samples": given.samples, "jobs": {},
+        **settings, "jobs": {},
     }  # fmt: skip
     if given.out.exists():
-        document["jobs"] = json.loads(given.out.read_text())["jobs"]
+        earlier = json.loads(given.out.read_text())
+        if differing := [key for key in settings if earlier[key] != settings[key]]:
+            parser.error(f"{given.out} is of another {', '.join(differing)}: name another file")
+        document["jobs"] = earlier["jobs"]
     for job in given.only:
         rows = document["jobs"].setdefault(job, {})
-        for way in given.ways or WAYS[job]:
-            if way not in WAYS[job]:
-                continue
+        for way in filter(given.ways.__contains__, WAYS[job]):
             rows[way] = measured(job, way, given)
             print(job, way, {key: value for key, value in rows[way].items() if key != "log"}, flush=True)
             write(given.out, document)

@@ -84,6 +84,17 @@ def test_a_bug_is_told_apart(capsys, monkeypatch):
     assert code == 1 and "AS-BUG-000" in err and "Traceback" not in err and not out
 
 
+def test_a_run_tells_the_most_memory_of_the_machine_and_of_a_gpu(capsys, monkeypatch, tiny, tmp_path):
+    from angelslim_core import pipeline, stream
+
+    monkeypatch.setattr(stream, "peaks", lambda: (3 * 10**9, 5 * 10**9))
+    monkeypatch.setattr(pipeline, "peaks", lambda: (4 * 10**9, 2 * 10**9))
+    asked = ("run", "--model", tiny(), "--plugins", "quant", "--out")
+    found = document(capsys, *asked, tmp_path / "a")[1]
+    assert (found["peak_ram_bytes"], found["peak_gpu_bytes"]) == (4 * 10**9, 5 * 10**9)
+    assert "peak memory 4.0 GB and 5.0 GB of the GPU" in call(capsys, *asked, tmp_path / "b")[1]
+
+
 def test_run_eval_inspect_validate_report_chat(capsys, tiny, tmp_path):
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 30)

@@ -104,7 +104,6 @@ class Distilling(ModelPass):
         from angelslim_core.loading import load_tokenizer
 
         from ..data.documents import check_form
-        from ..parameters import QUANTIZER
         from ..teacher import check_tokenizer
 
         self.index = next(s.index for s in plan.steps if s.pass_ is self)
@@ -126,7 +125,7 @@ class Distilling(ModelPass):
                 what = f"{step.pass_.id} rounds the head, and {self.id} makes logits of hidden states"
                 raise PlanError(938, plan.recipe.where(f"steps[{step.index}]"), what, "leave the head out of the targets")
         # a loaded model may name them otherwise, so that only the run can refuse
-        unknown = [text for text in config.also if QUANTIZER not in text and not any(text in name for name in checkpoint.tensors)]
+        unknown = [text for text in config.also if not any(text in name for name in checkpoint.tensors)]
         plan.warnings += [f"{where}.also: no tensor of the checkpoint has {text!r} in its name" for text in unknown]
         try:
             if not checkpoint.has_tokenizer:
